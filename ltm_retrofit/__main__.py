@@ -1,0 +1,5 @@
+"""``python -m ltm_retrofit``: the command line."""
+
+from ltm_retrofit.cli import main
+
+raise SystemExit(main())

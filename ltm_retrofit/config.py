@@ -1,0 +1,99 @@
+"""What a user may ask for: frozen, strict, versioned settings."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from ltm_retrofit.errors import RecipeError
+
+METHODS = ("ltm", "tome", "slice")
+SCOPES = ("FLOW",)
+SCHEDULES = ("stages",)
+OUTPUT_TOKENS = ("auto", "full")
+
+
+def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raise `RecipeError` on the first of ``given`` that is not in ``known``, suggesting the nearest known key."""
+    known = list(known)
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            raise RecipeError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def check_choice(value: object, choices: Iterable[str], name: str) -> None:
+    """Raise `RecipeError` where ``value`` is none of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise RecipeError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+class Strict:
+    """`from_dict` that knows its keys and `to_dict` that it can read again, for frozen dataclasses."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from a mapping; an unknown key is a `RecipeError`."""
+        check_keys(values, [f.name for f in fields(cls)], cls.__name__)  # type: ignore[arg-type]
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that JSON and YAML can hold."""
+        values = asdict(self)  # type: ignore[call-overload]
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class LTMConfig(Strict):
+    """What shall be merged, and how much. Exactly one of ``flops`` and ``tokens`` is given.
+
+    Args:
+        flops: target share of the whole model's MACs, masks included, at the example's size. The plan's share lies
+            in ``[flops − 0.02, flops]``, otherwise there is a `BudgetError`.
+        tokens: token counts after each site in depth order, prefix tokens included.
+        method: ``"ltm"`` (learnable token merging), ``"tome"`` (the published parameter-free baseline) or
+            ``"slice"`` (keep the first P tokens: the free lower limit, for measuring).
+        schedule: ``"stages"``: of d blocks the 0-based ⌊d/4⌋, ⌊d/2⌋, ⌊3d/4⌋.
+        sites: block names to choose from, instead of the schedule.
+        scope: force one scope.
+        output_tokens: ``"auto"`` brings every token back after the last block where something reads them;
+            ``"full"`` always does, for feature extraction.
+    """
+
+    flops: float | None = None
+    tokens: tuple[int, ...] | None = None
+    method: str = "ltm"
+    schedule: str = "stages"
+    sites: tuple[str, ...] | None = None
+    scope: str | None = None
+    output_tokens: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check every value; nothing is corrected silently."""
+        if (self.flops is None) == (self.tokens is None):
+            raise RecipeError(
+                f"give exactly one of flops and tokens, got flops={self.flops!r} and tokens={self.tokens!r}"
+            )
+        if self.flops is not None and not (
+            isinstance(self.flops, (int, float)) and not isinstance(self.flops, bool) and 0 < self.flops < 1
+        ):
+            raise RecipeError(f"flops is the share of MACs to keep, between 0 and 1, got {self.flops!r}")
+        for name in ("tokens", "sites"):
+            if (value := getattr(self, name)) is not None:
+                if isinstance(value, (str, int)):
+                    raise RecipeError(f"{name} must be a sequence, got {value!r}")
+                object.__setattr__(self, name, tuple(value))
+        if self.tokens is not None:
+            if not self.tokens or not all(isinstance(count, int) and count > 0 for count in self.tokens):
+                raise RecipeError(f"tokens must be positive whole numbers, one for each site, got {self.tokens!r}")
+            if list(self.tokens) != sorted(self.tokens, reverse=True):
+                raise RecipeError(f"token counts cannot grow from site to site, got {self.tokens!r}")
+        check_choice(self.method, METHODS, "method")
+        check_choice(self.schedule, SCHEDULES, "schedule")
+        check_choice(self.output_tokens, OUTPUT_TOKENS, "output_tokens")
+        if self.scope is not None:
+            check_choice(self.scope, SCOPES, "scope")

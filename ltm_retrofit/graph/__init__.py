@@ -1,0 +1,1 @@
+"""Where does this model attend, and where may it be cut? This wing looks and proves; it changes nothing."""

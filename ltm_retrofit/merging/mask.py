@@ -1,0 +1,316 @@
+"""The mask modules: N tokens in, P tokens out, all shapes known in advance (METHOD, "The mask module").
+
+Notation of Wang & Yang, *Efficient Visual Transformer by Learnable Token Merging* (TPAMI 2025): tokens ``z``, sizes
+``s``, assignment ``W`` (rows sum to one), mask ``G`` (columns sum to one), ``x̃ = Gᵀ z``. Destinations and sources
+are those of bipartite soft matching (Bolya et al., *Token Merging*, ICLR 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ltm_retrofit.errors import CountError
+from ltm_retrofit.merging.ib import full_precision
+from ltm_retrofit.merging.statistics import Statistics
+from ltm_retrofit.merging.tokens import Assignment, Step
+
+#: temperature of the softmax over destinations in a freshly converted model
+INITIAL_TEMPERATURE = 0.05
+
+
+class Merged(NamedTuple):
+    """What a mask hands on: tokens ``(B, P, D)``, sizes ``(B, P)`` and the step that led there."""
+
+    tokens: Tensor
+    sizes: Tensor
+    step: Step
+
+
+class Partition(NamedTuple):
+    """How the patch tokens split into sources and destinations; ``stride`` 2 is ToMe's even / odd."""
+
+    stride: int
+    offset: int
+    sources: int
+    destinations: int
+
+
+def partition(tokens_in: int, tokens_out: int, prefix: int) -> Partition:
+    """Choose the destinations so that ``tokens_in − tokens_out`` sources can leave.
+
+    Destinations are the odd absolute positions, as in ToMe; where fewer than half of the patch tokens shall remain,
+    every k-th patch instead.
+
+    Raises:
+        CountError: where the counts cannot be, with the range that can.
+    """
+    patches, remain = tokens_in - prefix, tokens_out - prefix
+    if not 1 <= remain <= patches:
+        raise CountError(
+            f"cannot merge {tokens_in} tokens, {prefix} of them prefix tokens, into {tokens_out}: "
+            f"choose {prefix + 1} to {tokens_in}"
+        )
+    stride, offset = 2, (1 - prefix) % 2
+    if len(range(offset, patches, stride)) > remain or patches < 2:
+        stride, offset = math.ceil(patches / remain), 0
+    destinations = len(range(offset, patches, stride))
+    return Partition(stride, offset, patches - destinations, destinations)
+
+
+class SimilarityMask(nn.Module):
+    """What the learnable mask and the published baseline share: who merges, by cosine similarity of keys.
+
+    Args:
+        dim: width D of the tokens.
+        tokens_in: N.
+        tokens_out: P.
+        prefix: leading tokens that always stay, in place.
+    """
+
+    source_positions: Tensor
+
+    def __init__(self, dim: int, tokens_in: int, tokens_out: int, prefix: int) -> None:
+        super().__init__()
+        self.dim, self.tokens_in, self.tokens_out, self.prefix = dim, tokens_in, tokens_out, prefix
+        self.partition = partition(tokens_in, tokens_out, prefix)
+        destination = torch.zeros(tokens_in - prefix, dtype=torch.bool)
+        destination[self.partition.offset :: self.partition.stride] = True
+        self.register_buffer("source_positions", torch.arange(tokens_in - prefix)[~destination], persistent=False)
+
+    def extra_repr(self) -> str:
+        """Say what the module does in a printed model."""
+        return f"{self.tokens_in} → {self.tokens_out} tokens, {self.prefix} prefix"
+
+    def split(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Split along dimension 1 into sources and destinations."""
+        offset, stride = self.partition.offset, self.partition.stride
+        if stride == 2:  # a view instead of a copy
+            return patches[:, 1 - offset :: 2], patches[:, offset::2]
+        return patches.index_select(1, self.source_positions), patches[:, offset::stride]
+
+    def choose(self, keys: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Choose the sources that leave.
+
+        Args:
+            keys: ``(B, patches, d)``, of any length.
+
+        Returns:
+            positions among the sources of those that leave ``(B, r)``, or None where all leave; of those that stay,
+            ascending; and the similarities of the leaving ones to all destinations ``(B, r, destinations)``.
+        """
+        source, destination = self.split(F.normalize(keys, dim=-1))
+        similarity = torch.bmm(source, destination.transpose(1, 2))
+        leave = self.tokens_in - self.tokens_out
+        if leave == self.partition.sources:
+            return None, torch.zeros(len(keys), 0, dtype=torch.int64, device=keys.device), similarity
+        order = similarity.amax(dim=-1).argsort(dim=-1, descending=True, stable=True)
+        leaving, staying = order[:, :leave], order[:, leave:].sort(dim=-1).values
+        return leaving, staying, take(similarity, leaving)
+
+    def assignment(self, leaving: Tensor | None, staying: Tensor, weights: Tensor) -> Assignment:
+        """Turn choices among the sources into an `Assignment` over all N tokens."""
+        batch = len(staying)
+        sources = (self.source_positions + self.prefix).expand(batch, -1)
+        places = torch.arange(self.tokens_in, device=staying.device)
+        first = places[: self.prefix].expand(batch, -1)
+        last = places[self.prefix + self.partition.offset :: self.partition.stride].expand(batch, -1)
+        kept = torch.cat([first, sources.gather(1, staying), last], dim=1)
+        return Assignment(kept, pick(sources, leaving), weights)
+
+
+class MaskModule(SimilarityMask):
+    """A learnable mask, initialised from a block's own key projection: see METHOD, items 1 to 5.
+
+    Args:
+        dim: width D of the tokens.
+        key_dim: width d of the similarity's keys.
+        tokens_in: N.
+        tokens_out: P.
+        prefix: leading tokens that always stay, in place.
+        classes: C, of the statistics that the information-bottleneck step uses.
+        clusters: A, likewise.
+    """
+
+    def __init__(
+        self, dim: int, key_dim: int, tokens_in: int, tokens_out: int, prefix: int, classes: int, clusters: int = 64
+    ) -> None:
+        super().__init__(dim, tokens_in, tokens_out, prefix)
+        self.key = nn.Linear(dim, key_dim)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(INITIAL_TEMPERATURE)))
+        self.eta = nn.Parameter(torch.zeros(()))
+        self.statistics = Statistics(dim, classes, clusters)
+
+    def macs(self) -> int:
+        """Return the multiply-adds of one pass over one image."""
+        patches, key_dim = self.tokens_in - self.prefix, self.key.out_features
+        leave, (_, _, sources, destinations) = self.tokens_in - self.tokens_out, self.partition
+        similarity = patches * self.dim * key_dim + sources * destinations * key_dim
+        clusters, classes = self.statistics.counts.shape
+        step = 2 * patches * self.dim + 2 * clusters * (self.dim + classes)
+        return similarity + leave * destinations * self.dim + step
+
+    def forward(
+        self, inner: Tensor, tokens: Tensor, sizes: Tensor | None, key: tuple[Tensor, Tensor | None] | None = None
+    ) -> Merged:
+        """Merge.
+
+        Args:
+            inner: ``(B, N, D)`` the attention's own input h.
+            tokens: ``(B, N, D)`` the residual stream after attention, z.
+            sizes: ``(B, N)`` how many original tokens each stands for; None before the first merge.
+            key: the block's present key map, which a learnable mask has left behind and ignores.
+
+        Raises:
+            CountError: where N is not the planned one.
+        """
+        check_count(tokens, self.tokens_in)
+        with full_precision(tokens):
+            keys = self.key(inner[:, self.prefix :].to(self.key.weight.dtype))
+            leaving, staying, similarity = self.choose(lifted(keys))
+            weights = torch.softmax(similarity * self.log_scale.exp().to(similarity.dtype), dim=-1)
+            sizes = similarity.new_ones(tokens.shape[:2]) if sizes is None else sizes
+            source, destination = self.split(tokens[:, self.prefix :])
+            source_size, size = self.split(sizes[:, self.prefix :])
+            brought = pick(source_size, leaving).unsqueeze(-1) * weights  # s_a W_ab
+            new_size = size + brought.sum(dim=1)
+
+            share = (brought / new_size.unsqueeze(1)).sum(dim=-1)  # Σ_p G⁰_jp of each source that leaves
+            if leaving is not None:  # a source that stays is a column of its own
+                share = share.new_ones(source.shape[:2]).scatter(1, leaving, share)
+            descriptor, source_tilt, tilt = self.descend(source, destination, share, size / new_size)
+            brought_tilted = pick(source_tilt, leaving).exp().unsqueeze(-1) * brought
+            own = tilt.exp() * size
+            total = own + brought_tilted.sum(dim=1)
+
+            added = torch.bmm((brought_tilted / total.unsqueeze(1)).transpose(1, 2).to(tokens.dtype),
+                              take(source, leaving))
+            merged = torch.addcmul(added, (own / total).unsqueeze(-1).to(tokens.dtype), destination)
+            out = torch.cat([tokens[:, : self.prefix], take(source, staying), merged], dim=1)
+            out_sizes = torch.cat([sizes[:, : self.prefix], pick(source_size, staying), new_size], dim=1)
+        return Merged(out, out_sizes, Step(self.assignment(leaving, staying, weights), descriptor))
+
+    def descend(
+        self, source: Tensor, destination: Tensor, source_share: Tensor, share: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One exponentiated-gradient step on the bound: the descriptor ``(B, D)``, and ε of sources and destinations.
+
+        ``v`` is z after a parameter-free layer norm. It is never formed: ``Σ c_j v_j`` and ``v_j · g`` follow from
+        mean and deviation of z, which saves passes over the tokens.
+        """
+        remain = self.tokens_out - self.prefix
+        halves, descriptors = [], []
+        for half, weight in ((lifted(source), source_share), (lifted(destination), share)):
+            variance, mean = torch.var_mean(half, dim=-1, correction=0)
+            inverse = torch.rsqrt(variance + 1e-5)
+            scaled = weight.to(half.dtype) * inverse
+            total = torch.bmm(scaled.unsqueeze(1), half).squeeze(1)
+            descriptors.append(total - (scaled * mean).sum(dim=1, keepdim=True))
+            halves.append((half, mean, inverse))
+        descriptor = (descriptors[0] + descriptors[1]) / remain
+        gradient = self.statistics.step_direction(descriptor).to(descriptor.dtype)
+        lean = gradient.sum(dim=-1, keepdim=True)
+        zeta = [
+            (torch.bmm(half, gradient.unsqueeze(-1)).squeeze(-1) - mean * lean) * inverse
+            for half, mean, inverse in halves
+        ]
+        every = torch.cat(zeta, dim=1)
+        deviation = every.detach().std(dim=1, keepdim=True, correction=0)
+        step = self.eta.to(every.dtype) / (deviation + 1e-6)
+        middle = every.mean(dim=1, keepdim=True)
+        return descriptor, step * (middle - zeta[0]), step * (middle - zeta[1])
+
+
+class ToMeMask(SimilarityMask):
+    """The published baseline, parameter-free: hard assignment to the most similar destination, size-weighted mean."""
+
+    def __init__(self, dim: int, key_dim: int, tokens_in: int, tokens_out: int, prefix: int) -> None:
+        super().__init__(dim, tokens_in, tokens_out, prefix)
+        self.key_dim = key_dim
+
+    def macs(self) -> int:
+        """Return the multiply-adds of one pass over one image; merging is a scatter and counts nothing."""
+        patches, (_, _, sources, destinations) = self.tokens_in - self.prefix, self.partition
+        return (patches * self.dim + sources * destinations) * self.key_dim
+
+    def forward(
+        self, inner: Tensor, tokens: Tensor, sizes: Tensor | None, key: tuple[Tensor, Tensor | None] | None = None
+    ) -> Merged:
+        """Merge as `MaskModule` does, by the block's present keys: ``key`` is their ``(weight, bias)``, head mean."""
+        assert key is not None
+        check_count(tokens, self.tokens_in)
+        with full_precision(tokens):
+            weight, bias = key
+            keys = F.linear(inner[:, self.prefix :].to(weight.dtype), weight, bias)
+            leaving, staying, similarity = self.choose(lifted(keys))
+            target = similarity.argmax(dim=-1)
+            sizes = similarity.new_ones(tokens.shape[:2]) if sizes is None else sizes
+            source, destination = self.split(tokens[:, self.prefix :])
+            source_size, size = self.split(sizes[:, self.prefix :])
+            brought = pick(source_size, leaving)
+            new_size = size.scatter_add(1, target, brought)
+            summed = (destination * size.unsqueeze(-1).to(tokens.dtype)).scatter_add(
+                1,
+                target.unsqueeze(-1).expand(-1, -1, self.dim),
+                take(source, leaving) * brought.unsqueeze(-1).to(tokens.dtype),
+            )
+            merged = summed / new_size.unsqueeze(-1).to(tokens.dtype)
+            out = torch.cat([tokens[:, : self.prefix], take(source, staying), merged], dim=1)
+            out_sizes = torch.cat([sizes[:, : self.prefix], pick(source_size, staying), new_size], dim=1)
+            weights = F.one_hot(target, self.partition.destinations).to(similarity.dtype)
+        return Merged(out, out_sizes, Step(self.assignment(leaving, staying, weights), None))
+
+
+class SliceMask(nn.Module):
+    """Keep the first P tokens: the free lower limit, for measuring."""
+
+    def __init__(self, tokens_in: int, tokens_out: int) -> None:
+        super().__init__()
+        self.tokens_in, self.tokens_out = tokens_in, tokens_out
+
+    def macs(self) -> int:
+        """A slice multiplies nothing."""
+        return 0
+
+    def forward(
+        self, inner: Tensor, tokens: Tensor, sizes: Tensor | None, key: tuple[Tensor, Tensor | None] | None = None
+    ) -> Merged:
+        """Keep the first P tokens; unmerging gives every lost token the last kept one."""
+        check_count(tokens, self.tokens_in)
+        kept, batch = tokens[:, : self.tokens_out], len(tokens)
+        places = torch.arange(self.tokens_in, device=tokens.device).expand(batch, -1)
+        weights = tokens.new_ones(batch, self.tokens_in - self.tokens_out, 1)
+        assignment = Assignment(places[:, : self.tokens_out], places[:, self.tokens_out :], weights)
+        return Merged(kept, torch.ones_like(kept[..., 0]), Step(assignment, None))
+
+
+def check_count(tokens: Tensor, expected: int) -> None:
+    """Refuse a token count that was not planned for.
+
+    Raises:
+        CountError: with both counts and what to do.
+    """
+    if tokens.shape[1] != expected:
+        raise CountError(
+            f"this block was planned for {expected} tokens and received {tokens.shape[1]}: run the model at the input "
+            "size it was converted for, or restore it and convert again with an example of the new size"
+        )
+
+
+def lifted(x: Tensor) -> Tensor:
+    """Lift half precision to float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def take(rows: Tensor, index: Tensor | None) -> Tensor:
+    """Gather ``(B, n, D)`` rows by ``(B, k)`` positions; None takes all."""
+    return rows if index is None else rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+
+
+def pick(values: Tensor, index: Tensor | None) -> Tensor:
+    """Gather ``(B, n)`` values by ``(B, k)`` positions; None takes all."""
+    return values if index is None else values.gather(1, index)

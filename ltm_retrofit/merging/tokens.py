@@ -1,0 +1,77 @@
+"""What merged tokens carry with them.
+
+Sizes and assignments travel as an attribute of the token tensor itself, so a model holds no state between two
+blocks: copies, threads, gradient checkpointing, ``torch.compile`` and ``torch.export`` all keep working.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+ATTRIBUTE = "ltm_carried"
+
+
+class Assignment(NamedTuple):
+    """Where each of N tokens went among P: the matrix W, rows summing to one, in factored form.
+
+    ``kept[b, p]`` is the input position of output token p; the last ``weights.shape[-1]`` output tokens are the
+    destinations; ``merged[b, a]`` is the input position of source a and ``weights[b, a]`` its spread over them.
+    """
+
+    kept: Tensor  # (B, P) int64
+    merged: Tensor  # (B, N − P) int64
+    weights: Tensor  # (B, N − P, destinations)
+
+    def unmerge(self, tokens: Tensor) -> Tensor:
+        """``W x̃``: bring ``(B, P, D)`` back to ``(B, N, D)``. A constant survives merging and unmerging."""
+        destinations = tokens[:, tokens.shape[1] - self.weights.shape[-1] :]
+        spread = torch.bmm(self.weights.to(tokens.dtype), destinations)
+        everyone = torch.cat([tokens, spread], dim=1)
+        back = torch.cat([self.kept, self.merged], dim=1).argsort(dim=1)
+        return everyone.gather(1, back.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+    def dense(self) -> Tensor:
+        """Return W as a dense ``(B, N, P)`` matrix."""
+        batch, count = self.kept.shape
+        return self.unmerge(torch.eye(count, dtype=self.weights.dtype, device=self.weights.device).repeat(batch, 1, 1))
+
+
+class Step(NamedTuple):
+    """What one site did: its assignment, and the descriptor ``(B, D)`` of its merged tokens where it has one."""
+
+    assignment: Assignment
+    descriptor: Tensor | None
+
+
+class Carried(NamedTuple):
+    """What the tokens of one tensor know of their past: sizes ``(B, P)`` and one `Step` for each site passed."""
+
+    sizes: Tensor
+    steps: tuple[Step, ...]
+
+
+def carried_by(tokens: Tensor) -> Carried | None:
+    """Return what a token tensor carries, or None where nothing was merged into it."""
+    return cast("Carried | None", getattr(tokens, ATTRIBUTE, None))
+
+
+def carry(tokens: Tensor, carried: Carried | None) -> Tensor:
+    """Let a token tensor carry what its predecessor carried; returns the same tensor."""
+    if carried is not None:
+        setattr(tokens, ATTRIBUTE, carried)
+    return tokens
+
+
+def unmerge_all(tokens: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    """Bring ``(B, P, D)`` back to the token count before the first merge, one assignment after the other."""
+    for step in reversed(steps):
+        tokens = step.assignment.unmerge(tokens)
+    return tokens
+
+
+def accumulated(steps: tuple[Step, ...]) -> Tensor:
+    """Return ``W¹W²…`` ``(B, N, P)``: where each original token is now."""
+    return unmerge_all(steps[-1].assignment.dense(), steps[:-1])
