@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ltm_retrofit.tuning.digits import draw_split
 
 ARCHITECTURE = "vit_tiny_patch16_224"
+CROWDED_EPOCHS = 10  # of the schedule's: smaller digits and brighter clutter first
 MODEL_ARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
 
 
@@ -61,7 +62,11 @@ def main() -> None:
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}])
-    train_x, train_y = map(torch.from_numpy, draw_split("train", args.per_digit, seed=0))
+
+    def canvases(epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn = draw_split("train", args.per_digit, seed=0, crowded=epoch < CROWDED_EPOCHS)
+        return torch.from_numpy(drawn[0]), torch.from_numpy(drawn[1])
+
     val_x, val_y = map(torch.from_numpy, draw_split("validation", 8, seed=0))
 
     state_file = args.work / "state.pt"
@@ -71,8 +76,11 @@ def main() -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["epoch"]
+    train_x, train_y = canvases(start)
     batch, steps = 128, len(train_y) // 128
     for epoch in range(start, args.epochs):
+        if epoch == CROWDED_EPOCHS:
+            train_x, train_y = canvases(epoch)
         torch.manual_seed(epoch + 1)
         model.train()
         began, seen_loss = time.perf_counter(), 0.0

@@ -32,8 +32,14 @@ def source_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
     return (digits.images[chosen] * (255 / 16)).astype(np.uint8), digits.target[chosen].astype(np.int64)
 
 
-def draw_canvas(digit: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw one canvas ``(64, 64)`` uint8: clutter cut out of ``others``, then ``digit`` at a random place and scale."""
+def draw_canvas(
+    digit: np.ndarray, others: np.ndarray, rng: np.random.Generator, *, crowded: bool = False
+) -> np.ndarray:
+    """Draw one canvas ``(64, 64)`` uint8: clutter cut out of ``others``, then ``digit`` at a random place and scale.
+
+    ``crowded`` canvases have smaller digits and brighter clutter; the base is trained on them first.
+    """
+    scales, inks = ((2.0, 3.5), (0.4, 0.9)) if crowded else ((2.5, 4.0), (0.3, 0.7))
     canvas = np.zeros((CANVAS, CANVAS), dtype=np.float32)
 
     def paste(patch: np.ndarray, size: int, ink: float) -> None:
@@ -46,17 +52,17 @@ def draw_canvas(digit: np.ndarray, others: np.ndarray, rng: np.random.Generator)
         side = int(rng.integers(3, 6))
         top, left = rng.integers(0, 8 - side + 1, size=2)
         fragment = others[rng.integers(len(others)), top : top + side, left : left + side]
-        paste(np.ascontiguousarray(fragment), int(side * rng.uniform(2.0, 3.0)), rng.uniform(0.4, 0.9))
-    paste(digit, int(8 * rng.uniform(2.0, 3.5)), rng.uniform(0.7, 1.0))
+        paste(np.ascontiguousarray(fragment), int(side * rng.uniform(2.0, 3.0)), rng.uniform(*inks))
+    paste(digit, int(8 * rng.uniform(*scales)), rng.uniform(0.7, 1.0))
     noise = rng.normal(0.0, 20.0, size=canvas.shape).astype(np.float32)
     return np.clip(canvas + noise, 0, 255).astype(np.uint8)
 
 
-def draw_split(split: Split, per_digit: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_split(split: Split, per_digit: int, seed: int, *, crowded: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Draw ``per_digit`` canvases of every source digit of a split: ``(n, 64, 64)`` uint8 and labels ``(n,)``."""
     digits, labels = source_digits(split)
     rng = np.random.default_rng([seed, list(SPLITS).index(split)])
-    canvases = np.stack([draw_canvas(digit, digits, rng) for _ in range(per_digit) for digit in digits])
+    canvases = np.stack([draw_canvas(digit, digits, rng, crowded=crowded) for _ in range(per_digit) for digit in digits])
     return canvases, np.tile(labels, per_digit)
 
 

@@ -1,0 +1,117 @@
+"""The example input: checked, cut to one image, or made from what the live model says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltm_retrofit.errors import ExampleError
+
+Example = Tensor | Mapping[str, Any]
+
+
+def run(model: nn.Module, example: Example) -> Any:
+    """Call the model on an example: a tensor, or keyword arguments."""
+    return model(**example) if isinstance(example, Mapping) else model(example)
+
+
+def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return device and floating dtype of a model's parameters."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int] | None:
+    """Return (channels, height, width) of the model's input where it says so, else None.
+
+    In this order: its patch embedding, its Hugging Face config, timm's ``pretrained_cfg`` (which describes the
+    checkpoint, not the model in hand).
+    """
+    for module in model.modules():
+        size = getattr(module, "img_size", None)
+        stem = next((child for child in module.children() if isinstance(child, nn.Conv2d)), None)
+        if size is not None and stem is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+            return stem.in_channels, int(height), int(width)
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", None)
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(getattr(config, "num_channels", 3)), int(height), int(width)
+    declared = getattr(model, "pretrained_cfg", None)
+    declared_size = declared.get("input_size") if isinstance(declared, Mapping) else None
+    return tuple(declared_size) if declared_size else None
+
+
+def prepare_example(model: nn.Module, example: Example | None) -> Example:
+    """Return an example of one image on which the model can be run; check what the user gave.
+
+    Raises:
+        ExampleError: where none was given and the model says nothing of its input; on wrong type, dtype or device.
+    """
+    device, dtype = home(model)
+    if example is None:
+        size = input_size(model)
+        if size is None:
+            raise ExampleError(
+                f"{type(model).__name__} does not say what its input looks like: pass "
+                "example=torch.randn(1, channels, height, width), or a dict of the model's keyword arguments"
+            )
+        noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+        name = getattr(model, "main_input_name", None) if hasattr(model, "config") else None
+        return {name: noise} if isinstance(name, str) else noise
+    values = example if isinstance(example, Mapping) else {"example": example}
+    tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ExampleError(
+            f"an example is a tensor or a dict of keyword arguments with tensors, got {type(example).__name__}"
+        )
+    for key, value in tensors.items():
+        if value.device != device:
+            raise ExampleError(f"{key} is on {value.device}, the model on {device}: move one to the other")
+        if value.ndim == 0 or len(value) == 0:
+            raise ExampleError(f"{key} has shape {tuple(value.shape)}: an example holds at least one image")
+        if value.ndim >= 4 and value.dtype != dtype:
+            raise ExampleError(f"{key} is {value.dtype}, the model {dtype}: convert one to the other")
+    batch = len(next(value for value in tensors.values()))
+    single = {key: value[:1] if key in tensors and len(value) == batch else value for key, value in values.items()}
+    return single if isinstance(example, Mapping) else single["example"]
+
+
+def other_image(example: Example) -> Example:
+    """Return the same example with other pixels: every floating tensor is drawn anew."""
+    generator = torch.Generator().manual_seed(1)
+
+    def redraw(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+        return value
+
+    if isinstance(example, Mapping):
+        return {key: redraw(value) for key, value in example.items()}
+    return redraw(example)  # type: ignore[no-any-return]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Return all tensors of a model's output (tensor, tuple, mapping, ``ModelOutput``), depth first."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        return [tensor for value in output.values() for tensor in tensors_of(value)]
+    if isinstance(output, (list, tuple)):
+        return [tensor for value in output for tensor in tensors_of(value)]
+    return []
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """Return class logits ``(B, C)`` of a model's output: a plain 2-d tensor, or what HF calls ``logits``."""
+    logits = output.get("logits") if isinstance(output, Mapping) else output
+    if isinstance(logits, tuple) and logits and isinstance(logits[0], Tensor):
+        logits = logits[0]
+    return logits if isinstance(logits, Tensor) and logits.ndim == 2 else None

@@ -1,0 +1,160 @@
+"""What was found: data only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from ltm_retrofit.graph.cut import Halves, Signature
+
+
+class Scope(StrEnum):
+    """How far merging reaches: in ``FLOW`` tokens stay merged from here on."""
+
+    FLOW = "FLOW"
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How a block's tokens lie: ``BNC`` rows, ``prefix`` leading ones, the patches in raster order of ``grid``."""
+
+    tokens: int
+    prefix: int
+    grid: tuple[int, int] | None
+    order: str = "BNC"
+
+
+@dataclass(frozen=True)
+class KeySource:
+    """Where a block's keys come from, read off the gradient of the keys: rows of one affine map of ``h``.
+
+    ``weight`` and ``bias`` are parameter paths below the block; ``bias`` is a constant tensor where no parameter is
+    the bias, or None. ``rows[head]`` are the map's output features that make the head's key.
+    """
+
+    weight: str
+    bias: str | Tensor | None
+    rows: Tensor  # (heads, d) int64
+
+    def mean_map(self, block: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Return ``(W_m (d, D), b_m (d,) or None)``: the mean over heads of the block's present key map."""
+        weight = block.get_parameter(self.weight)
+        bias = block.get_parameter(self.bias) if isinstance(self.bias, str) else self.bias
+        rows = self.rows.to(weight.device)
+        mean = weight[rows].mean(dim=0)
+        return mean, None if bias is None else bias.to(weight)[rows].mean(dim=0)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of a block for one image: ``head(N)`` and ``tail(N)`` are ``fixed + linear·N + square·N²``."""
+
+    head: tuple[int, int, int]
+    tail: tuple[int, int, int]
+
+    def __call__(self, tokens_in: int, tokens_out: int) -> int:
+        """Return the block's MACs with ``tokens_in`` before and ``tokens_out`` after its mask."""
+        return sum(
+            fixed + linear * count + square * count * count
+            for (fixed, linear, square), count in ((self.head, tokens_in), (self.tail, tokens_out))
+        )
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """A block that may be cut between attention and MLP, with all that was proven of it."""
+
+    block: str
+    attention: str
+    kind: str  # the block's class name, for the reader
+    dim: int
+    heads: int
+    key_dim: int
+    layout: TokenLayout
+    scope: Scope
+    cost: Cost
+    proofs: tuple[str, ...]
+    signature: Signature
+    halves: dict[tuple[bool, bool], Halves]  # (training, with attention bias)
+    key: KeySource
+    bias: str | None  # the argument that is added to the attention's logits
+    provenance: str = "traced"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What comes after the blocks: who reads the tokens, and the feature that the classifier reads."""
+
+    prefix_only: bool  # proven: the model's output depends on the last block's prefix tokens only
+    prefix_macs: int  # MACs after the blocks where only the prefix tokens are left, minus those with all of them
+    readouts: tuple[str, ...]
+    classes: int
+
+
+@dataclass(frozen=True)
+class Sites(Sequence[AttentionSite]):
+    """The blocks that may be cut, in depth order; ``excluded`` says of each other attention why not."""
+
+    found: tuple[AttentionSite, ...]
+    excluded: dict[str, str]
+    total_macs: int
+    ending: Ending
+    input_size: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @overload
+    def __getitem__(self, index: int) -> AttentionSite: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[AttentionSite]: ...
+    def __getitem__(self, index: int | slice) -> AttentionSite | Sequence[AttentionSite]:
+        """Return a site by depth."""
+        return self.found[index]
+
+    def __len__(self) -> int:
+        """Return how many blocks may be cut."""
+        return len(self.found)
+
+    def __iter__(self) -> Iterator[AttentionSite]:
+        """Go through the sites in depth order."""
+        return iter(self.found)
+
+    def rows(self) -> list[dict[str, object]]:
+        """Return one row a site, of plain values."""
+        return [
+            {
+                "block": site.block,
+                "attention": site.attention,
+                "class": site.kind,
+                "tokens": site.layout.tokens,
+                "prefix": site.layout.prefix,
+                "heads": site.heads,
+                "dim": site.dim,
+                "scope": site.scope.value,
+                "proofs": "".join(site.proofs),
+                "macs": site.cost(site.layout.tokens, site.layout.tokens),
+                "size-aware attention": site.bias is not None,
+                "provenance": site.provenance,
+            }
+            for site in self.found
+        ]
+
+    def __str__(self) -> str:
+        """Return the table of sites."""
+        head = f"{'block':<28}{'attention':<34}{'tokens':>7}{'prefix':>7}{'heads':>6}{'dim':>6}  scope  proofs"
+        lines = [head]
+        for site in self.found:
+            lines.append(
+                f"{site.block:<28}{site.attention:<34}{site.layout.tokens:>7}{site.layout.prefix:>7}"
+                f"{site.heads:>6}{site.dim:>6}  {site.scope.value:<7}{' '.join(site.proofs)}"
+            )
+        lines += [f"left out: {name}: {reason}" for name, reason in self.excluded.items()]
+        return "\n".join(lines)
+
+
+def no_rows(heads: int, width: int) -> Tensor:
+    """Return the row table of separate, head-major key projections."""
+    return torch.arange(heads * width).reshape(heads, width)

@@ -1,0 +1,1 @@
+"""How do N tokens become P? The mathematics; it knows no model."""

@@ -1,0 +1,239 @@
+"""What one site, or the classifier's feature, knows of its clusters: centroids, counts by class, temperature.
+
+METHOD, "Statistics". Centroids and counts are averaged together, with one decay and from the same distances: a Q left
+over from other centroids would mean nothing. Counts take the soft assignments, centroids only the samples nearest to
+them. Were they soft means as well, each update would draw all of them towards the common mean, and at the perplexities
+wanted here a few hundred updates end with 64 equal centroids and a bound that no longer depends on the descriptor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ltm_retrofit.errors import DataError, RecipeError
+from ltm_retrofit.merging import ib
+
+#: no fit before the memory holds this many samples for each cluster
+SAMPLES_PER_CLUSTER = 4
+
+
+class Reading(NamedTuple):
+    """The statistics as the bound needs them: centroids (A, D), β, log Q(a|y) and log p(y|a) (A, C), fitted."""
+
+    centroids: Tensor
+    beta: Tensor
+    log_q: Tensor
+    log_p_y: Tensor
+    fitted: Tensor
+
+
+class Statistics(nn.Module):
+    """Soft clusters of a descriptor and their joint counts with the classes, learned from what passes by.
+
+    The counts always sum to ``capacity``: they stand for an effective sample of that many images, so that the
+    smoothing of `ib.q_given_y` means the same from the first fit on. All buffers stay float32 whatever dtype the model
+    is cast to. The memory of recent samples is no buffer: it is in copies and pickles, but not in the state dict.
+
+    Args:
+        dim: width D of the descriptor.
+        classes: C.
+        clusters: A.
+        decay: share of the old counts and centroid sums that one update keeps.
+        perplexity: what the median perplexity ``exp(H(φ_i))`` is fitted to; 0.9·A where there are too few clusters.
+        gamma: γ of CEB_γ.
+        capacity: how many samples the memory holds; at least 4·A.
+
+    Raises:
+        RecipeError: where a value cannot be.
+    """
+
+    centroids: Tensor
+    counts: Tensor
+    beta: Tensor
+    fitted: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        clusters: int = 64,
+        *,
+        decay: float = 0.99,
+        perplexity: float = 8.0,
+        gamma: float = 1.0,
+        capacity: int = 1024,
+    ) -> None:
+        """Start without any statistics."""
+        super().__init__()
+        for name, value, least in (("dim", dim, 1), ("classes", classes, 1), ("clusters", clusters, 2)):
+            if value < least:
+                raise RecipeError(f"{name} must be a whole number from {least} on, got {value!r}")
+        if not 0 <= decay < 1:
+            raise RecipeError(f"decay is the share of the past that an update keeps, 0 ≤ decay < 1, got {decay!r}")
+        if not perplexity > 1:
+            raise RecipeError(f"perplexity is an effective number of clusters, above 1, got {perplexity!r}")
+        if not 0 <= gamma < float("inf"):
+            raise RecipeError(f"gamma must be 0 or more and finite, got {gamma!r}")
+        if capacity < SAMPLES_PER_CLUSTER * clusters:
+            raise RecipeError(
+                f"capacity must be at least {SAMPLES_PER_CLUSTER} samples for each of {clusters} clusters, "
+                f"{SAMPLES_PER_CLUSTER * clusters}, got {capacity!r}: raise it, or ask for fewer clusters"
+            )
+        self.decay, self.gamma, self.capacity = decay, gamma, capacity
+        self.target_perplexity = min(perplexity, 0.9 * clusters)
+        # Said in full: under `from_pretrained(dtype=...)` the default dtype is another.
+        self.register_buffer("centroids", torch.zeros(clusters, dim, dtype=torch.float32))
+        self.register_buffer("counts", torch.zeros(clusters, classes, dtype=torch.float32))
+        self.register_buffer("beta", torch.ones((), dtype=torch.float32))
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.float32))
+        self._recent: tuple[Tensor, Tensor] | None = None  # descriptors (m, D) and soft labels (m, C), newest last
+
+    def extra_repr(self) -> str:
+        """Say what the module does in a printed model."""
+        (clusters, dim), classes = self.centroids.shape, self.counts.shape[1]
+        return f"{clusters} clusters of {dim} features, {classes} classes, γ = {self.gamma:g}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Follow a change of device, not of dtype: counts in half precision would stop growing."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != torch.float32:
+                self._buffers[name] = old.to(new.device, torch.float32)
+        return self
+
+    @torch.no_grad()
+    def update(self, x: Tensor, targets: Tensor, generator: torch.Generator | None = None) -> None:
+        """Learn from a batch: fit as soon as 4·A samples have come, from then on let the old fade by ``decay``.
+
+        A batch that is not finite is ignored. May be called between a forward pass and its backward pass.
+
+        Args:
+            x: descriptors ``(n, D)``; in distributed training of all ranks, or the ranks drift apart.
+            targets: soft labels ``(n, C)``.
+            generator: source of randomness for the fit; None is a fresh one with seed 0.
+
+        Raises:
+            DataError: where the shapes do not fit.
+        """
+        x, targets = self._checked(x, targets)
+        if len(x) == 0 or not _finite(x, targets):
+            return
+        self._remember(x, targets)
+        if not bool(self.fitted):
+            self.refresh(generator)
+            return
+        with ib.full_precision(x):
+            phi = ib.log_assign(x, self.centroids, self.beta).exp()
+            nearest = F.one_hot(phi.argmax(dim=1), len(self.centroids)).to(x.dtype)
+            fresh = (1 - self.decay) * self.capacity / len(x)
+            counts = self.decay * self.counts + fresh * torch.mm(phi.t(), targets)
+            old = self.decay * self.counts.sum(dim=1, keepdim=True)
+            sums = old * self.centroids + fresh * torch.mm(nearest.t(), x)
+            size = old + fresh * nearest.sum(dim=0).unsqueeze(1)
+        # A cluster that nothing touches any more keeps its place; the next refresh moves it.
+        alive = size > torch.finfo(size.dtype).tiny
+        self.centroids.copy_(torch.where(alive, sums / torch.where(alive, size, 1), self.centroids))
+        self.counts.copy_(counts)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, targets: Tensor, generator: torch.Generator | None = None) -> None:
+        """Start anew from a sample: k-means, β from the perplexity, counts from the assignments that result.
+
+        Args:
+            x: descriptors ``(n, D)``.
+            targets: soft labels ``(n, C)``.
+            generator: source of randomness; None is a fresh one with seed 0.
+
+        Raises:
+            DataError: where the shapes do not fit, or the sample is empty or not finite.
+        """
+        x, targets = self._checked(x, targets)
+        if len(x) == 0 or not _finite(x, targets):
+            raise DataError(f"cannot fit clusters to {len(x)} samples: expected one or more, all of them finite")
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        centroids = ib.kmeans(x, len(self.centroids), generator=generator)
+        beta = ib.beta_for_perplexity(x, centroids, self.target_perplexity)
+        phi = ib.log_assign(x, centroids, beta).exp()
+        with ib.full_precision(x):
+            counts = torch.mm(phi.t(), targets) * (self.capacity / len(x))
+        for buffer, value in ((self.centroids, centroids), (self.counts, counts), (self.beta, beta)):
+            buffer.copy_(value)
+        self.fitted.fill_(1)
+
+    def refresh(self, generator: torch.Generator | None = None) -> bool:
+        """Fit anew to the memory, once per epoch; return whether it held the 4·A samples that this takes.
+
+        The new clusters have other numbers: whatever was said of cluster a before does not hold after.
+        """
+        if self._recent is None or len(self._recent[0]) < SAMPLES_PER_CLUSTER * len(self.centroids):
+            return False
+        self.fit(*self._recent, generator)
+        return True
+
+    def bound(self, x: Tensor, targets: Tensor) -> Tensor:
+        """CEB_γ at ``x (n, D)`` with soft labels ``(n, C)``: a scalar in nats whose gradient flows into ``x`` only.
+
+        While nothing is fitted, a zero that can be differentiated.
+        """
+        if not bool(self.fitted):
+            return (x * 0).sum(dtype=torch.float32)
+        reading = self._read()
+        log_phi = ib.log_assign(x, reading.centroids, reading.beta)
+        return ib.ceb(log_phi, reading.log_q.exp(), targets.detach(), reading.log_p_y.exp(), self.gamma)
+
+    def step_direction(self, x: Tensor) -> Tensor:
+        """Return the gradient of each image's CEB_γ at ``x (n, D)``, ``(n, D)``: see `ib.bound_gradient`.
+
+        Computed also while nothing is fitted, and exactly zero then: neither the multiply-adds nor an exported graph
+        change with training.
+        """
+        reading = self._read()
+        return reading.fitted * ib.bound_gradient(
+            x, reading.centroids, reading.beta, reading.log_q, reading.log_p_y, self.gamma
+        )
+
+    @torch.no_grad()
+    def perplexity(self, x: Tensor) -> Tensor:
+        """Median over images of ``exp(H(φ_i))`` at ``x (n, D)``, a scalar from 1 to A, for reports."""
+        return ib.entropy(ib.log_assign(x, self.centroids, self.beta).exp()).median().exp()
+
+    def _read(self) -> Reading:
+        """Take the statistics out; copies where a graph will keep them, so that an update before backward is safe."""
+        centroids, beta, fitted = self.centroids, self.beta, self.fitted
+        if torch.is_grad_enabled():
+            centroids, beta, fitted = centroids.clone(), beta.clone(), fitted.clone()
+        # One image spread evenly over all cells: a class or cluster that was never seen has a finite logarithm.
+        counts = self.counts + 1 / self.counts.numel()
+        return Reading(centroids, beta, ib.q_given_y(counts).log(), ib.p_y_given_a(counts).log(), fitted)
+
+    def _checked(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Check the shapes; detach and move to where the buffers are."""
+        (dim, classes), device = (self.centroids.shape[1], self.counts.shape[1]), self.centroids.device
+        if x.ndim != 2 or targets.ndim != 2 or (x.shape[1], targets.shape[1], len(x)) != (dim, classes, len(targets)):
+            raise DataError(
+                f"descriptors {tuple(x.shape)} and soft labels {tuple(targets.shape)} do not fit: expected (n, {dim}) "
+                f"and (n, {classes}); ltm_retrofit.merging.ib.soft_targets makes soft labels of class indices"
+            )
+        return x.detach().to(device, torch.float32), targets.detach().to(device, torch.float32)
+
+    def _remember(self, x: Tensor, targets: Tensor) -> None:
+        """Put a batch into the memory; the oldest samples beyond ``capacity`` drop out."""
+        if self._recent is None:
+            self._recent = x[-self.capacity :].clone(), targets[-self.capacity :].clone()
+            return
+        kept_x, kept_targets = (kept.to(x.device) for kept in self._recent)
+        self._recent = (
+            torch.cat([kept_x, x[-self.capacity :]])[-self.capacity :].clone(),
+            torch.cat([kept_targets, targets[-self.capacity :]])[-self.capacity :].clone(),
+        )
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
