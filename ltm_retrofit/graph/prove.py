@@ -133,8 +133,10 @@ def trace_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, 
     weights = torch.randn(keys.shape[0], *keys.shape[2:], generator=torch.Generator().manual_seed(0)).to(keys)
     features: dict[int, list[Tensor]] = {}
     for head in range(heads):
+        with torch.enable_grad():
+            probe = (keys[:, head] * weights).sum()
         gradients = torch.autograd.grad(
-            (keys[:, head] * weights).sum(), [leaf for *_, leaf in leaves], retain_graph=True, allow_unused=True
+            probe, [leaf for *_, leaf in leaves], retain_graph=True, allow_unused=True
         )
         for index, gradient in enumerate(gradients):
             if gradient is not None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import overload
 
-import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.graph.cut import Halves, Signature
@@ -105,6 +104,7 @@ class Sites(Sequence[AttentionSite]):
     total_macs: int
     ending: Ending
     input_size: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    base: dict[str, str] = field(default_factory=dict)  # library, class and architecture of the model
 
     @overload
     def __getitem__(self, index: int) -> AttentionSite: ...
@@ -144,17 +144,14 @@ class Sites(Sequence[AttentionSite]):
 
     def __str__(self) -> str:
         """Return the table of sites."""
-        head = f"{'block':<28}{'attention':<34}{'tokens':>7}{'prefix':>7}{'heads':>6}{'dim':>6}  scope  proofs"
-        lines = [head]
+        block = max([len("block"), *(len(site.block) for site in self.found)])
+        inner = max([len("attention"), *(len(site.attention) for site in self.found)])
+        lines = [f"{'block':<{block}}  {'attention':<{inner}}  tokens  prefix  heads   dim  scope  proofs"]
         for site in self.found:
             lines.append(
-                f"{site.block:<28}{site.attention:<34}{site.layout.tokens:>7}{site.layout.prefix:>7}"
-                f"{site.heads:>6}{site.dim:>6}  {site.scope.value:<7}{' '.join(site.proofs)}"
+                f"{site.block:<{block}}  {site.attention:<{inner}}  {site.layout.tokens:>6}  {site.layout.prefix:>6}  "
+                f"{site.heads:>5}  {site.dim:>4}  {site.scope.value:<5}  {' '.join(site.proofs)}"
             )
         lines += [f"left out: {name}: {reason}" for name, reason in self.excluded.items()]
         return "\n".join(lines)
 
-
-def no_rows(heads: int, width: int) -> Tensor:
-    """Return the row table of separate, head-major key projections."""
-    return torch.arange(heads * width).reshape(heads, width)

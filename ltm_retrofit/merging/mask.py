@@ -62,6 +62,30 @@ def partition(tokens_in: int, tokens_out: int, prefix: int) -> Partition:
     return Partition(stride, offset, patches - destinations, destinations)
 
 
+def merge_macs(
+    method: str, dim: int, key_dim: int, tokens_in: int, tokens_out: int, prefix: int, classes: int, clusters: int
+) -> int:
+    """Return the multiply-adds of one mask for one image.
+
+    Keys and similarities for all but ``"slice"``; ToMe's merging is a scatter and counts nothing; a learnable mask
+    adds a dense product over the destinations and the information-bottleneck step, ``2AD + 2AC + 2ND``.
+    """
+    if method == "slice":
+        return 0
+    patches, (_, _, sources, destinations) = tokens_in - prefix, partition(tokens_in, tokens_out, prefix)
+    similarity = (patches * dim + sources * destinations) * key_dim
+    if method == "tome":
+        return similarity
+    merging = (tokens_in - tokens_out) * destinations * dim
+    return similarity + merging + 2 * patches * dim + 2 * clusters * (dim + classes)
+
+
+def unmerge_macs(method: str, dim: int, tokens_in: int, tokens_out: int, prefix: int) -> int:
+    """Return the multiply-adds of bringing ``tokens_out`` back to ``tokens_in`` for one image."""
+    destinations = 1 if method == "slice" else partition(tokens_in, tokens_out, prefix).destinations
+    return (tokens_in - tokens_out) * destinations * dim
+
+
 class SimilarityMask(nn.Module):
     """What the learnable mask and the published baseline share: who merges, by cosine similarity of keys.
 
@@ -72,6 +96,8 @@ class SimilarityMask(nn.Module):
         prefix: leading tokens that always stay, in place.
     """
 
+    #: whether ``forward`` wants the block's present key map
+    wants_key = False
     source_positions: Tensor
 
     def __init__(self, dim: int, tokens_in: int, tokens_out: int, prefix: int) -> None:
@@ -144,15 +170,6 @@ class MaskModule(SimilarityMask):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(INITIAL_TEMPERATURE)))
         self.eta = nn.Parameter(torch.zeros(()))
         self.statistics = Statistics(dim, classes, clusters)
-
-    def macs(self) -> int:
-        """Return the multiply-adds of one pass over one image."""
-        patches, key_dim = self.tokens_in - self.prefix, self.key.out_features
-        leave, (_, _, sources, destinations) = self.tokens_in - self.tokens_out, self.partition
-        similarity = patches * self.dim * key_dim + sources * destinations * key_dim
-        clusters, classes = self.statistics.counts.shape
-        step = 2 * patches * self.dim + 2 * clusters * (self.dim + classes)
-        return similarity + leave * destinations * self.dim + step
 
     def forward(
         self, inner: Tensor, tokens: Tensor, sizes: Tensor | None, key: tuple[Tensor, Tensor | None] | None = None
@@ -228,14 +245,7 @@ class MaskModule(SimilarityMask):
 class ToMeMask(SimilarityMask):
     """The published baseline, parameter-free: hard assignment to the most similar destination, size-weighted mean."""
 
-    def __init__(self, dim: int, key_dim: int, tokens_in: int, tokens_out: int, prefix: int) -> None:
-        super().__init__(dim, tokens_in, tokens_out, prefix)
-        self.key_dim = key_dim
-
-    def macs(self) -> int:
-        """Return the multiply-adds of one pass over one image; merging is a scatter and counts nothing."""
-        patches, (_, _, sources, destinations) = self.tokens_in - self.prefix, self.partition
-        return (patches * self.dim + sources * destinations) * self.key_dim
+    wants_key = True
 
     def forward(
         self, inner: Tensor, tokens: Tensor, sizes: Tensor | None, key: tuple[Tensor, Tensor | None] | None = None
@@ -268,13 +278,11 @@ class ToMeMask(SimilarityMask):
 class SliceMask(nn.Module):
     """Keep the first P tokens: the free lower limit, for measuring."""
 
+    wants_key = False
+
     def __init__(self, tokens_in: int, tokens_out: int) -> None:
         super().__init__()
         self.tokens_in, self.tokens_out = tokens_in, tokens_out
-
-    def macs(self) -> int:
-        """A slice multiplies nothing."""
-        return 0
 
     def forward(
         self, inner: Tensor, tokens: Tensor, sizes: Tensor | None, key: tuple[Tensor, Tensor | None] | None = None

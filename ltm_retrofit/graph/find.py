@@ -1,0 +1,270 @@
+"""probe → cut → prove: the whole walk, one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltm_retrofit.errors import NoAttentionError, UnsupportedBlock
+from ltm_retrofit.flops import count_macs, undisturbed
+from ltm_retrofit.graph import prove
+from ltm_retrofit.graph.cut import Halves, Signature, cut_block
+from ltm_retrofit.graph.example import Example, logits_of, other_image, prepare_example, run
+from ltm_retrofit.graph.probe import Attended, Call, Recording, record, replaced
+from ltm_retrofit.graph.sites import AttentionSite, Cost, Ending, KeySource, Scope, Sites, TokenLayout
+
+
+class _Candidate:
+    """A block under proof: what becomes an `AttentionSite` if everything holds."""
+
+    def __init__(self, model: nn.Module, name: str, attention: str, call: Call) -> None:
+        self.name, self.attention, self.call = name, attention, call
+        self.module = model.get_submodule(name)
+        below = attention.removeprefix(name).lstrip(".")
+        self.signature = Signature.of(self.module, name, call.args, call.kwargs)
+        self.cut = partial(cut_block, self.module, below, self.signature)
+        self.halves: dict[tuple[bool, bool], Halves] = {(False, False): self.cut(training=False, bias=None)}
+        self.cost: Cost
+        self.key: KeySource
+        self.heads, self.key_dim = 0, 0
+        self.bias: str | None = None
+
+    @property
+    def eval(self) -> Halves:
+        """The pieces for inference without attention bias: those that are proven."""
+        return self.halves[False, False]
+
+    def prove_alone(self) -> None:
+        """Proofs (a), (b) and (d), and all that is read off the block for later."""
+        stream, inner = prove.prove_cut(self.module, self.eval, self.call)
+        prove.prove_tokenwise(self.module, self.eval, stream)
+        self.cost = prove.measure_cost(self.module, self.eval, self.call, stream)
+        prove.prove_saving(self.cost, stream.shape[1])
+        self.key, self.heads, self.key_dim = prove.trace_keys(self.module, self.call, inner)
+        self.bias = prove.find_bias(
+            self.module, lambda name: self.cut(training=False, bias=name), self.call, self.signature
+        )
+        self.halves[True, False] = self.cut(training=True, bias=None)
+        if self.bias is not None:
+            for training in (False, True):
+                self.halves[training, True] = self.cut(training=training, bias=self.bias)
+
+    def part(self) -> tuple[nn.Module, Halves, Signature]:
+        """What proofs over the whole model need of this block."""
+        return self.module, self.eval, self.signature
+
+
+def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
+    """Find the blocks that can be cut between attention and MLP, and prove it. Touches nothing.
+
+    Args:
+        model: any ``nn.Module``.
+        example: a tensor or a dict of keyword arguments, of any batch size; made from what the model says of its
+            input where it is left out.
+
+    Returns:
+        The sites in depth order; ``.excluded`` names every other attention with its reason.
+
+    Raises:
+        NoAttentionError: where the model attends nowhere.
+        ExampleError: where there is no example, or the model cannot be run on it.
+    """
+    example = prepare_example(model, example)
+    with undisturbed(model), torch.no_grad():
+        recording = record(model, example)
+        if not recording.attended:
+            raise NoAttentionError(
+                f"{type(model).__name__} attends nowhere: no scaled dot-product and no softmax of a product was seen "
+                "in a forward pass of the example. Token merging needs a transformer with attention blocks"
+            )
+        excluded: dict[str, str] = {}
+        candidates = _unbroken(list(_candidates(model, recording, excluded)), recording, excluded)
+        prefix = _drop(candidates, excluded, partial(_prefix_of, model, example)) or 0
+        candidates = _prove_rest(model, example, candidates, prefix, excluded)
+        total = count_macs(model, example).total
+        ending = _ending(model, example, recording, candidates, prefix, total)
+    sites = tuple(_site(candidate, _layout(candidate, prefix, recording)) for candidate in candidates)
+    shapes = {"": tuple(example.shape)} if isinstance(example, Tensor) else {
+        key: tuple(value.shape) for key, value in example.items() if isinstance(value, Tensor)
+    }
+    return Sites(sites, excluded, total, ending, shapes, identify(model))
+
+
+def identify(model: nn.Module) -> dict[str, str]:
+    """Say which library a model comes from, its class and, where it knows it, its architecture's name."""
+    library = type(model).__module__.partition(".")[0]
+    named = {"library": library, "class": type(model).__name__}
+    declared = getattr(model, "pretrained_cfg", None)
+    if library == "timm" and isinstance(declared, Mapping) and declared.get("architecture"):
+        named["architecture"] = str(declared["architecture"])
+    if library == "transformers":
+        named["architecture"] = str(getattr(getattr(model, "config", None), "model_type", ""))
+    return named
+
+
+def _candidates(model: nn.Module, recording: Recording, excluded: dict[str, str]) -> Iterator[_Candidate]:
+    """For each attention the smallest enclosing module that can be cut; the rest goes to ``excluded``."""
+    taken: set[str] = set()
+    for attended in recording.attended:
+        if taken & set(attended.chain):
+            continue  # a second attention of a block that is already cut: its tail was proven token-wise with it
+        try:
+            candidate = _smallest(model, recording, attended)
+        except UnsupportedBlock as error:
+            excluded[attended.chain[-1]] = str(error)
+            continue
+        taken.add(candidate.name)
+        yield candidate
+
+
+def _unbroken(
+    candidates: list[_Candidate], recording: Recording, excluded: dict[str, str]
+) -> list[_Candidate]:
+    """Keep the last run of candidates with no excluded attention between them: merged tokens must not meet one."""
+    names = {candidate.name: candidate for candidate in candidates}
+    run_of: list[_Candidate] = []
+    pending = ""
+    for attended in recording.attended:
+        candidate = next((names[name] for name in attended.chain if name in names), None)
+        if candidate is None:
+            pending = attended.chain[-1]
+        elif candidate not in run_of:
+            if pending and run_of:
+                for earlier in run_of:
+                    excluded[earlier.name] = f"{earlier.name}: tokens merged here would reach {pending}, which is left out"
+                run_of = []
+            pending = ""
+            run_of.append(candidate)
+    return run_of
+
+
+def _smallest(model: nn.Module, recording: Recording, attended: Attended) -> _Candidate:
+    reasons: list[str] = []
+    for name in reversed(attended.chain):
+        calls = recording.calls.get(name, [])
+        kind = type(model.get_submodule(name)).__name__
+        try:
+            if len(calls) != 1:
+                raise UnsupportedBlock(f"called {len(calls)} times in one forward pass")
+            if calls[0].stream() is None:
+                continue  # not a block: other tokens come out than go in
+            candidate = _Candidate(model, name, attended.chain[-1], calls[0])
+            candidate.prove_alone()
+            return candidate
+        except UnsupportedBlock as error:
+            reasons.append(f"{name or 'the model'} ({kind}): {error}")
+    owner = model.get_submodule(attended.chain[-1])
+    raise UnsupportedBlock("; ".join(reasons) or f"{type(owner).__name__}: no module around it keeps a token stream")
+
+
+def _drop(candidates: list[_Candidate], excluded: dict[str, str], measure: Any) -> int | None:
+    """Measure something of the first block on; where that fails all candidates are excluded with the reason."""
+    if not candidates:
+        return None
+    try:
+        return int(measure(candidates))
+    except UnsupportedBlock as error:
+        for candidate in candidates:
+            excluded[candidate.name] = str(error)
+        candidates.clear()
+        return None
+
+
+def _prefix_of(model: nn.Module, example: Example, candidates: list[_Candidate]) -> int:
+    """Count the leading tokens that do not depend on the image: class, distillation and register tokens."""
+    first, seen = candidates[0], list[Tensor]()
+
+    class Reached(Exception):
+        pass
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        seen.append(first.signature.split(first.name, args, kwargs))
+        raise Reached
+
+    with replaced({first.module: stop}):
+        try:
+            run(model, other_image(example))
+        except Reached:
+            pass
+    before = first.call.stream()
+    assert before is not None
+    same = (seen[0] == before).flatten(2).all(dim=-1)[0]
+    prefix = int(same.sum())
+    if not bool(same[:prefix].all()):
+        raise UnsupportedBlock("its prefix tokens do not lead the sequence")
+    return prefix
+
+
+def _prove_rest(
+    model: nn.Module, example: Example, candidates: list[_Candidate], prefix: int, excluded: dict[str, str]
+) -> list[_Candidate]:
+    """(c) for all candidates in two passes; where that fails, one by one from the last, keeping what holds."""
+    counts = {candidate.call.output.shape[1] for candidate in candidates}
+    if len(counts) > 1:
+        reason = f"proof (c): token counts change between blocks ({', '.join(map(str, sorted(counts)))})"
+        excluded.update({candidate.name: reason for candidate in candidates})
+        return []
+    if not candidates:
+        return []
+    try:
+        prove.prove_rest(model, example, [candidate.part() for candidate in candidates], prefix)
+        return candidates
+    except UnsupportedBlock:
+        kept: list[_Candidate] = []
+    for candidate in reversed(candidates):
+        try:
+            prove.prove_rest(model, example, [candidate.part(), *(other.part() for other in kept)], prefix)
+        except UnsupportedBlock as error:
+            excluded[candidate.name] = f"{candidate.name} ({type(candidate.module).__name__}): {error}"
+        else:
+            kept.insert(0, candidate)
+    return kept
+
+
+def _ending(
+    model: nn.Module, example: Example, recording: Recording, candidates: list[_Candidate], prefix: int, total: int
+) -> Ending:
+    logits = logits_of(recording.output)
+    classes = 0 if logits is None else logits.shape[1]
+    readouts = recording.readouts(classes) if classes else ()
+    last = candidates[-1] if candidates else None
+    if last is None or last.attention != recording.attended[-1].chain[-1]:
+        return Ending(False, 0, readouts, classes)  # something attends after the last block that can be cut
+    macs = prove.prove_prefix_only(model, example, last.part(), prefix, recording.output)
+    if macs is None:
+        return Ending(False, 0, readouts, classes)
+    tokens = last.call.output.shape[1]
+    saved = last.cost(tokens, tokens) - last.cost(tokens, prefix)
+    return Ending(True, macs - (total - saved), readouts, classes)
+
+
+def _layout(candidate: _Candidate, prefix: int, recording: Recording) -> TokenLayout:
+    tokens = candidate.call.output.shape[1]
+    patches = tokens - prefix
+    grids = [(shape[2], shape[3]) for _, shape in recording.maps if shape[2] * shape[3] == patches]
+    side = round(patches**0.5)
+    grid = grids[-1] if grids else (side, side) if side * side == patches else None
+    return TokenLayout(tokens, prefix, grid)
+
+
+def _site(candidate: _Candidate, layout: TokenLayout) -> AttentionSite:
+    return AttentionSite(
+        block=candidate.name,
+        attention=candidate.attention,
+        kind=type(candidate.module).__name__,
+        dim=candidate.call.output.shape[2],
+        heads=candidate.heads,
+        key_dim=candidate.key_dim,
+        layout=layout,
+        scope=Scope.FLOW,
+        cost=candidate.cost,
+        proofs=("a", "b", "c", "d"),
+        signature=candidate.signature,
+        halves=candidate.halves,
+        key=candidate.key,
+        bias=candidate.bias,
+    )
