@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError
@@ -16,6 +17,8 @@ from ltm_retrofit.plan import MergePlan
 
 #: name under which masks are registered on their blocks, and the plan on the model
 CHILD = "ltm"
+#: mark that `finetune` leaves on a model, so that no report calls fine-tuned weights the original's
+FINETUNED = "ltm_finetuned"
 
 
 class BlockForward:
@@ -108,11 +111,15 @@ class Retrofit(nn.Module):
     """What the converted model itself keeps: the plan, and the statistics of the feature that its classifier reads.
 
     Registered on the model as ``ltm``; ``readout`` is None where there is no classifier or nothing to train.
+    ``finetuned`` says whether the weights are still the pretrained ones; it is saved with them.
     """
 
-    def __init__(self, plan: MergePlan, readout: Statistics | None) -> None:
+    finetuned: Tensor
+
+    def __init__(self, plan: MergePlan, readout: Statistics | None, *, finetuned: bool = False) -> None:
         super().__init__()
         self.plan, self.readout = plan, readout
+        self.register_buffer("finetuned", torch.tensor(finetuned))
 
     def extra_repr(self) -> str:
         """Say what was planned in a printed model."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltm_retrofit.blocks import CHILD, BlockForward, Retrofit, forwards_of
+from ltm_retrofit.blocks import CHILD, FINETUNED, BlockForward, Retrofit, forwards_of
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, NotRetrofitted, UnsupportedBlock
 from ltm_retrofit.flops import undisturbed
@@ -74,11 +74,14 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         NotRetrofitted: where there is nothing to remove.
     """
+    finetuned = was_finetuned(model)
     get_plan(model)
     for forward in list(forwards_of(model)):
         del forward.block.__dict__["forward"]
         forward.block._modules.pop(CHILD, None)
     del model._modules[CHILD]
+    if finetuned:
+        mark_finetuned(model)
     return model
 
 
@@ -109,6 +112,21 @@ def get_retrofit(model: nn.Module) -> Retrofit:
             "and pass the model itself, not a wrapper around it"
         )
     return kept
+
+
+def was_finetuned(model: nn.Module) -> bool:
+    """Say whether `finetune` has trained a model's weights, before or after its conversion."""
+    if is_retrofitted(model):
+        return bool(get_retrofit(model).finetuned)
+    return bool(model.__dict__.get(FINETUNED, False))
+
+
+def mark_finetuned(model: nn.Module) -> None:
+    """Note that a model's weights are no longer the pretrained ones."""
+    if is_retrofitted(model):
+        get_retrofit(model).finetuned.fill_(True)
+    else:
+        model.__dict__[FINETUNED] = True
 
 
 @contextmanager
@@ -180,7 +198,7 @@ def _build(
     if plan.config.method == "ltm" and masks and plan.readouts:
         width = sum(model.get_submodule(name).get_parameter("weight").shape[1] for name in plan.readouts)
         readout = Statistics(width, plan.classes, plan.clusters).to(device)
-    kept = Retrofit(dataclasses.replace(plan, base=sites.base), readout)
+    kept = Retrofit(dataclasses.replace(plan, base=sites.base), readout, finetuned=was_finetuned(model)).to(device)
     return forwards, masks, kept.train(model.training)
 
 

@@ -1,0 +1,166 @@
+"""Transforms and loaders from the model's own configuration; labels checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ltm_retrofit.errors import DataError
+from ltm_retrofit.graph.example import input_size
+
+AUGMENTS = ("none", "crop")
+Data = Any  # a `datasets` data set with columns image and label, or an iterable of batches
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a model wants its images: size, normalisation, interpolation, share of the resized image that is kept."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+
+
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """Read a model's preprocessing: the size off the live model, the rest off timm's config or HF's image processor.
+
+    Raises:
+        DataError: where the model does not say its input size.
+    """
+    size = input_size(model)
+    if size is None:
+        raise DataError(
+            f"{type(model).__name__} does not say its input size, so images cannot be resized for it: pass a loader "
+            "whose batches are ready for the model"
+        )
+    declared = getattr(model, "pretrained_cfg", None)
+    if isinstance(declared, Mapping):
+        return Preprocessing(
+            size[1:], tuple(declared["mean"]), tuple(declared["std"]), declared["interpolation"], declared["crop_pct"]
+        )
+    folder = Path(getattr(getattr(model, "config", None), "_name_or_path", "") or "/nowhere")
+    if (folder / "preprocessor_config.json").is_file():
+        from transformers import AutoImageProcessor
+
+        processor = AutoImageProcessor.from_pretrained(folder)
+        return Preprocessing(size[1:], tuple(processor.image_mean), tuple(processor.image_std))
+    half = (0.5,) * size[0]
+    return Preprocessing(size[1:], half, half, "bilinear")
+
+
+def make_transform(wanted: Preprocessing, augment: str = "none") -> Callable[[Any], Tensor]:
+    """Return PIL image → ``(C, H, W)``; ``"crop"`` shifts by up to a sixteenth of the size."""
+    from torchvision.transforms import v2
+
+    height, width = wanted.size
+    scaled = [round(height / wanted.crop_pct), round(width / wanted.crop_pct)]
+    mode = getattr(v2.InterpolationMode, wanted.interpolation.upper(), v2.InterpolationMode.BICUBIC)
+    steps: list[Any] = [v2.RGB() if len(wanted.mean) == 3 else v2.Grayscale(), v2.PILToTensor()]
+    steps += [v2.Resize(scaled, interpolation=mode, antialias=True), v2.CenterCrop([height, width])]
+    if augment == "crop":
+        steps.append(v2.RandomCrop([height, width], padding=max(height, width) // 16))
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(wanted.mean), list(wanted.std))]
+    return v2.Compose(steps)  # type: ignore[no-any-return]
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    """Rows of a `datasets` data set as (image, label)."""
+
+    def __init__(self, rows: Any, transform: Callable[[Any], Tensor]) -> None:
+        self.rows, self.transform = rows, transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        row = self.rows[index]
+        return self.transform(row["image"]), int(row["label"])
+
+
+def is_table(data: Data) -> bool:
+    """Say whether data is a `datasets` data set, as opposed to a loader."""
+    return hasattr(data, "column_names") and hasattr(data, "features")
+
+
+def check_labels(data: Data, classes: int, split: str) -> None:
+    """Check a data set's columns and labels against a model's classes.
+
+    Raises:
+        DataError: columns missing, labels outside the classes, or a class that no image has.
+    """
+    missing = {"image", "label"} - set(data.column_names)
+    if missing:
+        raise DataError(
+            f"the {split} split has columns {', '.join(data.column_names)}; expected image and label: rename them with "
+            "dataset.rename_column, or name them in the recipe's data section"
+        )
+    if len(data) == 0:
+        raise DataError(f"the {split} split is empty")
+    seen = set(data["label"])
+    outside = sorted(label for label in seen if not isinstance(label, int) or not 0 <= label < classes)
+    if outside:
+        raise DataError(
+            f"the {split} split has labels {outside[:5]} outside the model's {classes} classes (0 to {classes - 1}): "
+            "give the model a head of as many classes as the data has"
+        )
+    absent = sorted(set(range(classes)) - seen)
+    if absent:
+        names = getattr(data.features["label"], "names", None)
+        shown = [names[label] if names and label < len(names) else str(label) for label in absent[:5]]
+        raise DataError(
+            f"no image of the {split} split has class {', '.join(shown)}{' …' if len(absent) > 5 else ''} "
+            f"({len(absent)} of the model's {classes} classes): use a split that has all of them, stratified for "
+            "example, or give the model another head"
+        )
+
+
+def make_loader(
+    model: nn.Module, data: Data, *, batch_size: int, shuffle: bool, augment: str = "none", seed: int = 0,
+    workers: int = 0,
+) -> Iterable[Any]:
+    """Return batches ``(images, labels)`` of a data set as the model wants them; a loader is returned as it is."""
+    if not is_table(data):
+        return data  # type: ignore[no-any-return]
+    return DataLoader(
+        _Images(data, make_transform(preprocessing_of(model), augment)),
+        batch_size=batch_size,
+        shuffle=shuffle,
+        generator=torch.Generator().manual_seed(seed),
+        num_workers=workers,
+        drop_last=shuffle and len(data) >= batch_size,
+    )
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor]:
+    """Return (inputs, labels) of a loader's batch: a pair, or a mapping with ``labels`` (or ``label``).
+
+    Raises:
+        DataError: where it is neither.
+    """
+    if isinstance(batch, Mapping):
+        name = next((key for key in ("labels", "label") if key in batch), None)
+        if name is not None:
+            return {key: value for key, value in batch.items() if key != name}, batch[name]
+    elif isinstance(batch, (list, tuple)) and len(batch) == 2:
+        return batch[0], batch[1]
+    shown = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+    raise DataError(f"a batch is (images, labels) or a dict with 'labels', got {shown}")
+
+
+def batches_on(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
+    """Go through a loader, everything moved to the device."""
+    for batch in loader:
+        inputs, labels = split_batch(batch)
+        if isinstance(inputs, Mapping):
+            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        else:
+            inputs = inputs.to(device)
+        yield inputs, labels.to(device)

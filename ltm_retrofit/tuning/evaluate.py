@@ -1,0 +1,67 @@
+"""Accuracy of a model, converted or not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ltm_retrofit.convert import get_retrofit, is_retrofitted
+from ltm_retrofit.errors import DataError, TrainingError
+from ltm_retrofit.flops import undisturbed
+from ltm_retrofit.graph.example import home, logits_of, prepare_example, run
+from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table, make_loader
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, data: Data, batch_size: int = 128) -> tuple[Tensor, Tensor]:
+    """Return predicted classes and labels ``(n,)``, in the data's order, in eval mode."""
+    guesses, truths = [], []
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        loader = make_loader(model, data, batch_size=batch_size, shuffle=False)
+        for inputs, labels in tqdm(batches_on(loader, home(model)[0]), desc="evaluate", leave=False, disable=None):
+            logits = logits_of(run(model, inputs))
+            assert logits is not None
+            guesses.append(logits.argmax(dim=-1).cpu())
+            truths.append((labels.argmax(dim=-1) if labels.ndim == 2 else labels).cpu())
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    if not guesses:
+        raise DataError("there is no image to evaluate on")
+    return torch.cat(guesses), torch.cat(truths)
+
+
+def evaluate(model: nn.Module, data: Data, batch_size: int = 128) -> float:
+    """Return top-1 accuracy in percent, in eval mode.
+
+    Raises:
+        DataError: where labels do not fit the model's classes.
+    """
+    if is_table(data):
+        check_labels(data, count_classes(model), "evaluation")
+    guesses, truths = predictions(model, data, batch_size)
+    return 100 * float((guesses == truths).float().mean())
+
+
+def count_classes(model: nn.Module) -> int:
+    """Return how many classes a model's logits have.
+
+    Raises:
+        TrainingError: where it puts out no logits.
+    """
+    if is_retrofitted(model):
+        classes = get_retrofit(model).plan.classes
+    else:
+        for source in (model, getattr(model, "config", None)):
+            classes = getattr(source, "num_classes", None) or getattr(source, "num_labels", None) or 0
+            if classes:
+                return int(classes)
+        with undisturbed(model), torch.no_grad():
+            logits = logits_of(run(model, prepare_example(model, None)))
+        classes = 0 if logits is None else logits.shape[1]
+    if not classes:
+        raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier first")
+    return int(classes)

@@ -1,0 +1,277 @@
+"""finetune(): a short fine-tune with the information-bottleneck bound. The only importer of accelerate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ltm_retrofit.blocks import CHILD
+from ltm_retrofit.config import Strict, check_choice
+from ltm_retrofit.convert import get_retrofit, is_retrofitted, mark_finetuned
+from ltm_retrofit.errors import DataError, RecipeError, TrainingError
+from ltm_retrofit.graph.example import home, logits_of, run
+from ltm_retrofit.merging.ib import soft_targets
+from ltm_retrofit.merging.mask import MaskModule
+from ltm_retrofit.merging.statistics import Statistics
+from ltm_retrofit.tracing import bound_loss, trace
+from ltm_retrofit.tuning.data import AUGMENTS, Data, batches_on, check_labels, is_table, make_loader
+from ltm_retrofit.tuning.evaluate import count_classes, evaluate
+
+TRAINS = ("all", "masks")
+#: steps between two copies of the weights that a non-finite loss falls back to
+KEEP_EVERY = 20
+
+
+@dataclass(frozen=True)
+class TrainConfig(Strict):
+    """How to fine-tune.
+
+    Args:
+        epochs: passes over the training data.
+        batch_size: images in a step.
+        lr: highest learning rate; linear warm-up, then cosine to zero.
+        train: ``"all"`` parameters, or ``"masks"`` only.
+        seed: of shuffling and augmentation.
+        weight_decay: of AdamW, on matrices only.
+        warmup: share of the steps in which the learning rate rises.
+        bound: λ, weight of the bound CEB_γ on the feature that the classifier reads; 0 leaves it out.
+        bound_sites: weight of the bound on each site's own descriptor, within λ.
+        bound_warmup: share of the steps before the bound joins the loss.
+        label_smoothing: of the cross-entropy.
+        clip: largest norm of the gradient.
+        augment: ``"none"``, or ``"crop"``: shifts by up to a sixteenth of the image.
+        mixed_precision: Accelerate's: ``"no"``, ``"bf16"`` or ``"fp16"``.
+        workers: of the data loader.
+    """
+
+    epochs: int = 1
+    batch_size: int = 64
+    lr: float = 3e-4
+    train: str = "all"
+    seed: int = 0
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    bound: float = 0.1
+    bound_sites: float = 0.0
+    bound_warmup: float = 0.2
+    label_smoothing: float = 0.0
+    clip: float = 1.0
+    augment: str = "none"
+    mixed_precision: str = "no"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value; nothing is corrected silently."""
+        for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise RecipeError(f"{name} must be a whole number from {least} on, got {value!r}")
+        for name, most in (("lr", math.inf), ("weight_decay", math.inf), ("warmup", 1), ("bound", math.inf),
+                           ("bound_sites", math.inf), ("bound_warmup", 1), ("label_smoothing", 1), ("clip", math.inf)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
+                raise RecipeError(f"{name} must be a number from 0 to {most}, got {value!r}")
+        check_choice(self.train, TRAINS, "train")
+        check_choice(self.augment, AUGMENTS, "augment")
+        check_choice(self.mixed_precision, ("no", "bf16", "fp16"), "mixed_precision")
+
+
+@dataclass
+class History:
+    """What a fine-tune went through: one entry an epoch, and the loss of every step."""
+
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+def finetune(
+    model: nn.Module, train: Data, val: Data | None = None, *, config: TrainConfig | None = None
+) -> History:
+    """Fine-tune a model in place, converted or not, through Accelerate.
+
+    Args:
+        model: any classifier; the bound is left out where there is no learnable mask.
+        train: a `datasets` data set with columns ``image`` and ``label``, or a loader of batches.
+        val: likewise; its accuracy is noted after every epoch.
+        config: see `TrainConfig`.
+
+    Returns:
+        The history. The model keeps its device, training flags and ``requires_grad``.
+
+    Raises:
+        DataError: labels that do not fit the model's classes, columns missing, a class without images.
+        TrainingError: no classifier, nothing to train, or a loss that is not finite (the model then holds the last
+            weights whose loss was).
+    """
+    config = config or TrainConfig()
+    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    if accelerator.num_processes > 1:
+        raise TrainingError(
+            f"finetune runs in one process for now and was started in {accelerator.num_processes}: the statistics of "
+            "the bound are not yet reduced across processes"
+        )
+    classes = count_classes(model)
+    for data, split in ((train, "training"), (val, "validation")):
+        if data is not None and is_table(data):
+            check_labels(data, classes, split)
+    loader = make_loader(model, train, batch_size=config.batch_size, shuffle=True, augment=config.augment,
+                         seed=config.seed, workers=config.workers)
+    try:
+        length = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        raise DataError("finetune needs to know how many steps an epoch has: pass a loader that has a length") from None
+    device = home(model)[0]
+    with _kept_state(model, config.train), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        history = _Run(model, accelerator, config, classes, length).epochs(loader, val)
+    model.to(device)
+    mark_finetuned(model)
+    return history
+
+
+class _Run:
+    """One fine-tune: optimizer, schedule, bound, and the weights to fall back to."""
+
+    def __init__(
+        self, model: nn.Module, accelerator: Accelerator, config: TrainConfig, classes: int, length: int
+    ) -> None:
+        self.model, self.accelerator, self.config, self.classes = model, accelerator, config, classes
+        self.total, self.length, self.step = length * config.epochs, length, 0
+        self.bounded = is_retrofitted(model) and get_retrofit(model).readout is not None
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=config.lr)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        self.wrapped, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+        self.good: dict[str, Tensor] = {}
+        self.good_step = 0
+
+    def _rate(self, step: int) -> float:
+        done, warmup = step / max(1, self.total), self.config.warmup
+        return (step + 1) / (warmup * self.total + 1) if done < warmup else 0.5 * (1 + math.cos(math.pi * done))
+
+    def epochs(self, loader: Any, val: Data | None) -> History:
+        history = History()
+        for epoch in range(self.config.epochs):
+            began, sums = time.perf_counter(), {"loss": 0.0, "task": 0.0, "bound": 0.0}
+            images = 0
+            self.wrapped.train()
+            batches = batches_on(loader, self.accelerator.device)
+            bar = tqdm(batches, total=self.length, desc=f"epoch {epoch + 1}/{self.config.epochs}", leave=False,
+                       disable=None)
+            for inputs, labels in bar:
+                losses = self.train_step(inputs, labels)
+                for key, value in losses.items():
+                    sums[key] += value / self.length
+                history.losses.append(losses["loss"])
+                images += len(labels)
+                bar.set_postfix(loss=f"{losses['loss']:.3f}")
+            self.refresh()
+            seconds = time.perf_counter() - began
+            history.epochs.append(
+                {
+                    "epoch": epoch + 1,
+                    **sums,
+                    "lr": self.schedule.get_last_lr()[0],
+                    "val_accuracy": None if val is None else evaluate(self.model, val, self.config.batch_size),
+                    "seconds": seconds,
+                    "images_per_second": images / seconds,
+                    "sites": self.sites(),
+                }
+            )
+        return history
+
+    def train_step(self, inputs: Any, labels: Tensor) -> dict[str, float]:
+        """One step of the optimizer; stops before it where the loss or its gradient is not finite."""
+        with trace(self.model) if self.bounded else nullcontext() as traced:
+            logits = logits_of(run(self.wrapped, inputs))
+        assert logits is not None
+        targets = soft_targets(labels, self.classes)
+        task = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
+        loss, bound = task, torch.zeros(())
+        if traced is not None:
+            bound = bound_loss(traced, targets, sites=self.config.bound_sites)
+            if self.step >= self.config.bound_warmup * self.total:
+                loss = task + self.config.bound * bound
+        value = float(loss)
+        self.optimizer.zero_grad()
+        if math.isfinite(value):
+            self.accelerator.backward(loss)
+            norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip or math.inf)
+            if norm is not None and not bool(torch.isfinite(norm)) and self.config.mixed_precision != "fp16":
+                value = math.nan
+        if not math.isfinite(value):
+            self.fall_back(value)
+        if self.step % KEEP_EVERY == 0:
+            self.good = {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
+            self.good_step = self.step
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        if self.step * self.config.batch_size // 1024 == 1 and (self.step - 1) * self.config.batch_size < 1024:
+            self.refresh()  # the first fit saw few images for each cluster; now the memory is full
+        return {"loss": value, "task": float(task), "bound": float(bound)}
+
+    def fall_back(self, value: float) -> None:
+        """Put the last good weights back and stop."""
+        if self.good:
+            self.model.load_state_dict(self.good)
+        raise TrainingError(
+            f"the loss or its gradient is not finite at step {self.step + 1} of {self.total} (loss {value}): the model "
+            f"holds the weights from before step {self.good_step + 1}. Lower lr ({self.config.lr:g}), check the images "
+            "for NaN, or use mixed_precision='no'"
+        )
+
+    def refresh(self) -> None:
+        """Fit all statistics anew to their memories."""
+        for module in self.model.modules():
+            if isinstance(module, Statistics):
+                module.refresh()
+
+    def sites(self) -> dict[str, dict[str, float]]:
+        """Return what each mask has learned: η and the temperature of its softmax."""
+        return {
+            name.removesuffix(CHILD).rstrip("."): {
+                "eta": float(module.eta), "temperature": math.exp(-float(module.log_scale))
+            }
+            for name, module in self.model.named_modules()
+            if isinstance(module, MaskModule)
+        }
+
+
+@contextmanager
+def _kept_state(model: nn.Module, train: str) -> Iterator[None]:
+    """Choose what trains, and put training flags and ``requires_grad`` back afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    if train == "masks":
+        masks = {p for module in model.modules() if isinstance(module, MaskModule) for p in module.parameters()}
+        if not masks:
+            raise TrainingError("train='masks' finds no mask: convert the model with method='ltm' first")
+        for parameter in wanted:
+            parameter.requires_grad_(parameter in masks)
+    try:
+        yield
+    finally:
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        for module, flag in flags.items():
+            module.training = flag
