@@ -108,7 +108,10 @@ def main() -> None:
     )
     shutil.rmtree(args.out, ignore_errors=True)
     timm.models.save_for_hf(
-        model, args.out, model_config={"label_names": [str(d) for d in range(10)]}, model_args=MODEL_ARGS,
+        model,
+        args.out,
+        model_config={"label_names": [str(d) for d in range(10)]},
+        model_args=MODEL_ARGS,
         safe_serialization=True,
     )
     print("wrote", *(f"{file} ({file.stat().st_size / 1e6:.2f} MB)" for file in sorted(args.out.iterdir())))

@@ -160,7 +160,7 @@ def _check_fits(plan: MergePlan, sites: Sites) -> None:
             reason = sites.excluded.get(row.site, f"blocks that can be cut: {', '.join(known) or 'none'}")
             raise BaseMismatch(f"the plan merges at {row.site!r}, which this model cannot: {reason}")
     tokens = sites[0].layout.tokens
-    if plan.rows and plan.rows[0].tokens_in != tokens or plan.macs_original != sites.total_macs:
+    if (plan.rows and plan.rows[0].tokens_in != tokens) or plan.macs_original != sites.total_macs:
         raise BaseMismatch(
             f"the plan is for {plan.rows[0].tokens_in} tokens and {plan.macs_original:,} MACs, this model has {tokens} "
             f"and {sites.total_macs:,} at its example's size: plan for this model, or pass an example of that size"
@@ -188,9 +188,7 @@ def _build(
             raise UnsupportedBlock(f"block {site.block!r} has an attribute {CHILD!r} of its own, our name for its mask")
         last = index == len(sites) - 1
         keep = row.tokens_out if row is not None and row.action == "slice" else None
-        forwards.append(
-            BlockForward(block, site, expects=merged, keep=keep, last=last, unmerge=last and plan.unmerge)
-        )
+        forwards.append(BlockForward(block, site, expects=merged, keep=keep, last=last, unmerge=last and plan.unmerge))
         if row is not None and row.action == "merge":
             masks[site.block] = _make_mask(block, site, row, plan)
             merged = True
@@ -221,9 +219,7 @@ def _make_mask(block: nn.Module, site: AttentionSite, row: Row, plan: MergePlan)
     return mask.train(block.training)
 
 
-def _install(
-    model: nn.Module, forwards: list[BlockForward], masks: dict[str, nn.Module], kept: Retrofit
-) -> None:
+def _install(model: nn.Module, forwards: list[BlockForward], masks: dict[str, nn.Module], kept: Retrofit) -> None:
     model._modules[CHILD] = kept
     for forward in forwards:
         forward.block.__dict__["forward"] = forward

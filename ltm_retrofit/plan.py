@@ -175,8 +175,14 @@ class _Planner:
             total += site.cost(present, after) - site.cost(self.tokens, self.tokens)
             if row is not None and row.action == "merge":
                 total += merge_macs(
-                    self.config.method, site.dim, site.key_dim, row.tokens_in, row.tokens_out, self.prefix,
-                    max(1, self.sites.ending.classes), CLUSTERS,
+                    self.config.method,
+                    site.dim,
+                    site.key_dim,
+                    row.tokens_in,
+                    row.tokens_out,
+                    self.prefix,
+                    max(1, self.sites.ending.classes),
+                    CLUSTERS,
                 )
                 if not self.slices:
                     total += unmerge_macs(self.config.method, site.dim, row.tokens_in, row.tokens_out, self.prefix)

@@ -53,8 +53,9 @@ class Code:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle modules among the names as their import path."""
-        names = {key: value.__name__ if isinstance(value, types.ModuleType) else value
-                 for key, value in self.names.items()}
+        names = {
+            key: value.__name__ if isinstance(value, types.ModuleType) else value for key, value in self.names.items()
+        }
         modules = [key for key, value in self.names.items() if isinstance(value, types.ModuleType)]
         return _load_code, (self.source, names, modules)
 
@@ -218,8 +219,9 @@ def cut_block(block: nn.Module, attention: str, signature: Signature, *, trainin
     if any(node.op != "get_attr" for node in shared):
         raise UnsupportedBlock("its tail reads what was computed before the residual addition")
     return Halves(
-        _write(nodes, _ancestors(total, stop=set()) | _ancestors(inner, stop=set()), [tokens, bias_node],
-               (total, inner)),
+        _write(
+            nodes, _ancestors(total, stop=set()) | _ancestors(inner, stop=set()), [tokens, bias_node], (total, inner)
+        ),
         _write(nodes, back - {total}, [total], output),
     )
 

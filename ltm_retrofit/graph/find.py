@@ -88,9 +88,11 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
         total = count_macs(model, example).total
         ending = _ending(model, example, recording, candidates, prefix, total)
     sites = tuple(_site(candidate, _layout(candidate, prefix, recording)) for candidate in candidates)
-    shapes = {"": tuple(example.shape)} if isinstance(example, Tensor) else {
-        key: tuple(value.shape) for key, value in example.items() if isinstance(value, Tensor)
-    }
+    shapes = (
+        {"": tuple(example.shape)}
+        if isinstance(example, Tensor)
+        else {key: tuple(value.shape) for key, value in example.items() if isinstance(value, Tensor)}
+    )
     return Sites(sites, excluded, total, ending, shapes, identify(model))
 
 
@@ -121,9 +123,7 @@ def _candidates(model: nn.Module, recording: Recording, excluded: dict[str, str]
         yield candidate
 
 
-def _unbroken(
-    candidates: list[_Candidate], recording: Recording, excluded: dict[str, str]
-) -> list[_Candidate]:
+def _unbroken(candidates: list[_Candidate], recording: Recording, excluded: dict[str, str]) -> list[_Candidate]:
     """Keep the last run of candidates with no excluded attention between them: merged tokens must not meet one."""
     names = {candidate.name: candidate for candidate in candidates}
     run_of: list[_Candidate] = []
@@ -135,7 +135,9 @@ def _unbroken(
         elif candidate not in run_of:
             if pending and run_of:
                 for earlier in run_of:
-                    excluded[earlier.name] = f"{earlier.name}: tokens merged here would reach {pending}, which is left out"
+                    excluded[earlier.name] = (
+                        f"{earlier.name}: tokens merged here would reach {pending}, which is left out"
+                    )
                 run_of = []
             pending = ""
             run_of.append(candidate)

@@ -100,7 +100,9 @@ class Recording:
     attended: list[Attended] = field(default_factory=list)
     calls: dict[str, list[Call]] = field(default_factory=dict)
     maps: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # 4-d outputs before the first attention
-    flat: list[tuple[str, int, int]] = field(default_factory=list)  # module, width of its (B, C) output, attentions so far
+    flat: list[tuple[str, int, int]] = field(
+        default_factory=list
+    )  # module, width of its (B, C) output, attentions so far
 
     def readouts(self, classes: int) -> tuple[str, ...]:
         """Return the linear modules after the last attention that put out ``(B, classes)``: who reads the feature."""
@@ -118,9 +120,7 @@ class _Stack:
         call = Call(args, dict(kwargs), version=0 if tokens is None else tokens._version)
         self.open.append((name, call, len(self.recording.attended)))
 
-    def leave(
-        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
+    def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         left, call, seen = self.open.pop()
         assert left == name, "hooks of a forward pass nest"
         call.output = output

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def measure_cost(block: nn.Module, halves: Halves, call: Call, stream: Tensor) -
     small = [2, 3, 4] if full >= 4 else []
 
     def polynomial(piece: Callable[[Tensor], Any], source: Tensor) -> tuple[int, int, int]:
-        at = {count: count_macs_quick(lambda count=count: piece(source[:, :count])) for count in [*small, full]}
+        at = {count: count_macs_quick(partial(piece, source[:, :count])) for count in [*small, full]}
         square = (at[4] - 2 * at[3] + at[2]) // 2
         linear = at[3] - at[2] - 5 * square
         fixed = at[2] - 2 * linear - 4 * square
@@ -135,16 +136,14 @@ def trace_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, 
     for head in range(heads):
         with torch.enable_grad():
             probe = (keys[:, head] * weights).sum()
-        gradients = torch.autograd.grad(
-            probe, [leaf for *_, leaf in leaves], retain_graph=True, allow_unused=True
-        )
+        gradients = torch.autograd.grad(probe, [leaf for *_, leaf in leaves], retain_graph=True, allow_unused=True)
         for index, gradient in enumerate(gradients):
             if gradient is not None:
                 used = gradient.reshape(-1, gradient.shape[-1]).abs().amax(dim=0) > 0
                 features.setdefault(index, []).append(used.nonzero().flatten())
     if len(features) != 1:
         raise UnsupportedBlock(f"its keys come from {len(features)} linear maps, expected one")
-    (index, rows), = features.items()
+    ((index, rows),) = features.items()
     source, weight, bias, _ = leaves[index]
     if source.shape != inner.shape or not torch.equal(source, inner):
         raise UnsupportedBlock("its keys are no affine map of the attention's input")
@@ -274,7 +273,3 @@ def prove_prefix_only(
             return None
     return macs if all_close(outputs[0], expected) else None
 
-
-def plain_call(call: Call) -> Mapping[str, Any]:
-    """Return what else than tensors a call passed, for messages."""
-    return {key: value for key, value in call.kwargs.items() if not isinstance(value, Tensor)}

@@ -154,4 +154,3 @@ class Sites(Sequence[AttentionSite]):
             )
         lines += [f"left out: {name}: {reason}" for name, reason in self.excluded.items()]
         return "\n".join(lines)
-

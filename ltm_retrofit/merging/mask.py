@@ -204,8 +204,9 @@ class MaskModule(SimilarityMask):
             own = tilt.exp() * size
             total = own + brought_tilted.sum(dim=1)
 
-            added = torch.bmm((brought_tilted / total.unsqueeze(1)).transpose(1, 2).to(tokens.dtype),
-                              take(source, leaving))
+            added = torch.bmm(
+                (brought_tilted / total.unsqueeze(1)).transpose(1, 2).to(tokens.dtype), take(source, leaving)
+            )
             merged = torch.addcmul(added, (own / total).unsqueeze(-1).to(tokens.dtype), destination)
             out = torch.cat([tokens[:, : self.prefix], take(source, staying), merged], dim=1)
             out_sizes = torch.cat([sizes[:, : self.prefix], pick(source_size, staying), new_size], dim=1)

@@ -50,7 +50,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
     if (folder / "preprocessor_config.json").is_file():
         from transformers import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(folder)
+        processor: Any = AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
         return Preprocessing(size[1:], tuple(processor.image_mean), tuple(processor.image_std))
     half = (0.5,) * size[0]
     return Preprocessing(size[1:], half, half, "bilinear")
@@ -123,7 +123,13 @@ def check_labels(data: Data, classes: int, split: str) -> None:
 
 
 def make_loader(
-    model: nn.Module, data: Data, *, batch_size: int, shuffle: bool, augment: str = "none", seed: int = 0,
+    model: nn.Module,
+    data: Data,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    augment: str = "none",
+    seed: int = 0,
     workers: int = 0,
 ) -> Iterable[Any]:
     """Return batches ``(images, labels)`` of a data set as the model wants them; a loader is returned as it is."""

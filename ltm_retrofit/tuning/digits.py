@@ -55,14 +55,17 @@ def draw_canvas(
         paste(np.ascontiguousarray(fragment), int(side * rng.uniform(2.0, 3.0)), rng.uniform(*inks))
     paste(digit, int(8 * rng.uniform(*scales)), rng.uniform(0.7, 1.0))
     noise = rng.normal(0.0, 20.0, size=canvas.shape).astype(np.float32)
-    return np.clip(canvas + noise, 0, 255).astype(np.uint8)
+    drawn: np.ndarray = np.clip(canvas + noise, 0, 255).astype(np.uint8)
+    return drawn
 
 
 def draw_split(split: Split, per_digit: int, seed: int, *, crowded: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Draw ``per_digit`` canvases of every source digit of a split: ``(n, 64, 64)`` uint8 and labels ``(n,)``."""
     digits, labels = source_digits(split)
     rng = np.random.default_rng([seed, list(SPLITS).index(split)])
-    canvases = np.stack([draw_canvas(digit, digits, rng, crowded=crowded) for _ in range(per_digit) for digit in digits])
+    canvases = np.stack(
+        [draw_canvas(digit, digits, rng, crowded=crowded) for _ in range(per_digit) for digit in digits]
+    )
     return canvases, np.tile(labels, per_digit)
 
 

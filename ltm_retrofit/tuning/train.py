@@ -76,8 +76,16 @@ class TrainConfig(Strict):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise RecipeError(f"{name} must be a whole number from {least} on, got {value!r}")
-        for name, most in (("lr", math.inf), ("weight_decay", math.inf), ("warmup", 1), ("bound", math.inf),
-                           ("bound_sites", math.inf), ("bound_warmup", 1), ("label_smoothing", 1), ("clip", math.inf)):
+        for name, most in (
+            ("lr", math.inf),
+            ("weight_decay", math.inf),
+            ("warmup", 1),
+            ("bound", math.inf),
+            ("bound_sites", math.inf),
+            ("bound_warmup", 1),
+            ("label_smoothing", 1),
+            ("clip", math.inf),
+        ):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
                 raise RecipeError(f"{name} must be a number from 0 to {most}, got {value!r}")
@@ -98,9 +106,7 @@ class History:
         return asdict(self)
 
 
-def finetune(
-    model: nn.Module, train: Data, val: Data | None = None, *, config: TrainConfig | None = None
-) -> History:
+def finetune(model: nn.Module, train: Data, val: Data | None = None, *, config: TrainConfig | None = None) -> History:
     """Fine-tune a model in place, converted or not, through Accelerate.
 
     Args:
@@ -128,8 +134,15 @@ def finetune(
     for data, split in ((train, "training"), (val, "validation")):
         if data is not None and is_table(data):
             check_labels(data, classes, split)
-    loader = make_loader(model, train, batch_size=config.batch_size, shuffle=True, augment=config.augment,
-                         seed=config.seed, workers=config.workers)
+    loader = make_loader(
+        model,
+        train,
+        batch_size=config.batch_size,
+        shuffle=True,
+        augment=config.augment,
+        seed=config.seed,
+        workers=config.workers,
+    )
     try:
         length = len(loader)  # type: ignore[arg-type]
     except TypeError:
@@ -174,8 +187,9 @@ class _Run:
             images = 0
             self.wrapped.train()
             batches = batches_on(loader, self.accelerator.device)
-            bar = tqdm(batches, total=self.length, desc=f"epoch {epoch + 1}/{self.config.epochs}", leave=False,
-                       disable=None)
+            bar = tqdm(
+                batches, total=self.length, desc=f"epoch {epoch + 1}/{self.config.epochs}", leave=False, disable=None
+            )
             for inputs, labels in bar:
                 losses = self.train_step(inputs, labels)
                 for key, value in losses.items():
@@ -210,7 +224,7 @@ class _Run:
             bound = bound_loss(traced, targets, sites=self.config.bound_sites)
             if self.step >= self.config.bound_warmup * self.total:
                 loss = task + self.config.bound * bound
-        value = float(loss)
+        value = loss.item()
         self.optimizer.zero_grad()
         if math.isfinite(value):
             self.accelerator.backward(loss)
@@ -227,7 +241,7 @@ class _Run:
         self.step += 1
         if self.step * self.config.batch_size // 1024 == 1 and (self.step - 1) * self.config.batch_size < 1024:
             self.refresh()  # the first fit saw few images for each cluster; now the memory is full
-        return {"loss": value, "task": float(task), "bound": float(bound)}
+        return {"loss": value, "task": task.item(), "bound": bound.item()}
 
     def fall_back(self, value: float) -> None:
         """Put the last good weights back and stop."""
@@ -249,7 +263,8 @@ class _Run:
         """Return what each mask has learned: η and the temperature of its softmax."""
         return {
             name.removesuffix(CHILD).rstrip("."): {
-                "eta": float(module.eta), "temperature": math.exp(-float(module.log_scale))
+                "eta": module.eta.item(),
+                "temperature": math.exp(-module.log_scale.item()),
             }
             for name, module in self.model.named_modules()
             if isinstance(module, MaskModule)

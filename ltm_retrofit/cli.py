@@ -1,0 +1,206 @@
+"""The command line. Everything heavy is imported when a command runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ltm_retrofit.config import METHODS, OUTPUT_TOKENS, LTMConfig
+from ltm_retrofit.errors import RetrofitError
+
+EXAMPLES = {
+    "inspect": "ltm-retrofit inspect vit_small_patch16_224\n  ltm-retrofit inspect ./my_checkpoint --json",
+    "convert": "ltm-retrofit convert digits_vit --flops 0.7 --out runs/converted\n"
+    "  ltm-retrofit convert ./my_checkpoint --tokens 138 97 68 --method tome --out runs/tome",
+    "finetune": "ltm-retrofit finetune runs/converted --data digits --epochs 1 --out runs/tuned",
+    "report": "ltm-retrofit report runs/tuned --data digits\n  ltm-retrofit report runs/tuned --json",
+    "run": "ltm-retrofit run recipes/quickstart.yaml\n"
+    "  ltm-retrofit run recipes/quickstart.yaml --model ./my_checkpoint --out runs/mine",
+}
+MODEL = "digits_vit (embedded), a folder, a timm name, or a Hub id, tried in this order"
+DATA = "digits (embedded), a folder (parquet files or class folders), or a Hub id"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the argument parser."""
+    top = argparse.ArgumentParser(
+        prog="ltm-retrofit",
+        description="Retrofit pretrained vision transformers with learnable token merging.",
+        epilog="examples:\n  " + "\n  ".join(EXAMPLES.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog="examples:\n  " + EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        return sub
+
+    sub = command("inspect", "Show where a model attends, which blocks can be cut, and why others are left out.")
+    sub.add_argument("model", help=MODEL)
+
+    sub = command("convert", "Insert masks, initialised from the pretrained weights, and save the model.")
+    sub.add_argument("model", help=MODEL)
+    budget = sub.add_mutually_exclusive_group()
+    budget.add_argument("--flops", type=float, help="share of the model's MACs to keep (default 0.7)")
+    budget.add_argument("--tokens", type=int, nargs="+", help="token counts after each site, prefix tokens included")
+    sub.add_argument("--method", choices=METHODS, default="ltm", help="default ltm")
+    sub.add_argument("--sites", nargs="+", help="blocks to choose from, instead of the schedule")
+    sub.add_argument("--output-tokens", choices=OUTPUT_TOKENS, default="auto", help="default auto")
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--overwrite", action="store_true", help="replace a folder that this tool wrote")
+
+    sub = command("finetune", "Fine-tune a model, converted or not, with the information-bottleneck bound.")
+    sub.add_argument("model", help="a folder that convert or run wrote")
+    sub.add_argument("--data", default="digits", help=DATA)
+    sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--overwrite", action="store_true", help="replace a folder that this tool wrote")
+    sub.add_argument("--epochs", type=int)
+    sub.add_argument("--lr", type=float)
+    sub.add_argument("--batch-size", type=int)
+    sub.add_argument("--bound", type=float, help="weight of the bound; 0 leaves it out")
+    sub.add_argument("--train", choices=("all", "masks"))
+    sub.add_argument("--seed", type=int)
+
+    sub = command("report", "Measure MACs, parameters, latency and, with --data, accuracy.")
+    sub.add_argument("model", help=MODEL)
+    sub.add_argument("--data", help=DATA)
+    sub.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="batch sizes to time")
+
+    sub = command("run", "Carry out a recipe: convert, fine-tune, compare, measure, save.")
+    sub.add_argument("recipe", type=Path, help="a YAML file, such as recipes/quickstart.yaml")
+    sub.add_argument("--model", help=f"instead of the recipe's: {MODEL}")
+    sub.add_argument("--data", help=f"instead of the recipe's: {DATA}")
+    sub.add_argument("--out", type=Path, help="folder to write (default runs/NAME_OF_THE_RECIPE)")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status: 0, or 2 where the input was at fault."""
+    arguments = parser().parse_args(argv)
+    _be_quiet()
+    try:
+        COMMANDS[arguments.command](arguments)
+    except RetrofitError as error:
+        if arguments.json:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _be_quiet() -> None:
+    """Keep other libraries' progress bars and warnings out of our output."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", module=r"(torch|timm|transformers|accelerate|datasets)(\..*)?")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def _say(arguments: argparse.Namespace, text: str) -> None:
+    print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+
+
+def _show(arguments: argparse.Namespace, text: str, values: Any) -> None:
+    print(json.dumps(values, indent=2, ensure_ascii=False) if arguments.json else text)
+
+
+def _load(arguments: argparse.Namespace) -> Any:
+    from ltm_retrofit.saving.load import load_model
+
+    loaded = load_model(arguments.model)
+    _say(arguments, f"model    {arguments.model}: {loaded.origin}")
+    return loaded.model
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from ltm_retrofit.graph.find import find_sites
+
+    sites = find_sites(_load(arguments))
+    values = {"macs": sites.total_macs, "sites": sites.rows(), "excluded": sites.excluded}
+    ending = "prefix tokens only, so the last block may drop the others" if sites.ending.prefix_only else "all tokens"
+    _show(arguments, f"{sites}\n{sites.total_macs / 1e9:.3f} GMACs; the head reads {ending}", values)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from ltm_retrofit.convert import get_plan, retrofit
+    from ltm_retrofit.saving.hub import save_pretrained
+
+    flops = 0.7 if arguments.flops is None and arguments.tokens is None else arguments.flops
+    config = LTMConfig(
+        flops=flops,
+        tokens=arguments.tokens,
+        method=arguments.method,
+        sites=arguments.sites,
+        output_tokens=arguments.output_tokens,
+    )
+    model = retrofit(_load(arguments), config)
+    save_pretrained(model, arguments.out, overwrite=arguments.overwrite)
+    plan = get_plan(model)
+    _show(arguments, f"{plan}\nwritten to {arguments.out}/", plan.to_dict())
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    from ltm_retrofit.convert import is_retrofitted
+    from ltm_retrofit.errors import NotRetrofitted
+    from ltm_retrofit.recipe import DataSection, load_split
+    from ltm_retrofit.reporting.report import measure
+    from ltm_retrofit.saving.hub import save_pretrained
+    from ltm_retrofit.tuning.train import TrainConfig, finetune
+
+    given = {key: getattr(arguments, key) for key in ("epochs", "lr", "batch_size", "bound", "train", "seed")}
+    config = TrainConfig(**{key: value for key, value in given.items() if value is not None})
+    model = _load(arguments)
+    if not is_retrofitted(model):
+        raise NotRetrofitted(f"{arguments.model} is not converted: run `ltm-retrofit convert` on it first")
+    section = DataSection(name=arguments.data)
+    history = finetune(model, load_split(section, section.train_split), config=config)
+    report = measure(model, data=load_split(section, section.test_split), batches=())
+    save_pretrained(model, arguments.out, overwrite=arguments.overwrite, report=report)
+    _show(arguments, f"{report}\nwritten to {arguments.out}/", {**report.to_dict(), "history": history.to_dict()})
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from ltm_retrofit.recipe import DataSection, load_split
+    from ltm_retrofit.reporting.report import measure
+
+    model = _load(arguments)
+    data = None
+    if arguments.data is not None:
+        section = DataSection(name=arguments.data)
+        data = load_split(section, section.test_split)
+    report = measure(model, data=data, batches=tuple(arguments.batches))
+    _show(arguments, str(report), report.to_dict())
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    import dataclasses
+
+    from ltm_retrofit.recipe import DataSection, ModelSection, Recipe, run_recipe
+
+    recipe = Recipe.read(arguments.recipe)
+    if arguments.model is not None:
+        recipe = dataclasses.replace(recipe, model=ModelSection(arguments.model))
+    if arguments.data is not None:
+        recipe = dataclasses.replace(recipe, data=DataSection(arguments.data))
+    out = arguments.out or Path("runs") / arguments.recipe.stem
+    report = run_recipe(recipe, out, say=lambda text: _say(arguments, text))
+    if arguments.json:
+        print(report.to_json())
+
+
+COMMANDS = {"inspect": _inspect, "convert": _convert, "finetune": _finetune, "report": _report, "run": _run}

@@ -1,0 +1,277 @@
+"""Strict YAML ↔ dataclasses, and the run of one recipe: load, convert, fine-tune, compare, measure, save."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from torch import nn
+
+from ltm_retrofit.config import LTMConfig, Strict, check_keys
+from ltm_retrofit.convert import get_plan, retrofit
+from ltm_retrofit.errors import CheckpointError, DataError, RecipeError
+from ltm_retrofit.graph.example import prepare_example, run
+from ltm_retrofit.graph.prove import all_equal
+from ltm_retrofit.plan import MergePlan
+from ltm_retrofit.reporting.pictures import show_merges
+from ltm_retrofit.reporting.report import Report, measure
+from ltm_retrofit.saving.hub import from_pretrained, save_pretrained
+from ltm_retrofit.saving.load import load_model
+from ltm_retrofit.tuning.digits import load_canvases
+from ltm_retrofit.tuning.evaluate import evaluate
+from ltm_retrofit.tuning.heads import set_classes
+from ltm_retrofit.tuning.train import TrainConfig, finetune
+
+#: lists the files of a run; marks a folder as ours
+MARK = "run.json"
+
+
+@dataclass(frozen=True)
+class ModelSection(Strict):
+    """Which model: the embedded ``digits_vit``, a folder, a timm name or a Hub id."""
+
+    name: str = "digits_vit"
+
+
+@dataclass(frozen=True)
+class DataSection(Strict):
+    """Which data: the embedded ``digits`` canvases, a folder (parquet files or class folders), or a Hub id.
+
+    ``train_per_digit`` and ``test_per_digit`` are canvases for each source digit; ``limit`` caps the training images.
+    """
+
+    name: str = "digits"
+    train_split: str = "train"
+    test_split: str = "test"
+    image: str = "image"
+    label: str = "label"
+    train_per_digit: int = 4
+    test_per_digit: int = 8
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The four sections."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    ltm: LTMConfig = field(default_factory=lambda: LTMConfig(flops=0.7))
+    data: DataSection = field(default_factory=DataSection)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from nested mappings; unknown sections and keys are `RecipeError`s that suggest the nearest one."""
+        kinds: dict[str, type[Strict]] = {
+            "model": ModelSection,
+            "ltm": LTMConfig,
+            "data": DataSection,
+            "train": TrainConfig,
+        }
+        if not isinstance(values, Mapping):
+            raise RecipeError(f"a recipe has the sections {', '.join(kinds)}, got {type(values).__name__}")
+        check_keys(values, kinds, "recipe")
+        sections: dict[str, Any] = {}
+        for name, section in values.items():
+            if not isinstance(section, Mapping):
+                raise RecipeError(f"section {name!r} holds keys and values, got {section!r}")
+            try:
+                sections[name] = kinds[name].from_dict(section)
+            except RecipeError as error:
+                raise RecipeError(f"section {name!r}: {error}") from None
+        return cls(**sections)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a YAML file, by safe loading only."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            values = yaml.safe_load(text)
+        except OSError as error:
+            raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path} is not YAML: {error}") from error
+        try:
+            return cls.from_dict(values or {})
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, all defaults said."""
+        return {name: getattr(self, name).to_dict() for name in ("model", "ltm", "data", "train")}
+
+
+def load_split(section: DataSection, split: str) -> Any:
+    """Return a split as a `datasets` data set with columns ``image`` and ``label``.
+
+    Raises:
+        DataError: where the data cannot be found or has no such split or columns.
+    """
+    test = split == section.test_split
+    if section.name == "digits":
+        seed, per_digit = (0, section.test_per_digit) if test else (1, section.train_per_digit)
+        return load_canvases("test" if test else "train", per_digit=per_digit, seed=seed)
+    import datasets
+
+    folder = Path(section.name)
+    try:
+        if folder.is_dir():
+            files = sorted(str(file) for file in folder.glob(f"{split}*.parquet"))
+            kind = "parquet" if files else "imagefolder"
+            # explicit files: `datasets` guesses splits from file names otherwise
+            files = files or sorted(str(file) for file in (folder / split).glob("*/*") if file.is_file())
+            if not files:
+                raise DataError(f"{folder} has neither {split}*.parquet nor {split}/CLASS/IMAGE files")
+            table = datasets.load_dataset(kind, data_files={split: files}, split=split)
+        else:
+            table = datasets.load_dataset(section.name, split=split)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"cannot load split {split!r} of data {section.name!r} (no such folder here, so a Hub id): "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+    for wanted, name in (("image", section.image), ("label", section.label)):
+        if name not in table.column_names:
+            raise DataError(
+                f"data {section.name!r} has columns {', '.join(table.column_names)}, not {name!r}: name its {wanted} "
+                "column in the data section"
+            )
+        if name != wanted:
+            table = table.rename_column(name, wanted)
+    if not test and section.limit is not None and len(table) > section.limit:
+        table = table.shuffle(seed=0).select(range(section.limit))
+    return table
+
+
+def sliced_config(plan: MergePlan) -> LTMConfig:
+    """Return the config that slices to the same token counts at the same sites."""
+    rows = [row for row in plan.rows if row.action == "merge"]
+    return LTMConfig(
+        tokens=tuple(row.tokens_out for row in rows),
+        sites=tuple(row.site for row in rows),
+        method="slice",
+        output_tokens=plan.config.output_tokens,
+    )
+
+
+def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = print) -> Report:
+    """Carry out a recipe and write model, report and pictures to ``out``.
+
+    Args:
+        recipe: what to do.
+        out: a folder that does not exist, is empty, or was written by an earlier run.
+        say: receives one line for each stage.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or holds files that no run wrote.
+    """
+    out = Path(out)
+    check_folder(out)
+    loaded = load_model(recipe.model.name)
+    model = loaded.model
+    say(f"model    {recipe.model.name}: {loaded.origin}")
+    train, test = (load_split(recipe.data, split) for split in (recipe.data.train_split, recipe.data.test_split))
+    names = getattr(train.features["label"], "names", None) or [str(label) for label in sorted(set(train["label"]))]
+    say(f"data     {recipe.data.name}: {len(train)} training and {len(test)} test images, {len(names)} classes")
+    if set_classes(model, names):
+        say(f"head     new, for {len(names)} classes: the pretrained one has another number, so it starts untrained")
+    original = copy.deepcopy(model)
+
+    accuracies = {"original": evaluate(model, test)}
+    retrofit(model, recipe.ltm)
+    plan = get_plan(model)
+    say(f"plan     {len(plan.rows)} sites, {plan.macs / plan.macs_original:.1%} of the MACs\n{plan}")
+    accuracies["converted"] = evaluate(model, test)
+    say("tuning   the converted model, the original and a sliced one, each in the same way")
+    history = finetune(model, train, config=recipe.train)
+    accuracies["finetuned"] = evaluate(model, test)
+    control = copy.deepcopy(original)
+    finetune(control, train, config=recipe.train)
+    accuracies["original_finetuned"] = evaluate(control, test)
+    sliced = retrofit(copy.deepcopy(original), sliced_config(plan))
+    finetune(sliced, train, config=recipe.train)
+    accuracies["sliced_finetuned"] = evaluate(sliced, test)
+    say("timing   original and converted, in alternation")
+    report = measure(model).with_accuracy(**accuracies)
+    report = replace(report, extra={"recipe": recipe.to_dict(), "history": history.to_dict(), "test_images": len(test)})
+    with _WrittenWhole(out) as folder:
+        save_pretrained(model, folder / "model", report=report, recipe=recipe.to_dict())
+        same = _reloads_equal(model, folder / "model")
+        report = replace(report, extra={**report.extra, "reloaded_equal": same})
+        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+        (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+        for index in range(min(4, len(test))):
+            show_merges(model, test[index]["image"]).savefig(folder / f"merges_{index}.png", dpi=100)
+        files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        (folder / MARK).write_text(json.dumps({"written_by": "ltm_retrofit", "files": [*files, MARK]}, indent=2))
+    say(f"\n{report}\n\nreloaded model gives the same logits: {'yes' if same else 'NO'}\nwritten to {out}/")
+    if not same:
+        raise CheckpointError(f"the model reloaded from {out / 'model'} gives other logits than the one saved")
+    return report
+
+
+def _reloads_equal(model: nn.Module, folder: Path) -> bool:
+    example = prepare_example(model, None)
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        return all_equal(run(from_pretrained(folder), example), run(model, example))
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def check_folder(out: Path) -> None:
+    """Check before any work that a run may write here.
+
+    Raises:
+        CheckpointError: naming what is in the way.
+    """
+    parent = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"cannot write to {out}: {parent} is not a folder that can be written")
+    present = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} if out.exists() else set()
+    if not present:
+        return
+    try:
+        ours = set(json.loads((out / MARK).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    if foreign := sorted(present - ours):
+        raise CheckpointError(
+            f"{out} holds files that no run of ltm-retrofit wrote: {', '.join(foreign[:5])}: choose another --out, or "
+            "move them away"
+        )
+
+
+class _WrittenWhole:
+    """A temporary folder that takes the place of ``out`` when everything was written, and vanishes otherwise."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def __enter__(self) -> Path:
+        self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.absolute().parent))
+        return self.temporary
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            return
+        if self.out.exists():
+            check_folder(self.out)
+            shutil.rmtree(self.out)
+        self.temporary.chmod(0o755)
+        self.temporary.rename(self.out)

@@ -1,0 +1,283 @@
+"""Pictures of what was merged: matplotlib figures, nothing else."""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+from ltm_retrofit.blocks import forwards_of
+from ltm_retrofit.convert import get_plan
+from ltm_retrofit.errors import CountError, DataError, ExampleError
+from ltm_retrofit.flops import undisturbed
+from ltm_retrofit.graph.example import home, run
+from ltm_retrofit.merging.tokens import Step, accumulated
+from ltm_retrofit.tracing import trace
+from ltm_retrofit.tuning.data import Preprocessing, make_transform, preprocessing_of
+
+#: inches of a panel, panels in a row, and the widest grid whose patches have room for a number
+PANEL, COLUMNS, NUMBERED = 3.4, 4, 16
+
+
+class MergeFigure(Figure):
+    """A figure that notebooks show by themselves: made without pyplot, it would be left out there."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=80)
+        return buffer.getvalue()
+
+
+def show_merges(model: nn.Module, image: Image.Image | Tensor, *, index: int = 0) -> Figure:
+    """Draw which patches became one token, at each merging site, over the image.
+
+    Each group of patches has one colour and one number, the same in every panel; single patches stay as they are. The
+    model is run once in eval mode and left as it was.
+
+    Args:
+        model: a converted model.
+        image: a PIL image, which is resized and normalised as the model wants it; or a tensor ``(C, H, W)`` or
+            ``(B, C, H, W)`` that is normalised already.
+        index: which image of a batch.
+
+    Returns:
+        A figure of one panel for the image and one for each merging site; ``figure.savefig(path)`` writes it.
+
+    Raises:
+        NotRetrofitted: where the model is not converted.
+        ExampleError: where the image is of another kind or size, or there is no such index.
+        CountError: where the patches make no grid, or merging is disabled at the moment.
+    """
+    plan = get_plan(model)
+    name, shape = next((key, size) for key, size in plan.input_size.items() if len(size) == 4)
+    wanted = _preprocessing(model, shape[1:])
+    pixels = _pixels(image, index, shape[1:], wanted).to(*home(model))
+    with undisturbed(model), torch.no_grad(), trace(model) as traced:
+        run(model, {name: pixels} if name else pixels)
+    rows = [row for row in plan.rows if row.action == "merge"]
+    if len(traced.steps) != len(rows):
+        raise CountError(
+            f"the plan merges at {len(rows)} sites and {len(traced.steps)} did: merging is disabled at the moment. "
+            "Call show_merges outside `with ltm_retrofit.disabled(model):`"
+        )
+    shown = _shown(pixels[0], wanted)
+    prefix = next(forwards_of(model)).prefix
+    patches = (plan.rows[0].tokens_in if plan.rows else prefix) - prefix
+    grid = patch_grid(patches, *shown.shape[:2])
+    dropping = plan.config.method == "slice"
+    groups = [groups_of(traced.steps[: site + 1], prefix) for site in range(len(rows))]
+    kept = [survivors(traced.steps[: site + 1], prefix) for site in range(len(rows))]
+    names = [] if dropping else names_of(groups)
+
+    figure, axes = _panels(len(rows) + 1)
+    _draw_image(axes[0], shown, grid)
+    axes[0].set_title(f"input · {patches} patches" + (f" + {prefix} prefix" if prefix else ""))
+    for ax, row, labels, alive in zip(axes[1:], rows, groups, kept, strict=True):
+        _draw_image(ax, shown, grid)
+        ax.set_title(f"{row.site} · {row.tokens_in} → {row.tokens_out} tokens")
+        if dropping:
+            _draw_dropped(ax, ~alive.reshape(grid))
+        else:
+            _draw_groups(ax, labels.reshape(grid), names)
+    share = accumulated(traced.steps)[0, prefix:].amax(dim=-1).cpu().numpy() if rows else np.ones(patches)
+    caption = "\n".join(textwrap.wrap(_caption(dropping, len(rows), share), int(figure.get_figwidth() * 11)))
+    figure.supxlabel(caption, fontsize=11)
+    return figure
+
+
+def survivors(steps: Sequence[Step], prefix: int) -> np.ndarray:
+    """Return which patches still are where their own token is, not moved into another one: ``(patches,)`` bool."""
+    kept = _origins(steps)
+    alive = np.zeros(_count(steps), dtype=bool)
+    alive[kept] = True
+    return alive[prefix:]
+
+
+def groups_of(steps: Sequence[Step], prefix: int) -> np.ndarray:
+    """Return the group of each patch after these sites, for the first image: ``(patches,)`` integers.
+
+    A patch belongs to the token that gets most of it. A group is named after the one of its patches that the token
+    stands for, so the name is the same after every site.
+    """
+    strongest = accumulated(tuple(steps))[0, prefix:].argmax(dim=-1).cpu().numpy()
+    return np.asarray(_origins(steps)[strongest] - prefix)
+
+
+def names_of(groups: Sequence[np.ndarray]) -> list[int]:
+    """Return every group that holds more than one patch after some site, in raster order."""
+    merged: set[int] = set()
+    for labels in groups:
+        values, counts = np.unique(labels, return_counts=True)
+        merged |= set(values[counts > 1].tolist())
+    return sorted(merged)
+
+
+def patch_grid(patches: int, height: int, width: int) -> tuple[int, int]:
+    """Return rows and columns of the patches of an image.
+
+    Raises:
+        CountError: where square patches do not divide the image into so many, and the number is no square.
+    """
+    for size in range(1, min(height, width) + 1):
+        if height % size == width % size == 0 and (height // size) * (width // size) == patches:
+            return height // size, width // size
+    side = round(patches**0.5)
+    if patches < 1 or side * side != patches:
+        raise CountError(
+            f"{patches} patches of a {height}×{width} image make no grid: expected (height / p) × (width / p) for a "
+            "whole p, or a square number. Merging can only be drawn where patches lie in a grid"
+        )
+    return side, side
+
+
+def _count(steps: Sequence[Step]) -> int:
+    first = steps[0].assignment
+    return first.kept.shape[1] + first.merged.shape[1]
+
+
+def _origins(steps: Sequence[Step]) -> np.ndarray:
+    """Return for each present token of the first image the original position that it never left, ``(P,)``."""
+    origins = torch.arange(_count(steps), device=steps[0].assignment.kept.device)
+    for step in steps:
+        origins = origins[step.assignment.kept[0]]
+    return np.asarray(origins.cpu().numpy())
+
+
+def _preprocessing(model: nn.Module, size: Sequence[int]) -> Preprocessing:
+    """Return the model's preprocessing at the size that it was converted for."""
+    channels, height, width = size
+    half = (0.5,) * channels
+    try:
+        wanted = preprocessing_of(model)
+    except DataError:  # it says nothing of its input; the plan does
+        wanted = Preprocessing((height, width), half, half)
+    if len(wanted.mean) != channels:
+        wanted = dataclasses.replace(wanted, mean=half, std=half)
+    return dataclasses.replace(wanted, size=(height, width))
+
+
+def _pixels(image: Any, index: int, size: Sequence[int], wanted: Preprocessing) -> Tensor:
+    """Return the one image that is asked for as the model wants it, ``(1, C, H, W)``."""
+    expected = f"a PIL image, or a normalised floating-point tensor {tuple(size)} or (B, {', '.join(map(str, size))})"
+    if isinstance(image, Image.Image):
+        image = make_transform(wanted)(image)
+    if not isinstance(image, Tensor):
+        raise ExampleError(f"image is {type(image).__name__}; expected {expected}")
+    if not image.is_floating_point() or image.ndim not in (3, 4) or tuple(image.shape[-3:]) != tuple(size):
+        raise ExampleError(
+            f"image is {image.dtype} of shape {tuple(image.shape)}; expected {expected}: the size that the model was "
+            "converted for"
+        )
+    batch = image if image.ndim == 4 else image.unsqueeze(0)
+    if not 0 <= index < len(batch):
+        raise ExampleError(f"index is {index}; expected 0 to {len(batch) - 1}, as there are {len(batch)} images")
+    return batch[index : index + 1].detach()
+
+
+def _shown(pixels: Tensor, wanted: Preprocessing) -> np.ndarray:
+    """Undo the normalisation: ``(H, W, 3)`` in 0..1."""
+    values = pixels.float().cpu()
+    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (wanted.mean, wanted.std))
+    image = (values * std + mean).clamp(0, 1)
+    if len(image) != 3:  # the first channel of what is no RGB image, in grey
+        image = image[:1].expand(3, -1, -1)
+    return np.asarray(image.permute(1, 2, 0).numpy())
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    columns = min(count, COLUMNS)
+    rows = -(-count // columns)
+    # A lone panel would be too narrow for its caption.
+    figure = MergeFigure(figsize=(max(PANEL * columns, 5.0), (PANEL + 0.25) * rows + 0.55), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
+    return figure, axes
+
+
+def _draw_image(ax: Axes, image: np.ndarray, grid: tuple[int, int]) -> None:
+    """Show the image with one patch a unit wide, its pixels crisp."""
+    height, width = grid
+    aspect = image.shape[0] / height / (image.shape[1] / width)
+    ax.imshow(image, extent=(0.0, width, height, 0.0), interpolation="nearest", aspect=aspect)
+    ax.set(xticks=[], yticks=[])
+    ax.title.set_fontsize(11)
+
+
+def _draw_groups(ax: Axes, labels: np.ndarray, names: Sequence[int]) -> None:
+    """Tint and number every group of more than one patch, and draw the lines between different tokens."""
+    height, width = labels.shape
+    values, counts = np.unique(labels, return_counts=True)
+    merged = set(values[counts > 1].tolist())
+    tint = np.zeros((height, width, 4))
+    for row, column in np.ndindex(height, width):
+        label = int(labels[row, column])
+        if label not in merged:
+            continue
+        place = names.index(label)
+        tint[row, column] = (*_colour(place), 0.55)
+        if width <= NUMBERED:
+            ax.text(
+                column + 0.5, row + 0.52, str(place + 1), ha="center", va="center", color="white", weight="bold",
+                fontsize=min(11.0, 100 / width), path_effects=[patheffects.withStroke(linewidth=2, foreground="black")],
+            )
+    ax.imshow(tint, extent=(0.0, width, height, 0.0), interpolation="nearest", aspect=ax.get_aspect())
+    lines = boundaries(labels)
+    thin = min(1.6, 16 / width)
+    # Two tones, so that a line shows on bright and on dark pixels.
+    ax.add_collection(LineCollection(lines, colors="black", linewidths=2 * thin, capstyle="projecting"))
+    ax.add_collection(LineCollection(lines, colors="white", linewidths=0.7 * thin, capstyle="projecting"))
+
+
+def _draw_dropped(ax: Axes, dropped: np.ndarray) -> None:
+    """Grey out and cross the patches that slicing dropped."""
+    height, width = dropped.shape
+    veil = np.zeros((height, width, 4))
+    veil[dropped] = (0.5, 0.5, 0.5, 0.75)
+    ax.imshow(veil, extent=(0.0, width, height, 0.0), interpolation="nearest", aspect=ax.get_aspect())
+    crosses = [
+        line
+        for row, column in np.argwhere(dropped).tolist()
+        for line in (((column, row), (column + 1, row + 1)), ((column + 1, row), (column, row + 1)))
+    ]
+    ax.add_collection(LineCollection(crosses, colors="black", linewidths=min(0.8, 10 / width)))
+
+
+def boundaries(labels: np.ndarray) -> list[Sequence[tuple[float, float]]]:
+    """Return the line segments between neighbouring patches of different groups, in units of patches."""
+    lines: list[Sequence[tuple[float, float]]] = []
+    for row, column in np.argwhere(labels[:, 1:] != labels[:, :-1]).tolist():
+        lines.append([(column + 1, row), (column + 1, row + 1)])
+    for row, column in np.argwhere(labels[1:] != labels[:-1]).tolist():
+        lines.append([(column, row + 1), (column + 1, row + 1)])
+    return lines
+
+
+def _colour(place: int) -> tuple[float, float, float]:
+    """Return a hue far from its predecessors' (golden angle), lighter and darker by turns."""
+    return colorsys.hsv_to_rgb(place * 0.618034 % 1.0, (1.0, 0.65)[place // 3 % 2], (1.0, 0.75)[place // 2 % 2])
+
+
+def _caption(dropping: bool, sites: int, share: np.ndarray) -> str:
+    if not sites:
+        return "This plan merges no patches."
+    if dropping:
+        return "Crossed out in grey = dropped by slicing. Nothing is merged; all other patches stay."
+    text = "Same colour and number = one token, also where the patches do not touch. Untinted = a token of its own."
+    soft = share[share < 0.999]
+    if len(soft):
+        text += (
+            f" Merging is soft: a patch is drawn with the token that gets most of it, here {soft.mean():.0%} of it on "
+            "average."
+        )
+    return text

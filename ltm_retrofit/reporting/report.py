@@ -1,0 +1,211 @@
+"""measure(): what a conversion gained and what it lost, as an object, a table, JSON and Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ltm_retrofit.blocks import CHILD
+from ltm_retrofit.convert import disabled, get_plan, is_retrofitted, was_finetuned
+from ltm_retrofit.errors import CountError
+from ltm_retrofit.flops import MacCount, count_macs
+from ltm_retrofit.graph.example import Example, home, prepare_example
+from ltm_retrofit.reporting.bench import batch_latencies
+from ltm_retrofit.tuning.data import Data
+from ltm_retrofit.tuning.evaluate import evaluate
+
+ACCURACIES = {
+    "original": "original",
+    "original_finetuned": "original, same fine-tune",
+    "converted": "converted",
+    "finetuned": "converted, fine-tuned",
+    "sliced_finetuned": "sliced to the same counts, same fine-tune",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured. What was not is None, never zero. Accuracies in percent, latencies in milliseconds."""
+
+    model: str
+    hardware: str
+    macs: dict[str, int | None]
+    params: dict[str, int | None]
+    latency_ms: dict[str, dict[int, float] | None]
+    latency_ratio: dict[int, tuple[float, float, float]] | None
+    merging_share: dict[int, float] | None
+    accuracy: dict[str, float | None]
+    modules: dict[str, dict[str, int] | None]
+    plan: dict[str, Any] | None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def with_accuracy(self, **entries: float) -> Report:
+        """Return the same report with more accuracies, each measured in its time."""
+        return dataclasses.replace(self, accuracy={**self.accuracy, **entries})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; ``extra`` (a recipe's run puts its recipe there) stands beside the rest."""
+        values = dataclasses.asdict(self)
+        return {**values, **values.pop("extra")}
+
+    def to_json(self) -> str:
+        """Return `to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    def _rows(self) -> list[list[str]]:
+        original, converted = self.macs["original"], self.macs["converted"]
+        assert original is not None
+        share = "" if converted is None else f"×{converted / original:.3f}"
+        rows = [["GMACs, one image", f"{original / 1e9:.4g}", _shown(converted, 1e9), share]]
+        before, after = self.params["original"], self.params["converted"]
+        rows.append(["parameters, M", _shown(before, 1e6), _shown(after, 1e6), ""])
+        ours = self.latency_ms["converted"]
+        for batch, time in (self.latency_ms["original"] or {}).items():
+            ratio = (
+                "" if self.latency_ratio is None else "×{:.2f} ({:.2f} to {:.2f})".format(*self.latency_ratio[batch])
+            )
+            rows.append(
+                [f"latency, batch {batch}, ms", f"{time:.1f}", "—" if ours is None else f"{ours[batch]:.1f}", ratio]
+            )
+        return rows
+
+    def _accuracies(self) -> list[list[str]]:
+        best = max(
+            (self.accuracy[key] for key in ("original", "original_finetuned") if self.accuracy[key] is not None),
+            default=None,
+        )  # type: ignore[type-var]
+        rows = []
+        for key, label in ACCURACIES.items():
+            value = self.accuracy[key]
+            if value is not None:
+                gap = "" if best is None or key.startswith("original") else f"{value - best:+.2f}"
+                rows.append([label, f"{value:.2f} %", gap])
+        return rows
+
+    def __str__(self) -> str:
+        """Return the table."""
+        lines = [f"{self.model} on {self.hardware}", ""]
+        lines += _columns([["", "original", "converted", "ratio (quartiles)"], *self._rows()])
+        if accuracies := self._accuracies():
+            lines += ["", *_columns([["accuracy", "top-1", "to the better original"], *accuracies])]
+        return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """Return the tables in Markdown."""
+        lines = [f"{self.model} on {self.hardware}", ""]
+        lines += _markdown([["", "original", "converted", "ratio (quartiles)"], *self._rows()])
+        if accuracies := self._accuracies():
+            lines += ["", *_markdown([["accuracy", "top-1", "to the better original"], *accuracies])]
+        if self.plan is not None:
+            rows = [
+                [row["site"], row["scope"], f"{row['tokens_in']} → {row['tokens_out']}", row["action"]]
+                for row in self.plan["rows"]
+            ]
+            lines += ["", *_markdown([["site", "scope", "tokens", "action"], *rows])]
+        return "\n".join(lines) + "\n"
+
+
+def measure(
+    model: nn.Module,
+    example: Example | None = None,
+    *,
+    data: Data | None = None,
+    batches: tuple[int, ...] = (1, 8, 32),
+    rounds: int = 10,
+) -> Report:
+    """Measure a model, converted or not: MACs (of one image), parameters, paired latency, accuracy.
+
+    Args:
+        model: the model.
+        example: as for `find_sites`.
+        data: a data set or loader; fills the one entry of ``accuracy`` that the model in hand is.
+        batches: batch sizes to time; empty to leave latency out.
+        rounds: timed passes at each batch size.
+
+    Raises:
+        CountError: where two counters disagree, or the counted MACs are not the planned ones.
+    """
+    example = prepare_example(model, example)
+    converted = is_retrofitted(model)
+    with disabled(model) if converted else nullcontext():
+        before = count_macs(model, example)
+    after = count_macs(model, example) if converted else None
+    if after is not None and after.total != get_plan(model).macs:
+        raise CountError(
+            f"the plan predicts {get_plan(model).macs:,} MACs and {after.total:,} were counted: measure at the plan's "
+            f"input size {get_plan(model).input_size}, or report this as a bug"
+        )
+    times = batch_latencies(model, example, batches, rounds=rounds) if batches else {}
+    accuracy: dict[str, float | None] = dict.fromkeys(ACCURACIES)
+    if data is not None:
+        accuracy[_entry(model)] = evaluate(model, data)
+    names = {name for name, _ in model.named_parameters() if CHILD in name.split(".")} if converted else set()
+    every = sum(parameter.numel() for parameter in model.parameters())
+    ours = sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
+    return Report(
+        model=_describe(model),
+        hardware=_hardware(model),
+        macs={"original": before.total, "converted": after.total if after else None},
+        params={"original": every - ours, "converted": every if converted else None},
+        latency_ms={
+            "original": {batch: paired.original for batch, paired in times.items()} or None,
+            "converted": {b: p.converted for b, p in times.items() if p.converted is not None} or None,
+        },
+        latency_ratio={batch: paired.ratio for batch, paired in times.items() if paired.ratio} or None,
+        merging_share={b: p.merging for b, p in times.items() if p.merging is not None} or None,
+        accuracy=accuracy,
+        modules={"original": _by_module(before), "converted": _by_module(after) if after else None},
+        plan=get_plan(model).to_dict() if converted else None,
+    )
+
+
+def _entry(model: nn.Module) -> str:
+    """Say which entry of ``accuracy`` a model is."""
+    if is_retrofitted(model):
+        if get_plan(model).config.method == "slice" and was_finetuned(model):
+            return "sliced_finetuned"
+        return "finetuned" if was_finetuned(model) else "converted"
+    return "original_finetuned" if was_finetuned(model) else "original"
+
+
+def _by_module(count: MacCount) -> dict[str, int]:
+    return {name: macs for name, macs in count.by_module.items() if macs}
+
+
+def _describe(model: nn.Module) -> str:
+    declared = getattr(model, "pretrained_cfg", None) or {}
+    return str(declared.get("architecture") or type(model).__name__)
+
+
+def _hardware(model: nn.Module) -> str:
+    device = home(model)[0]
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _shown(value: int | None, unit: float) -> str:
+    return "—" if value is None else f"{value / unit:.4g}"
+
+
+def _columns(table: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+
+
+def _markdown(table: list[list[str]]) -> list[str]:
+    head, *rows = ["| " + " | ".join(row) + " |" for row in table]
+    return [head, "|" + "---|" * len(table[0]), *rows]
