@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.errors import CountError
+from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.graph.sites import AttentionSite
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.merging.tokens import Carried, carried_by, carry, unmerge_all
@@ -105,6 +105,31 @@ class BlockForward:
                 "model at the input size it was converted for, or restore it and convert again with an example of the "
                 "new size"
             )
+
+
+#: methods of host models that lay every block's tokens out on the full grid
+GRID_METHODS = ("forward_intermediates", "get_intermediate_layers")
+
+
+class Refusal:
+    """Stands in for a host's method that needs every token after every block; passes on what `disabled` asks for."""
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse by name.
+
+        Raises:
+            UnsupportedBlock: unless the original path is on.
+        """
+        if all(forward.mode == "original" for forward in forwards_of(self.model)):
+            return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+        raise UnsupportedBlock(
+            f"{type(self.model).__name__}.{self.name} lays the tokens of every block out on the full grid, and a "
+            "converted model has merged some: convert with output_tokens='full' and read the last tokens off "
+            "forward_features, or call it within `with ltm_retrofit.disabled(model):`"
+        )
 
 
 class Retrofit(nn.Module):

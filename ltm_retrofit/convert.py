@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltm_retrofit.blocks import CHILD, FINETUNED, BlockForward, Retrofit, forwards_of
+from ltm_retrofit.blocks import CHILD, FINETUNED, GRID_METHODS, BlockForward, Refusal, Retrofit, forwards_of
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, NotRetrofitted, UnsupportedBlock
 from ltm_retrofit.flops import undisturbed
@@ -79,6 +79,9 @@ def restore(model: nn.Module) -> nn.Module:
     for forward in list(forwards_of(model)):
         del forward.block.__dict__["forward"]
         forward.block._modules.pop(CHILD, None)
+    for name in GRID_METHODS:
+        if isinstance(model.__dict__.get(name), Refusal):
+            del model.__dict__[name]
     del model._modules[CHILD]
     if finetuned:
         mark_finetuned(model)
@@ -221,6 +224,9 @@ def _make_mask(block: nn.Module, site: AttentionSite, row: Row, plan: MergePlan)
 
 def _install(model: nn.Module, forwards: list[BlockForward], masks: dict[str, nn.Module], kept: Retrofit) -> None:
     model._modules[CHILD] = kept
+    for name in GRID_METHODS:
+        if callable(getattr(model, name, None)):
+            model.__dict__[name] = Refusal(model, name)
     for forward in forwards:
         forward.block.__dict__["forward"] = forward
         if forward.name in masks:

@@ -73,3 +73,43 @@ def build() -> Callable[..., nn.Module]:
 def images() -> torch.Tensor:
     """Return three images that are not the example."""
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+
+_CONVERTED: dict[tuple[str, str], nn.Module] = {}
+
+
+@pytest.fixture
+def converted() -> Callable[..., nn.Module]:
+    """Return a family's converted tiny model, found once and copied: ``converted("timm-vit", "tome")``."""
+    import copy
+
+    import ltm_retrofit as ltm
+
+    def get(family: str, method: str = "ltm") -> nn.Module:
+        if (family, method) not in _CONVERTED:
+            _CONVERTED[family, method] = ltm.retrofit(make(family), ltm.LTMConfig(flops=0.7, method=method))
+        return copy.deepcopy(_CONVERTED[family, method])
+
+    return get
+
+
+@pytest.fixture
+def pictures() -> Callable[..., object]:
+    """Return a factory of `datasets` data sets: plain colours, one for each class, with a little noise."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    def get(count: int = 14, classes: int = CLASSES, size: int = 32, seed: int = 0) -> datasets.Dataset:
+        rng = np.random.default_rng(seed)
+        labels = [index % classes for index in range(count)]
+        colours = np.random.default_rng(1).integers(0, 256, (classes, 3))
+        arrays = [np.clip(colours[y] + rng.normal(0, 8, (size, size, 3)), 0, 255).astype(np.uint8) for y in labels]
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"colour{y}" for y in range(classes)])}
+        )
+        return datasets.Dataset.from_dict(
+            {"image": [Image.fromarray(array) for array in arrays], "label": labels}, features=features
+        )
+
+    return get

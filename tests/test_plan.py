@@ -123,9 +123,16 @@ def test_where_the_schedule_cannot_meet_it_sites_are_added(sites_of):
     assert {row.site for row in plan.rows} - {"blocks.1", "blocks.3", "blocks.4", "blocks.5"}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["timm-vit", "timm-vit-avg-qknorm", "hf-deit-teacher", "hf-dinov2"])
-@pytest.mark.parametrize("target, full", [(0.8, "auto"), (0.6, "full")])
+@pytest.mark.parametrize(
+    "family, method, target, full",
+    [
+        ("timm-vit", "ltm", 0.8, "auto"),
+        ("timm-vit", "tome", 0.6, "full"),
+        ("timm-vit-avg-qknorm", "slice", 0.7, "auto"),
+        ("hf-deit-teacher", "tome", 0.5, "auto"),
+        ("hf-dinov2", "ltm", 0.6, "full"),
+    ],
+)
 def test_predicted_macs_are_those_counted(build, family, method, target, full):
     model = build(family)
     sites = ltm.find_sites(model)

@@ -264,8 +264,9 @@ def boundaries(labels: np.ndarray) -> list[Sequence[tuple[float, float]]]:
 
 
 def _colour(place: int) -> tuple[float, float, float]:
-    """Return a hue far from its predecessors' (golden angle), lighter and darker by turns."""
-    return colorsys.hsv_to_rgb(place * 0.618034 % 1.0, (1.0, 0.65)[place // 3 % 2], (1.0, 0.75)[place // 2 % 2])
+    """Return a hue far from its predecessors' (golden angle); another tone where hues come round."""
+    saturation, value = ((1.0, 0.9), (0.45, 1.0), (1.0, 0.55))[place // 8 % 3]
+    return colorsys.hsv_to_rgb(place * 0.618034 % 1.0, saturation, value)
 
 
 def _caption(dropping: bool, sites: int, share: np.ndarray) -> str:

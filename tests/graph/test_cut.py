@@ -33,7 +33,7 @@ def tokens_of(site, batch: int = 2, seed: int = 1) -> torch.Tensor:
 
 
 def whole(site, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return block(x, **{key: value for key, value in site.signature.others if value is not None})
+    return block(x, **dict(site.signature.others))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

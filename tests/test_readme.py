@@ -1,0 +1,41 @@
+"""The README's commands and code stay alive."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ltm_retrofit.cli import parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHELL = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = sorted({line.split("#")[0].strip() for line in SHELL if line.startswith("ltm-retrofit ")})
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_parses(command: str) -> None:
+    arguments = parser().parse_args(shlex.split(command)[1:])
+    assert arguments.command in command
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {line.split()[1] for line in SHELL if line.startswith("make ")}
+    assert {"quickstart", "test"} <= targets
+    assert all(re.search(rf"^{target}:", makefile, re.M) for target in targets)
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1][:40])
+def test_python_runs(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+    assert PYTHON
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,112 @@
+"""Another set of classes gets a new head, wherever the model keeps its head; nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import ltm_retrofit as ltm
+from ltm_retrofit.errors import AlreadyRetrofitted, DataError
+from ltm_retrofit.graph.example import logits_of, prepare_example, run
+from ltm_retrofit.tuning.evaluate import count_classes
+from ltm_retrofit.tuning.heads import set_classes
+
+NAMES = ["ant", "bee", "cat"]
+HEADS = {
+    "timm-vit": {"head"},
+    "timm-vit-avg-qknorm": {"head"},
+    "timm-deit": {"head", "head_dist"},
+    "timm-dinov2": {"head"},
+    "timm-clip": {"head"},
+    "hf-vit": {"classifier"},
+    "hf-deit": {"classifier"},
+    "hf-deit-teacher": {"cls_classifier", "distillation_classifier"},
+    "hf-dinov2": {"classifier"},
+}
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    found = logits_of(run(model, prepare_example(model, None)))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_new_head_and_nothing_else(name: str, build) -> None:
+    model = build(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert set_classes(model, NAMES) is True
+    after = model.state_dict()
+    changed = {key.rsplit(".", 1)[0] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == HEADS[name] and set(before) == set(after)
+    assert logits(model).shape == (1, 3)
+    assert count_classes(model) == 3
+    assert not model.training and not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_as_many_classes_as_before_keeps_the_head(name: str, build) -> None:
+    model = build(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert set_classes(model, [str(index) for index in range(7)]) is False
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [name for name in HEADS if name.startswith("hf-")])
+def test_hf_config_knows_the_classes_and_survives_a_save(name: str, build, tmp_path) -> None:
+    model = build(name)
+    set_classes(model, NAMES)
+    assert model.config.num_labels == 3
+    assert model.config.id2label == dict(enumerate(NAMES))
+    assert model.config.label2id == {"ant": 0, "bee": 1, "cat": 2}
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    assert again.config.id2label == dict(enumerate(NAMES))
+
+
+def test_hf_loss_counts_the_new_classes(build) -> None:
+    model = build("hf-vit")
+    set_classes(model, NAMES)
+    loss = model(pixel_values=torch.zeros(2, 3, 32, 32), labels=torch.tensor([0, 2])).loss
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "timm-deit", "hf-vit"])
+def test_the_head_is_of_the_models_dtype(name: str, build) -> None:
+    model = build(name).double()
+    set_classes(model, NAMES)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    assert logits(model).dtype == torch.float64
+
+
+def test_head_without_bias_stays_without(build) -> None:
+    model = build("hf-vit")
+    model.classifier = nn.Linear(48, 7, bias=False)
+    set_classes(model, NAMES)
+    assert model.classifier.bias is None and model.classifier.weight.shape == (3, 48)
+
+
+def test_a_model_with_a_new_head_converts_and_counts_its_classes(build) -> None:
+    model = build("hf-deit-teacher")
+    set_classes(model, NAMES)
+    plan = ltm.get_plan(ltm.retrofit(model))
+    assert plan.classes == 3 and set(plan.readouts) == HEADS["hf-deit-teacher"]
+
+
+def test_a_tower_has_no_head_to_replace(build) -> None:
+    model = build("hf-clip")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(DataError, match="CLIPVisionModel has no linear classifier to replace"):
+        set_classes(model, NAMES)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_converted_model_keeps_its_classes(converted) -> None:
+    model = converted("timm-vit")
+    with pytest.raises(AlreadyRetrofitted, match="restore it first"):
+        set_classes(model, NAMES)
+    assert logits(model).shape == (1, 7)
+    assert set_classes(ltm.restore(model), NAMES) is True
