@@ -13,7 +13,6 @@ from torch import nn
 from ltm_retrofit.blocks import CHILD, FINETUNED, GRID_METHODS, BlockForward, Refusal, Retrofit, forwards_of
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, NotRetrofitted, UnsupportedBlock
-from ltm_retrofit.flops import undisturbed
 from ltm_retrofit.graph.example import Example, home, prepare_example, run, tensors_of
 from ltm_retrofit.graph.find import find_sites
 from ltm_retrofit.graph.prove import all_equal
@@ -21,6 +20,7 @@ from ltm_retrofit.graph.sites import AttentionSite, Sites
 from ltm_retrofit.merging.mask import MaskModule, SliceMask, ToMeMask
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.plan import MergePlan, Row, make_plan
+from ltm_retrofit.undisturbed import undisturbed
 
 
 def retrofit(

@@ -97,6 +97,8 @@ class Recipe:
             values = yaml.safe_load(text)
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"cannot read the recipe {path}: it is no UTF-8 text") from error
         except yaml.YAMLError as error:
             raise RecipeError(f"{path} is not YAML: {error}") from error
         try:

@@ -53,9 +53,9 @@ def test_the_trace_holds_the_latest_pass(model):
         weights = traced.assignment(index)
         assert weights.shape == (3, 65, row.tokens_out)
         torch.testing.assert_close(weights.sum(dim=2), torch.ones(3, 65))
-    kept = traced.feature
+    kept, steps = traced.feature, traced.steps
     model(draw(4, 2)[0])
-    assert traced.feature is kept, "the trace ends with its block"
+    assert traced.steps is steps and torch.equal(traced.feature, kept), "the trace ends with its block"
 
 
 def test_tracing_changes_no_result_and_leaves_no_hook(model):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import NoAttentionError, UnsupportedBlock
-from ltm_retrofit.flops import count_macs, undisturbed
+from ltm_retrofit.flops import count_macs
 from ltm_retrofit.graph import prove
 from ltm_retrofit.graph.cut import Halves, Signature, cut_block
 from ltm_retrofit.graph.example import Example, logits_of, other_image, prepare_example, run
 from ltm_retrofit.graph.probe import Attended, Call, Recording, record, replaced
 from ltm_retrofit.graph.sites import AttentionSite, Cost, Ending, KeySource, Scope, Sites, TokenLayout
+from ltm_retrofit.undisturbed import undisturbed
 
 
 class _Candidate:

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ltm_retrofit.errors import ExampleError
-from ltm_retrofit.flops import undisturbed
 from ltm_retrofit.graph.example import Example, run
+from ltm_retrofit.undisturbed import undisturbed
 
 PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
 SOFTMAXES = (torch.softmax, F.softmax, Tensor.softmax)

@@ -133,14 +133,14 @@ class SimilarityMask(nn.Module):
         similarity = torch.bmm(source, destination.transpose(1, 2))
         leave = self.tokens_in - self.tokens_out
         if leave == self.partition.sources:
-            return None, torch.zeros(len(keys), 0, dtype=torch.int64, device=keys.device), similarity
+            return None, torch.zeros(keys.shape[0], 0, dtype=torch.int64, device=keys.device), similarity
         order = similarity.amax(dim=-1).argsort(dim=-1, descending=True, stable=True)
         leaving, staying = order[:, :leave], order[:, leave:].sort(dim=-1).values
         return leaving, staying, take(similarity, leaving)
 
     def assignment(self, leaving: Tensor | None, staying: Tensor, weights: Tensor) -> Assignment:
         """Turn choices among the sources into an `Assignment` over all N tokens."""
-        batch = len(staying)
+        batch = staying.shape[0]
         sources = (self.source_positions + self.prefix).expand(batch, -1)
         places = torch.arange(self.tokens_in, device=staying.device)
         first = places[: self.prefix].expand(batch, -1)
@@ -290,7 +290,7 @@ class SliceMask(nn.Module):
     ) -> Merged:
         """Keep the first P tokens; unmerging gives every lost token the last kept one."""
         check_count(tokens, self.tokens_in)
-        kept, batch = tokens[:, : self.tokens_out], len(tokens)
+        kept, batch = tokens[:, : self.tokens_out], tokens.shape[0]
         places = torch.arange(self.tokens_in, device=tokens.device).expand(batch, -1)
         weights = tokens.new_ones(batch, self.tokens_in - self.tokens_out, 1)
         assignment = Assignment(places[:, : self.tokens_out], places[:, self.tokens_out :], weights)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ltm_retrofit.blocks import CHILD
 from ltm_retrofit.convert import disabled, is_retrofitted
-from ltm_retrofit.flops import undisturbed
 from ltm_retrofit.graph.example import Example, home, run
+from ltm_retrofit.undisturbed import undisturbed
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ltm_retrofit.blocks import forwards_of
 from ltm_retrofit.convert import get_plan
 from ltm_retrofit.errors import CountError, DataError, ExampleError
-from ltm_retrofit.flops import undisturbed
 from ltm_retrofit.graph.example import home, run
 from ltm_retrofit.merging.tokens import Step, accumulated
 from ltm_retrofit.tracing import trace
 from ltm_retrofit.tuning.data import Preprocessing, make_transform, preprocessing_of
+from ltm_retrofit.undisturbed import undisturbed
 
 #: inches of a panel, panels in a row, and the widest grid whose patches have room for a number
 PANEL, COLUMNS, NUMBERED = 3.4, 4, 16

@@ -53,7 +53,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; ``extra`` (a recipe's run puts its recipe there) stands beside the rest."""
         values = dataclasses.asdict(self)
-        return {**values, **values.pop("extra")}
+        return {**values.pop("extra"), **values}
 
     def to_json(self) -> str:
         """Return `to_dict` as JSON."""

@@ -105,7 +105,7 @@ def check_labels(data: Data, classes: int, split: str) -> None:
     if len(data) == 0:
         raise DataError(f"the {split} split is empty")
     seen = set(data["label"])
-    outside = sorted(label for label in seen if not isinstance(label, int) or not 0 <= label < classes)
+    outside = sorted((label for label in seen if not isinstance(label, int) or not 0 <= label < classes), key=str)
     if outside:
         raise DataError(
             f"the {split} split has labels {outside[:5]} outside the model's {classes} classes (0 to {classes - 1}): "

@@ -8,9 +8,9 @@ from tqdm.auto import tqdm
 
 from ltm_retrofit.convert import get_retrofit, is_retrofitted
 from ltm_retrofit.errors import DataError, TrainingError
-from ltm_retrofit.flops import undisturbed
 from ltm_retrofit.graph.example import home, logits_of, prepare_example, run
 from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table, make_loader
+from ltm_retrofit.undisturbed import undisturbed
 
 
 @torch.no_grad()
@@ -55,10 +55,9 @@ def count_classes(model: nn.Module) -> int:
     if is_retrofitted(model):
         classes = get_retrofit(model).plan.classes
     else:
-        for source in (model, getattr(model, "config", None)):
-            classes = getattr(source, "num_classes", None) or getattr(source, "num_labels", None) or 0
-            if classes:
-                return int(classes)
+        classes = getattr(model, "num_classes", None) or getattr(model, "num_labels", None) or 0
+        if classes:  # not of the config: every Hugging Face config says 2 unless told otherwise, a tower's too
+            return int(classes)
         with undisturbed(model), torch.no_grad():
             logits = logits_of(run(model, prepare_example(model, None)))
         classes = 0 if logits is None else logits.shape[1]

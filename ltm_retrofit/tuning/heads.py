@@ -9,9 +9,9 @@ from torch import nn
 
 from ltm_retrofit.convert import is_retrofitted
 from ltm_retrofit.errors import AlreadyRetrofitted, DataError
-from ltm_retrofit.flops import undisturbed
 from ltm_retrofit.graph.example import logits_of, prepare_example
 from ltm_retrofit.graph.probe import record
+from ltm_retrofit.undisturbed import undisturbed
 
 
 def set_classes(model: nn.Module, names: Sequence[str]) -> bool:

@@ -72,7 +72,7 @@ class TrainConfig(Strict):
 
     def __post_init__(self) -> None:
         """Check every value; nothing is corrected silently."""
-        for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 0)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise RecipeError(f"{name} must be a whole number from {least} on, got {value!r}")

@@ -63,7 +63,7 @@ def test_every_block_of_every_family_is_found_and_proven(family, found):
     assert sites.ending.prefix_only == prefix_only
     assert sites.ending.readouts == readouts
     assert sites.ending.classes == (7 if readouts else 0)
-    assert list(sites)[0].block in str(sites) and len(sites.rows()) == DEPTH
+    assert sites[0].block in str(sites) and len(sites.rows()) == DEPTH
 
 
 def test_sites_are_in_depth_order_and_names_are_the_models_own(found):

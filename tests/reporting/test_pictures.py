@@ -84,7 +84,7 @@ def test_slicing_shows_what_it_drops(build: Build, images: Tensor) -> None:
 
 def test_the_index_picks_the_image(build: Build, images: Tensor) -> None:
     model = converted(build)
-    shown = [ax.images[0].get_array() for ax in (ltm.show_merges(model, images, index=2).axes[0],)][0]
+    shown = ltm.show_merges(model, images, index=2).axes[0].images[0].get_array()
     np.testing.assert_allclose(shown, (images[2] * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 0), atol=1e-6)
     single = ltm.show_merges(model, images[2]).axes[0].images[0].get_array()
     np.testing.assert_array_equal(shown, single)

@@ -61,7 +61,7 @@ def test_hf_image_processor_is_read_from_the_models_folder(tmp_path) -> None:
 
 
 def test_a_model_that_says_nothing_is_asked_for_a_loader() -> None:
-    with pytest.raises(DataError, match="Linear does not say its input size.*pass a loader"):
+    with pytest.raises(DataError, match=r"Linear does not say its input size.*pass a loader"):
         preprocessing_of(nn.Linear(3, 3))
 
 
@@ -206,7 +206,10 @@ def test_split_batch_refuses_the_rest(batch) -> None:
 def test_batches_on_moves_everything() -> None:
     device = torch.device("meta")
     (inputs, labels), (pixels, _) = batches_on(
-        [{"pixel_values": torch.zeros(1), "text": "as it is", "labels": torch.zeros(1)}, (torch.zeros(2), torch.ones(1))],
+        [
+            {"pixel_values": torch.zeros(1), "text": "as it is", "labels": torch.zeros(1)},
+            (torch.zeros(2), torch.ones(1)),
+        ],
         device,
     )
     assert inputs["pixel_values"].device == labels.device == pixels.device == device

@@ -1,0 +1,243 @@
+"""What each operator costs: those free of multiply-adds, those with a formula, and those that are refused.
+
+A MAC is what `ltm_retrofit.flops` says it is. Both of its counters read their operators here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+from ltm_retrofit.errors import CountError
+
+Handle = Callable[[Sequence[Any], Sequence[Any]], "Counter[str]"]
+
+# Operators without a multiply-add, or (elementwise products, weighted sums of an interpolation) with none by the
+# convention above. Read off traces of the architectures that timm and transformers register, and off merging code.
+# In-place twins are meant too. What is not listed here and has no handle below is refused.
+FREE_OPS = """
+    abs add addcdiv addcmul clamp clamp_max clamp_min clip cos cosh div elu erf erfc exp exp2 expm1 fmod gelu glu
+    hardshrink hardsigmoid hardswish hardtanh leaky_relu lerp log log10 log1p log2 log_sigmoid logit mish mul
+    nan_to_num neg pow prelu reciprocal relu relu6 remainder rrelu rsqrt rsub selu sigmoid sign silu sin sinh
+    softplus softshrink softsign sqrt square sub tan tanh threshold trunc true_divide divide multiply subtract atan
+    atan2 hypot angle asin acos floor ceil round frac floor_divide floordiv deg2rad xlogy logaddexp maximum minimum
+    fmax fmin
+    eq ne lt le gt ge greater less equal isfinite isinf isnan isin isclose allclose where bitwise_and bitwise_not
+    bitwise_or bitwise_xor __and__ __or__ __xor__ __iand__ __ior__ __ixor__ __not__ __lshift__ __rshift__
+    bitwise_left_shift bitwise_right_shift logical_and logical_not logical_or logical_xor
+    all any amax amin aminmax argmax argmin bincount count_nonzero cummax cummin cumprod cumsum diff frobenius_norm
+    histc linalg_norm linalg_vector_norm logcumsumexp logsumexp max mean median min mode nanmean nansum norm
+    normalize prod quantile std std_mean sum var var_mean cosine_similarity cross_entropy_loss cross linalg_cross
+    argsort kthvalue msort searchsorted bucketize sort topk unique unique_consecutive unique_dim _unique2 _unique
+    gather index index_add index_copy index_fill index_put _index_put_impl_ _unsafe_index index_select masked_fill
+    masked_scatter masked_select nonzero nonzero_numpy nonzero_static put scatter scatter_add scatter_reduce
+    select_scatter slice_scatter diagonal_scatter take take_along_dim embedding one_hot
+    _weight_norm softmax log_softmax _softmax _log_softmax layer_norm native_layer_norm batch_norm native_batch_norm
+    _batch_norm_impl_index cudnn_batch_norm group_norm native_group_norm instance_norm rms_norm _fused_rms_norm
+    local_response_norm
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
+    adaptive_max_pool3d avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d max_pool1d_with_indices
+    max_pool2d_with_indices max_pool3d_with_indices _adaptive_avg_pool2d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d
+    upsample_linear1d upsample_trilinear3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d
+    _upsample_nearest_exact2d _upsample_nearest_exact3d grid_sampler grid_sampler_2d grid_sampler_3d
+    affine_grid_generator
+    channel_shuffle native_channel_shuffle pixel_shuffle pixel_unshuffle im2col col2im unfold unfold_copy
+    alias as_strided atleast_1d atleast_2d atleast_3d broadcast_tensors broadcast_to block_diag cartesian_prod cat
+    chunk clone column_stack combinations concat concatenate constant_pad_nd contiguous copy copy_ data detach diag
+    diag_embed diagonal diagflat dsplit dstack expand expand_as fill flatten flip fliplr flipud hsplit hstack lift
+    lift_fresh mT matrix_H meshgrid moveaxis movedim mH narrow numpy_T pad permute pin_memory positive ravel
+    reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave replication_pad1d replication_pad2d
+    replication_pad3d reshape reshape_as resolve_conj resolve_neg roll rot90 row_stack select slice split
+    split_with_sizes squeeze stack swapaxes swapdims t T tensor_split tile trace transpose tril triu unbind
+    unflatten unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze view view_as view_as_complex view_as_real
+    real imag vsplit vstack zero _reshape_alias _unsafe_view _conj _pad_circular
+    arange empty empty_like empty_strided eye full full_like linspace logspace new_empty new_empty_strided new_full
+    new_ones new_zeros ones ones_like scalar_tensor tensor tril_indices triu_indices zeros zeros_like complex polar
+    bernoulli dropout feature_dropout alpha_dropout native_dropout exponential multinomial normal rand rand_like
+    randint randint_like randn randn_like randperm random uniform
+    Bool Float FloatImplicit Int IntImplicit ScalarImplicit device dim dtype is_floating_point is_nonzero item
+    _local_scalar_dense len numel size sym_size stride to to_dense type_as _to_copy _cast_Float _cast_Half
+    _autocast_to_full_precision _autocast_to_reduced_precision _assert_async _shape_as_tensor _is_zerotensor warn
+    format list requires_grad result_type storage_offset retain_grad output_nr is_pinned
+"""
+
+# What torch's counter would execute and count as zero. fvcore refuses these by not knowing them.
+_HEAVY_OPS = """
+    _cdist_forward _euclidean_dist _pdist_forward _trilinear _fft_c2c _fft_c2r _fft_r2c _linalg_svd _linalg_eigh
+    _linalg_eigvals _linalg_slogdet _linalg_det _linalg_solve_ex linalg_cholesky_ex linalg_eig linalg_inv_ex
+    linalg_householder_product linalg_ldl_solve linalg_lstsq linalg_lu linalg_lu_factor_ex linalg_lu_solve
+    linalg_matrix_exp linalg_pinv linalg_qr linalg_solve_triangular cholesky_inverse cholesky_solve triangular_solve
+    ormqr geqrf mkldnn_rnn_layer _thnn_fused_lstm_cell _thnn_fused_gru_cell _cudnn_rnn
+    _transformer_encoder_layer_fwd _native_multi_head_attention
+"""
+
+
+def refusal(names: Sequence[str], module: str = "") -> str:
+    """Say that operators cannot be counted."""
+    where = f" (in {module})" if module else ""
+    return (
+        f"cannot count {', '.join(names)}{where}: not known to be free of multiply-adds, and no formula for it here; "
+        "a count that guesses would be wrong without saying so"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For fvcore
+
+
+def _shape(value: Any) -> list[int]:
+    """Shape of a tensor in a jit graph."""
+    if not value.isCompleteTensor():
+        raise CountError(f"the trace does not hold the shape of {value.debugName()}")
+    return list(value.type().sizes())
+
+
+def _product(left: int) -> Handle:
+    """Any matrix product: each output element sums over the last dimension of input number ``left``.
+
+    Taken from the output, since it holds the broadcast batch, which neither input needs to.
+    """
+
+    def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
+        return Counter(matmul=prod(_shape(outputs[0])) * _shape(inputs[left])[-1])
+
+    return handle
+
+
+def _addbmm(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
+    return Counter(matmul=prod(_shape(inputs[1])) * _shape(inputs[2])[-1])
+
+
+def _tensordot(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
+    left = _shape(inputs[0])
+    return Counter(matmul=prod(_shape(outputs[0])) * prod(left[dim.toIValue()] for dim in inputs[2].node().inputs()))
+
+
+def _convolution(transposed_at: int | None) -> Handle:
+    """Each output element (of a transposed one: each input element) meets one filter, whatever the groups."""
+
+    def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
+        transposed = transposed_at is not None and inputs[transposed_at].toIValue()
+        return Counter(conv=prod(_shape(inputs[0] if transposed else outputs[0])) * prod(_shape(inputs[1])[1:]))
+
+    return handle
+
+
+def _attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
+    """Scores and weighted values, ``Nq·Nk·(dq + dv)`` for each head.
+
+    The output has the heads of the query also where several of them share a key (``enable_gqa``), and its batch is
+    the broadcast one. A mask spares nothing: a fused kernel that skips masked blocks is a matter of time, not of MACs.
+    """
+    *batch, tokens, width = _shape(outputs[0])
+    return Counter(attention=prod(batch) * tokens * _shape(inputs[1])[-2] * (_shape(inputs[0])[-1] + width))
+
+
+def _einsum(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
+    """A contraction of two operands; fvcore's own goes through a printed float and is off for large ones.
+
+    torch sums a label that only one operand has before it multiplies, and calls a product without a common summed
+    label elementwise.
+    """
+    equation = inputs[0].toIValue().replace(" ", "")
+    shapes = [_shape(value) for value in inputs[1].node().inputs()]
+    if len(shapes) == 1:
+        return Counter()
+    if len(shapes) > 2:
+        raise CountError(
+            f"cannot count einsum {equation!r}: the cost of {len(shapes)} operands depends on the order in which they "
+            "are contracted; write it as products of two"
+        )
+    terms, arrow, result = equation.partition("->")
+    labelled: list[dict[str, int]] = []
+    for term, shape in zip(terms.split(","), shapes, strict=True):
+        spread = len(shape) - len(term.replace("...", ""))
+        # Digits stand for the dimensions of an ellipsis, counted from the right as broadcasting does.
+        names = term.replace("...", "".join(map(str, reversed(range(spread)))))
+        labelled.append({name: size for name, size in zip(names, shape, strict=True) if size != 1})
+    left, right = labelled
+    if not arrow:
+        plain = terms.replace(",", "")
+        result = "..." + "".join(name for name in plain if plain.count(name) == 1)
+    if "..." in result:
+        result += "".join(name for name in {*left, *right} if name.isdigit())
+    summed = {name for name in {*left, *right} if name not in result}
+    if not summed & left.keys() & right.keys():
+        return Counter()
+    alone = summed - (left.keys() & right.keys())
+    return Counter(einsum=prod(size for name, size in {**left, **right}.items() if name not in alone))
+
+
+TRACE_HANDLES: dict[str, Handle] = {
+    "aten::linear": _product(0),
+    "aten::matmul": _product(0),
+    "aten::mm": _product(0),
+    "aten::bmm": _product(0),
+    "aten::mv": _product(0),
+    "aten::dot": _product(0),
+    "aten::vdot": _product(0),
+    "aten::inner": _product(0),
+    "aten::addmm": _product(1),
+    "aten::addmm_": _product(1),
+    "aten::addmv": _product(1),
+    "aten::addmv_": _product(1),
+    "aten::baddbmm": _product(1),
+    "aten::baddbmm_": _product(1),
+    "aten::addbmm": _addbmm,
+    "aten::addbmm_": _addbmm,
+    "aten::tensordot": _tensordot,
+    "aten::einsum": _einsum,
+    "aten::_convolution": _convolution(6),
+    "aten::convolution": _convolution(6),
+    "aten::_convolution_mode": _convolution(None),
+    "aten::scaled_dot_product_attention": _attention,
+    "aten::_scaled_dot_product_attention_math": _attention,
+    "aten::_scaled_dot_product_flash_attention": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::_scaled_dot_product_efficient_attention": _attention,
+    "aten::_scaled_dot_product_cudnn_attention": _attention,
+    "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For torch's counter
+
+
+def dispatch_handles() -> dict[Any, Callable[..., int]]:
+    """What `FlopCounterMode` lacks; it wants 2 for each multiply-add."""
+
+    def times(inner: Callable[..., int]) -> Callable[..., int]:
+        return lambda *shapes, out_shape=None, **_: 2 * inner(*shapes)
+
+    def attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object) -> int:
+        return prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+    def refuse(name: str) -> Callable[..., int]:
+        def handle(*_: object, **__: object) -> int:
+            raise CountError(refusal([f"aten::{name}"]))
+
+        return handle
+
+    aten = torch.ops.aten
+    handles: dict[str, Callable[..., int]] = {
+        "dot": times(lambda a, b: prod(a)),
+        "vdot": times(lambda a, b: prod(a)),
+        "mv": times(lambda a, b: prod(a)),
+        "addmv": times(lambda out, a, b, *_: prod(a)),
+        "addmv_": times(lambda out, a, b, *_: prod(a)),
+        "addmm_": times(lambda out, a, b, *_: prod(a) * b[-1]),
+        "addbmm": times(lambda out, a, b, *_: prod(a) * b[-1]),
+        "addbmm_": times(lambda out, a, b, *_: prod(a) * b[-1]),
+        "baddbmm_": times(lambda out, a, b, *_: prod(a) * b[-1]),
+        "_scaled_dot_product_fused_attention_overrideable": times(attention),
+        "_scaled_dot_product_attention_math_for_mps": times(attention),
+    }
+    handles |= {name: refuse(name) for name in _HEAVY_OPS.split()}
+    # Not every torch has every operator.
+    return {getattr(aten, name): handle for name, handle in handles.items() if hasattr(aten, name)}

@@ -1,0 +1,73 @@
+"""Run a model and leave it as it was found."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+
+import torch
+from torch import nn
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode, without short cuts, and put back what that changes: the model and the random state.
+
+    A forward pass in eval mode writes more than one would think: attention-bias caches (LeViT, TinyViT), the hooks by
+    which transformers records hidden states, and fvcore leaves its own hooks behind when a trace fails. So all that
+    hangs on a module is noted, not a list of known culprits.
+    """
+    states = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    containers = [(value, copy(value)) for _, saved in states for value in saved.values() if type(value) in _CONTAINERS]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    for module in model.modules():
+        if module._compiled_call_impl is not None:
+            module._compiled_call_impl = None  # module.compile()
+        module.training = False  # not .eval(): some models override .train(), and not all of them for the better
+    try:
+        with random_numbers_kept(model), slow_path():
+            yield
+    finally:
+        for now, saved in states:
+            for name in now.keys() - saved.keys():
+                del now[name]
+            now.update(saved)
+        for container, content in containers:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+        with torch.no_grad():
+            for buffer, version, values in buffers:
+                if buffer._version != version:
+                    buffer.copy_(values)
+
+
+@contextmanager
+def random_numbers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the random state back, on the CPU and where the model lives."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
+    kind = accelerators[0].type if accelerators else "cuda"
+    with torch.random.fork_rng(devices=[device.index or 0 for device in accelerators], device_type=kind):
+        yield
+
+
+@contextmanager
+def slow_path() -> Iterator[None]:
+    """Switch off two short cuts while counting.
+
+    The fast path of `nn.MultiheadAttention` is one opaque operator that hides its products from both counters, and a
+    weight that autocast has cast and kept from one pass is a constant to the next, which a trace refuses.
+    """
+    fast, cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.set_autocast_cache_enabled(cached)

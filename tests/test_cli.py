@@ -1,0 +1,250 @@
+"""The command line: light to start, right on stdout, errors on stderr with status 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from PIL import Image
+
+import ltm_retrofit as ltm
+from ltm_retrofit import cli
+from ltm_retrofit.convert import was_finetuned
+
+COMMANDS = ("inspect", "convert", "finetune", "report", "run")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path, build: Callable) -> Path:
+    """A tiny timm model as timm saves it."""
+    arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 6, "num_heads": 3}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **arguments)
+    model.load_state_dict({k: v for k, v in build("timm-vit").state_dict().items() if "head" not in k}, strict=False)
+    timm.models.save_for_hf(model, tmp_path / "base", model_args=arguments, safe_serialization=True)
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 3)):
+        for index, name in enumerate(("red", "green", "blue")):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for number in range(count):
+                array = rng.integers(0, 60, (32, 32, 3), dtype=np.uint8)
+                array[..., index] += 150
+                Image.fromarray(array).save(tmp_path / "data" / split / name / f"{number}.png")
+    return tmp_path / "data"
+
+
+# ---------------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, ltm_retrofit.cli as cli; cli.parser().format_help();"
+        "print([name for name in ('torch', 'timm', 'transformers', 'datasets', 'accelerate', 'numpy', 'matplotlib',"
+        " 'sklearn', 'yaml') if name in sys.modules])"
+    )
+    assert python("-c", code).stdout.strip() == "[]"
+
+
+def test_python_m_shows_help_with_examples() -> None:
+    shown = python("-m", "ltm_retrofit", "--help")
+    assert shown.returncode == 0 and shown.stderr == ""
+    assert all(f"ltm-retrofit {command} " in shown.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--json" in shown and "examples:" in shown and f"ltm-retrofit {command} " in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_in_the_help_are_commands(command: str) -> None:
+    for line in cli.EXAMPLES[command].split("\n"):
+        program, *arguments = line.split()
+        assert program == "ltm-retrofit"
+        assert cli.parser().parse_args(arguments).command == command
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["converts"], ["convert", "x"], ["convert", "x", "--out", "y", "--flops", ".7", "--tokens", "3"]]
+)
+def test_misuse_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2 and "usage: ltm-retrofit" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_json_is_all_that_stdout_holds(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(folder), "--json"]) == 0
+    out, err = capsys.readouterr()
+    values = json.loads(out)
+    assert len(values["sites"]) == 6 and values["excluded"] == {}
+    assert values["macs"] == ltm.find_sites(timm.create_model(f"local-dir:{folder}", pretrained=False)).total_macs
+    assert str(folder) in err
+
+
+def test_inspect_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert all(f"blocks.{index}" in out for index in range(6))
+    assert "GMACs; the head reads prefix tokens only" in out and err == ""
+
+
+def test_inspect_gives_the_reason_of_what_is_left_out(monkeypatch, build, capsys) -> None:
+    """A block that branches on its input's values cannot be traced, and the others suffer with it."""
+    model = build("timm-vit")
+    block = model.blocks[3]
+    plain = type(block).forward
+    block.__class__ = type(
+        "Odd", (type(block),), {"forward": lambda self, x: plain(self, x) if float(x.sum()) < 1e9 else x}
+    )
+    sites = ltm.find_sites(model)
+    assert any(name.startswith("blocks.3") and "cannot be traced" in why for name, why in sites.excluded.items())
+
+    class Loaded:
+        origin = "made here"
+
+    Loaded.model = model
+    monkeypatch.setattr("ltm_retrofit.saving.load.load_model", lambda name: Loaded)
+    assert cli.main(["inspect", "odd"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown and reason in shown for name, reason in sites.excluded.items())
+    assert cli.main(["inspect", "odd", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["excluded"] == sites.excluded
+
+
+# ----------------------------------------------------------------------------------------------------------- the chain
+
+
+def test_convert_finetune_report(folder: Path, colours: Path, tmp_path: Path, capsys) -> None:
+    made, tuned = tmp_path / "made", tmp_path / "tuned"
+    assert cli.main(["convert", str(folder), "--flops", "0.75", "--out", str(made)]) == 0
+    assert f"written to {made}/" in capsys.readouterr().out
+    model = ltm.from_pretrained(made)
+    plan = ltm.get_plan(model)
+    assert 0.73 <= plan.share <= 0.75 and not was_finetuned(model)
+
+    options = ["--data", str(colours), "--epochs", "4", "--batch-size", "10", "--lr", "3e-3", "--seed", "1"]
+    assert cli.main(["finetune", str(made), *options, "--out", str(tuned), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert len(values["history"]["losses"]) == 12 and values["history"]["losses"][-1] < values["history"]["losses"][0]
+    assert values["accuracy"]["finetuned"] is not None and values["accuracy"]["converted"] is None
+    assert was_finetuned(ltm.from_pretrained(tuned))
+
+    assert cli.main(["report", str(tuned), "--data", str(colours), "--batches", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["accuracy"] == values["accuracy"]
+    assert report["macs"]["converted"] == plan.macs and set(report["latency_ms"]["converted"]) == {"1"}
+
+
+def test_convert_by_tokens_method_and_sites(folder: Path, tmp_path: Path, capsys) -> None:
+    options = ["--tokens", "50", "30", "--sites", "blocks.2", "blocks.4", "--method", "tome", "--output-tokens", "full"]
+    assert cli.main(["convert", str(folder), *options, "--out", str(tmp_path / "made"), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert [(row["site"], row["tokens_out"]) for row in values["rows"]] == [("blocks.2", 50), ("blocks.4", 30)]
+    assert values["config"]["method"] == "tome" and values["unmerge"] is True
+    assert ltm.get_plan(ltm.from_pretrained(tmp_path / "made")).to_dict() == values
+
+
+def test_an_existing_folder_is_kept_unless_told_otherwise(folder: Path, tmp_path: Path, capsys) -> None:
+    command = ["convert", str(folder), "--tokens", "50", "40", "30", "--method", "slice", "--out", str(tmp_path / "a")]
+    assert cli.main(command) == 0
+    before = (tmp_path / "a" / "config.json").stat().st_mtime_ns
+    assert cli.main(command) == 2
+    assert "CheckpointError" in capsys.readouterr().err
+    assert (tmp_path / "a" / "config.json").stat().st_mtime_ns == before
+    assert cli.main([*command, "--overwrite"]) == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_errors_of_the_package_are_status_2(as_json: bool, folder: Path, tmp_path: Path, capsys) -> None:
+    command = ["convert", str(folder), "--flops", "0.01", "--out", str(tmp_path / "none")]
+    assert cli.main([*command, *["--json"] * as_json]) == 2
+    out, err = capsys.readouterr()
+    assert "BudgetError: flops=0.01 cannot be met" in err and "Traceback" not in err
+    if as_json:
+        values = json.loads(out)
+        assert values["error"] == "BudgetError" and values["message"].startswith("flops=0.01 cannot be met")
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_converted_models_are_finetuned_here(folder: Path, tmp_path: Path, capsys) -> None:
+    assert cli.main(["finetune", str(folder), "--out", str(tmp_path / "none")]) == 2
+    assert "NotRetrofitted" in (err := capsys.readouterr().err) and "ltm-retrofit convert" in err
+    assert not (tmp_path / "none").exists()
+
+
+def test_impossible_settings_are_refused_before_the_model_is_loaded(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(cli, "_load", lambda arguments: pytest.fail("loaded"))
+    assert cli.main(["finetune", "x", "--epochs", "0", "--out", str(tmp_path / "none")]) == 2
+    assert "epochs must be a whole number from 1 on, got 0" in capsys.readouterr().err
+    assert cli.main(["convert", "x", "--flops", "7", "--out", str(tmp_path / "none")]) == 2
+    assert "between 0 and 1, got 7.0" in capsys.readouterr().err
+
+
+def test_unknown_recipe_key(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("trian: {epochs: 2}")
+    assert cli.main(["run", str(path)]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_run_takes_model_data_and_folder_from_the_command_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    from ltm_retrofit import recipe as recipes
+
+    seen = []
+
+    class Found:
+        def to_json(self) -> str:
+            return "{}"
+
+    def spy(recipe, out, *, say):
+        seen.append((recipe, out))
+        say("a stage")
+        return Found()
+
+    monkeypatch.setattr(recipes, "run_recipe", spy)
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {epochs: 3}")
+    assert cli.main(["run", str(path), "--model", "m", "--data", "d", "--out", "o", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {} and "a stage" in err
+    assert cli.main(["run", str(path)]) == 0
+    assert "a stage" in capsys.readouterr().out
+    (overridden, there), (plain, default) = seen
+    assert (overridden.model.name, overridden.data.name, there) == ("m", "d", Path("o"))
+    assert plain == recipes.Recipe.read(path) and plain.train.epochs == 3 and default == Path("runs/mine")
+
+
+def test_python_m_ends_with_status_2(tmp_path: Path) -> None:
+    failed = python("-m", "ltm_retrofit", "run", str(tmp_path / "none.yaml"), "--json")
+    assert failed.returncode == 2
+    assert json.loads(failed.stdout)["error"] == "RecipeError"
+    assert failed.stderr.startswith("RecipeError: cannot read the recipe")

@@ -1,0 +1,387 @@
+"""Recipes: strict YAML, and a whole run on tiny models, twice; what goes wrong midway leaves the old folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+import ltm_retrofit as ltm
+from ltm_retrofit import recipe as recipes
+from ltm_retrofit.config import LTMConfig
+from ltm_retrofit.errors import CheckpointError, DataError, RecipeError
+from ltm_retrofit.recipe import (
+    MARK,
+    DataSection,
+    ModelSection,
+    Recipe,
+    check_folder,
+    load_split,
+    run_recipe,
+    sliced_config,
+)
+from ltm_retrofit.tuning.digits import load_canvases
+from ltm_retrofit.tuning.train import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+ACCURACIES = {"original", "original_finetuned", "converted", "finetuned", "sliced_finetuned"}
+
+# ---------------------------------------------------------------------------------------------------------- the YAML
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trian: {epochs: 2}", r"unknown key 'trian'; did you mean 'train'\?"),
+        ("optimiser: {lr: 1}", r"recipe: unknown key 'optimiser'; known keys: model, ltm, data, train"),
+        ("ltm: {flop: 0.7}", r"section 'ltm': .*unknown key 'flop'; did you mean 'flops'\?"),
+        ("train: {epoch: 2}", r"section 'train': .*did you mean 'epochs'\?"),
+        ("data: {nam: digits}", r"section 'data': .*did you mean 'name'\?"),
+        ("model: {weights: x}", r"section 'model': .*unknown key 'weights'"),
+        ("train: 5", r"section 'train' holds keys and values, got 5"),
+        ("train:", r"section 'train' holds keys and values, got None"),
+        ("- train\n- ltm", r"a recipe has the sections model, ltm, data, train, got list"),
+        ("just words", r"got str"),
+        ("train: {lr: 1e-4}", r"section 'train': lr must be a number from 0 to inf, got '1e-4'"),
+        ("train: {epochs: 1.0}", r"epochs must be a whole number"),
+        ("train: {augment: [crop]}", r"augment must be one of"),
+        ("ltm: {flops: 0.7, tokens: [3, 2, 1]}", r"exactly one of flops and tokens"),
+        ("ltm: {flops: 1.5}", r"between 0 and 1, got 1.5"),
+        ("ltm: {flops: '0.7'}", r"between 0 and 1, got '0.7'"),
+        ("ltm: {tokens: 50}", r"tokens must be a sequence, got 50"),
+        ("ltm: {tokens: [20, 30]}", r"cannot grow from site to site"),
+        ("ltm: {flops: 0.7, method: tomme}", r"method must be one of 'ltm', 'tome', 'slice', got 'tomme'"),
+        ("train: {epochs: 2", r"is not YAML"),
+        ("train: *nowhere", r"is not YAML"),
+        ("5: {epochs: 2}", r"unknown key 5"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "bad.yaml", text)
+    with pytest.raises(RecipeError, match=message) as caught:
+        Recipe.read(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {name: 5}",
+        "data: {name: [digits]}",
+        "data: {train_per_digit: four}",
+        "data: {test_per_digit: 0}",
+        "data: {limit: many}",
+        "data: {limit: -1}",
+        "ltm: {tokens: 2.5}",
+        "ltm: {flops: 0.7, sites: [1, 2]}",
+        "[]",
+    ],
+)
+def test_values_of_a_wrong_type_are_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError):
+        Recipe.read(written(tmp_path / "bad.yaml", text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: !!python/object/apply:os.mkdir [{path}]",
+        "model: !!python/object:ltm_retrofit.recipe.ModelSection {{name: x}}",
+        "model: !!python/name:os.mkdir ''",
+    ],
+)
+def test_python_tags_are_refused_and_not_run(text: str, tmp_path: Path) -> None:
+    victim = tmp_path / "made_by_yaml"
+    with pytest.raises(RecipeError, match="is not YAML"):
+        Recipe.read(written(tmp_path / "evil.yaml", text.format(path=victim)))
+    assert not victim.exists()
+
+
+def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*none\.yaml: No such file"):
+        Recipe.read(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="cannot read"):
+        Recipe.read(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00model")
+    with pytest.raises(RecipeError):
+        Recipe.read(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        Recipe(
+            ModelSection("somewhere"),
+            LTMConfig(tokens=(50, 40, 30), sites=("blocks.1", "blocks.2", "blocks.3"), method="tome"),
+            DataSection("folder", label="digit", limit=7),
+            TrainConfig(epochs=2, lr=1e-5, train="masks", augment="crop"),
+        ),
+    ],
+)
+def test_round_trip(recipe: Recipe, tmp_path: Path) -> None:
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert Recipe.read(written(tmp_path / "r.yaml", yaml.safe_dump(recipe.to_dict()))) == recipe
+    assert set(recipe.to_dict()["train"]) == {field.name for field in dataclasses.fields(TrainConfig)}, "all defaults"
+
+
+def test_an_empty_recipe_is_the_default(tmp_path: Path) -> None:
+    assert Recipe.read(written(tmp_path / "empty.yaml", "# nothing\n")) == Recipe()
+
+
+def test_shipped_recipes_parse() -> None:
+    found = sorted((ROOT / "recipes").glob("*.yaml"))
+    assert ROOT / "recipes" / "quickstart.yaml" in found
+    for path in found:
+        raw = yaml.safe_load(path.read_text())
+        read = Recipe.read(path).to_dict()
+        assert all(read[section][key] == value for section, values in raw.items() for key, value in values.items())
+
+
+# ------------------------------------------------------------------------------------------------------------ the data
+
+
+@pytest.fixture
+def class_folders(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 2)):
+        for index, name in enumerate(("red", "green", "blue")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                array = rng.integers(0, 60, (32, 32, 3), dtype=np.uint8)
+                array[..., index] += 150
+                Image.fromarray(array).save(folder / f"train_{number}.png")
+    return tmp_path / "images"
+
+
+def test_class_folders_are_a_table(class_folders: Path) -> None:
+    section = DataSection(str(class_folders))
+    train, test = load_split(section, "train"), load_split(section, "test")
+    assert (len(train), len(test)) == (18, 6)
+    assert train.features["label"].names == ["blue", "green", "red"] == test.features["label"].names
+    for row in train:
+        channel = {"red": 0, "green": 1, "blue": 2}[train.features["label"].names[row["label"]]]
+        assert np.asarray(row["image"])[..., channel].min() >= 150
+
+
+def test_parquet_folders_columns_and_limit(tmp_path: Path, pictures) -> None:
+    for split, count in (("train", 21), ("test", 14)):
+        pictures(count).rename_columns({"image": "picture", "label": "kind"}).to_parquet(tmp_path / f"{split}.parquet")
+    section = DataSection(str(tmp_path), image="picture", label="kind", limit=9)
+    assert len(load_split(section, "train")) == 9 and len(load_split(section, "test")) == 14
+    assert set(load_split(section, "test").column_names) == {"image", "label"}
+    with pytest.raises(DataError, match="has columns picture, kind, not 'image': name its image column"):
+        load_split(DataSection(str(tmp_path)), "train")
+    with pytest.raises(DataError, match=r"neither valid\*\.parquet nor valid/CLASS/IMAGE files"):
+        load_split(dataclasses.replace(section, train_split="valid"), "valid")
+
+
+def test_data_that_is_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot load split 'train' of data 'nobody/nothing_here'"):
+        load_split(DataSection("nobody/nothing_here"), "train")
+
+
+def test_a_digits_split_that_does_not_exist_is_refused() -> None:
+    with pytest.raises((DataError, RecipeError)):
+        load_split(DataSection("digits", train_split="trian", train_per_digit=1), "trian")
+
+
+def test_train_and_test_split_cannot_be_one() -> None:
+    with pytest.raises((DataError, RecipeError)):
+        load_split(DataSection("digits", train_split="train", test_split="train", test_per_digit=1), "train")
+
+
+# ---------------------------------------------------------------------------------------------------------- the folder
+
+
+def test_check_folder(tmp_path: Path) -> None:
+    check_folder(tmp_path / "new" / "deep")
+    (tmp_path / "empty").mkdir()
+    check_folder(tmp_path / "empty")
+    ours = tmp_path / "ours"
+    (ours / "model").mkdir(parents=True)
+    (ours / "model" / "weights").write_text("x")
+    (ours / MARK).write_text(json.dumps({"files": ["model/weights", MARK]}))
+    check_folder(ours)
+    (ours / "model" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds files that no run of ltm-retrofit wrote: model/notes\.txt:"):
+        check_folder(ours)
+    file = written(tmp_path / "file", "x")
+    for below in (file, file / "out", file / "deep" / "out"):
+        with pytest.raises(CheckpointError, match="is not a folder that can be written"):
+            check_folder(below)
+
+
+@pytest.mark.parametrize("mark", ["", "no json", "[]", "{}", '{"files": 5}', '{"files": null}'])
+def test_a_broken_mark_protects_the_files(mark: str, tmp_path: Path) -> None:
+    (tmp_path / MARK).write_text(mark)
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"thesis\.txt"):
+        check_folder(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some canvases of every digit instead of thousands."""
+
+    def few(split: str, *, per_digit: int, seed: int = 0):
+        table = _CANVASES.get(split)
+        if table is None:
+            table = _CANVASES[split] = load_canvases(split, per_digit=1, seed=0)
+        assert per_digit == 1
+        labels, chosen = table["label"][:], []
+        for digit in range(10):
+            chosen += [index for index, label in enumerate(labels) if label == digit][: 3 if split == "test" else 4]
+        return table.select(chosen)
+
+    monkeypatch.setattr(recipes, "load_canvases", few)
+    monkeypatch.setattr(recipes, "measure", lambda model: ltm.measure(model, batches=(1,), rounds=2))
+
+
+_CANVASES: dict = {}
+
+
+@pytest.fixture
+def folder_of(build: Callable[..., nn.Module], tmp_path: Path) -> Callable[..., Path]:
+    """Save a tiny model as its library does."""
+
+    def get(family: str, classes: int = 7) -> Path:
+        path = tmp_path / f"{family}-{classes}"
+        if family.startswith("hf-"):
+            build(family).save_pretrained(path)
+        else:
+            arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 6, "num_heads": 3}
+            model = timm.create_model("vit_tiny_patch16_224", num_classes=classes, **arguments)
+            timm.models.save_for_hf(model, path, model_args=arguments, safe_serialization=True)
+        return path
+
+    return get
+
+
+def tiny(path: Path, **train: object) -> Recipe:
+    return Recipe(
+        ModelSection(str(path)),
+        LTMConfig(flops=0.7),
+        DataSection(train_per_digit=1, test_per_digit=1),
+        TrainConfig(batch_size=20, **train),
+    )
+
+
+@pytest.mark.usefixtures("few_digits")
+@pytest.mark.parametrize(("family", "classes"), [("timm-vit", 10), ("hf-vit", 7)])
+def test_a_whole_run_and_a_second_over_it(family: str, classes: int, folder_of, tmp_path: Path) -> None:
+    said: list[str] = []
+    out, recipe = tmp_path / "runs" / "one", tiny(folder_of(family, classes))
+    before = torch.get_rng_state()
+    found = run_recipe(recipe, out, say=said.append)
+    assert torch.equal(before, torch.get_rng_state()) or classes != 10
+    values = json.loads((out / "report.json").read_text())
+    assert set(values["accuracy"]) == ACCURACIES
+    assert all(isinstance(value, float) and 0 <= value <= 100 for value in values["accuracy"].values())
+    assert values["accuracy"] == found.accuracy
+    assert values["reloaded_equal"] is True
+    assert values["recipe"] == recipe.to_dict() and values["test_images"] == 30
+    assert len(values["history"]["losses"]) == 2
+    assert values["macs"]["converted"] <= 0.7 * values["macs"]["original"]
+    assert Recipe.read(out / "recipe.yaml") == recipe
+    assert (out / "report.md").read_text() == found.to_markdown()
+    for index in range(4):
+        Image.open(out / f"merges_{index}.png").verify()
+    marked = json.loads((out / MARK).read_text())["files"]
+    assert sorted(marked) == sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
+    assert not [path for path in out.parent.iterdir() if path != out], "a temporary folder stayed"
+
+    head = [line for line in said if line.startswith("head")]
+    assert bool(head) == (classes != 10)
+    assert any("reloaded model gives the same logits: yes" in line for line in said)
+
+    model = ltm.from_pretrained(out / "model")
+    assert ltm.is_retrofitted(model) and ltm.get_plan(model).to_dict() == values["plan"]
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(images)
+    assert (logits if isinstance(logits, torch.Tensor) else logits.logits).shape == (2, 10)
+
+    if family == "timm-vit":
+        (out / "report.md").write_text("old")
+        again = run_recipe(recipe, out, say=said.append)
+        assert (out / "report.md").read_text() == again.to_markdown()
+        assert again.accuracy == found.accuracy and again.extra["history"]["losses"] == values["history"]["losses"]
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_run_with_a_new_head_is_repeatable(folder_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new head's random weights too come of the recipe's seed, not of whatever the process did before."""
+    heads: list[torch.Tensor] = []
+
+    class Enough(Exception):
+        pass
+
+    def stop(model: nn.Module, data: object) -> float:
+        heads.append(model.head.weight.detach().clone())
+        raise Enough
+
+    monkeypatch.setattr(recipes, "evaluate", stop)
+    path = folder_of("timm-vit", 7)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with pytest.raises(Enough):
+            run_recipe(tiny(path), tmp_path / "out", say=lambda _: None)
+    assert torch.equal(*heads)
+
+
+@pytest.mark.usefixtures("few_digits")
+@pytest.mark.parametrize("where", ["finetune", "save_pretrained", "show_merges"])
+def test_a_failure_midway_leaves_the_old_folder(where: str, folder_of, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "runs" / "one"
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "weights").write_text("old")
+    (out / MARK).write_text(json.dumps({"files": ["model/weights", MARK]}))
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(recipes, where, fail)
+    if where != "finetune":
+        monkeypatch.setattr(recipes, "finetune", lambda *_, **__: ltm.History())
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_recipe(tiny(folder_of("timm-vit", 10)), out, say=lambda _: None)
+    assert sorted(str(p.relative_to(out.parent)) for p in out.parent.rglob("*") if p.is_file()) == [
+        "one/model/weights",
+        f"one/{MARK}",
+    ]
+    assert (out / "model" / "weights").read_text() == "old"
+
+
+def test_a_folder_with_foreign_files_is_refused_before_any_work(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(recipes, "load_model", lambda name: pytest.fail("work was begun"))
+    written(tmp_path / "thesis.txt", "x")
+    with pytest.raises(CheckpointError, match=r"thesis\.txt"):
+        run_recipe(Recipe(), tmp_path, say=lambda _: None)
+    assert (tmp_path / "thesis.txt").read_text() == "x"
+
+
+def test_the_sliced_control_keeps_the_same_counts_at_the_same_sites(converted, build) -> None:
+    plan = ltm.get_plan(converted("timm-vit"))
+    sliced = ltm.get_plan(ltm.retrofit(build("timm-vit"), sliced_config(plan)))
+    assert sliced.rows == plan.rows
+    assert sliced.config.method == "slice" and sliced.macs < plan.macs
