@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -84,14 +84,16 @@ class LTMConfig(Strict):
             raise RecipeError(f"flops is the share of MACs to keep, between 0 and 1, got {self.flops!r}")
         for name in ("tokens", "sites"):
             if (value := getattr(self, name)) is not None:
-                if isinstance(value, (str, int)):
-                    raise RecipeError(f"{name} must be a sequence, got {value!r}")
+                if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+                    raise RecipeError(f"{name} must be a sequence with something in it, got {value!r}")
                 object.__setattr__(self, name, tuple(value))
         if self.tokens is not None:
-            if not self.tokens or not all(isinstance(count, int) and count > 0 for count in self.tokens):
+            if not self.tokens or not all(type(count) is int and count > 0 for count in self.tokens):
                 raise RecipeError(f"tokens must be positive whole numbers, one for each site, got {self.tokens!r}")
             if list(self.tokens) != sorted(self.tokens, reverse=True):
                 raise RecipeError(f"token counts cannot grow from site to site, got {self.tokens!r}")
+        if self.sites is not None and not all(isinstance(site, str) for site in self.sites):
+            raise RecipeError(f"sites are names of blocks, got {self.sites!r}")
         check_choice(self.method, METHODS, "method")
         check_choice(self.schedule, SCHEDULES, "schedule")
         check_choice(self.output_tokens, OUTPUT_TOKENS, "output_tokens")

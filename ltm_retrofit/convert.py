@@ -168,6 +168,12 @@ def _check_fits(plan: MergePlan, sites: Sites) -> None:
             f"the plan is for {plan.rows[0].tokens_in} tokens and {plan.macs_original:,} MACs, this model has {tokens} "
             f"and {sites.total_macs:,} at its example's size: plan for this model, or pass an example of that size"
         )
+    slices = any(row.action == "slice" for row in plan.rows)
+    if (slices and not sites.ending.prefix_only) or not (slices or plan.unmerge):
+        raise BaseMismatch(
+            "the plan leaves only prefix tokens after the last block, and something in this model reads the patch "
+            "tokens there: plan for this model"
+        )
     if plan.classes != sites.ending.classes:
         raise BaseMismatch(
             f"the plan is for {plan.classes} classes, this model has {sites.ending.classes}: change the head before "

@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any, Self
 
 from ltm_retrofit.config import LTMConfig, check_keys
-from ltm_retrofit.errors import BudgetError, CountError, UnsupportedBlock
+from ltm_retrofit.errors import BudgetError, CountError, RecipeError, UnsupportedBlock
 from ltm_retrofit.graph.sites import AttentionSite, Sites
 from ltm_retrofit.merging.mask import merge_macs, partition, unmerge_macs
 
@@ -69,10 +69,16 @@ class MergePlan:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read what `to_dict` wrote; an unknown key is a `RecipeError`."""
         check_keys(values, cls.__dataclass_fields__, "merge plan")
+        missing = [name for name in cls.__dataclass_fields__ if name not in values]
+        if missing:
+            raise RecipeError(f"this merge plan lacks {', '.join(missing)}: it was cut off, or is not one of ours")
         rows = []
         for row in values["rows"]:
             check_keys(row, Row.__dataclass_fields__, "row of a merge plan")
-            rows.append(Row(**row))
+            try:
+                rows.append(Row(**row))
+            except TypeError as error:
+                raise RecipeError(f"a row of this merge plan is incomplete: {error}") from None
         return cls(
             **{
                 **values,

@@ -14,7 +14,7 @@ from ltm_retrofit.flops import count_macs
 from ltm_retrofit.graph import prove
 from ltm_retrofit.graph.cut import Halves, Signature, cut_block
 from ltm_retrofit.graph.example import Example, logits_of, other_image, prepare_example, run
-from ltm_retrofit.graph.probe import Attended, Call, Recording, record, replaced
+from ltm_retrofit.graph.probe import Attended, Call, Recording, record
 from ltm_retrofit.graph.sites import AttentionSite, Cost, Ending, KeySource, Scope, Sites, TokenLayout
 from ltm_retrofit.undisturbed import undisturbed
 
@@ -84,7 +84,7 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
             )
         excluded: dict[str, str] = {}
         candidates = _unbroken(list(_candidates(model, recording, excluded)), recording, excluded)
-        prefix = _drop(candidates, excluded, partial(_prefix_of, model, example)) or 0
+        prefix = _drop(candidates, excluded, partial(_prefix_of, model, example, recording)) or 0
         candidates = _prove_rest(model, example, candidates, prefix, excluded)
         total = count_macs(model, example).total
         ending = _ending(model, example, recording, candidates, prefix, total)
@@ -177,24 +177,34 @@ def _drop(candidates: list[_Candidate], excluded: dict[str, str], measure: Any) 
         return None
 
 
-def _prefix_of(model: nn.Module, example: Example, candidates: list[_Candidate]) -> int:
-    """Count the leading tokens that do not depend on the image: class, distillation and register tokens."""
-    first, seen = candidates[0], list[Tensor]()
+def _prefix_of(model: nn.Module, example: Example, recording: Recording, candidates: list[_Candidate]) -> int:
+    """Count the leading tokens that do not depend on the image: class, distillation and register tokens.
+
+    Looked at where tokens first enter an attention; past one, every token depends on the image.
+    """
+    count = candidates[0].call.output.shape[1]
+    chains = [(name, recording.calls[name][0].stream()) for name in reversed(recording.attended[0].chain)]
+    name, before = next(
+        ((name, stream) for name, stream in chains if stream is not None and stream.shape[1] == count), ("", None)
+    )
+    if before is None:
+        raise UnsupportedBlock("the tokens of its first attention are not those of the blocks that can be cut")
+    seen: list[Tensor] = []
 
     class Reached(Exception):
         pass
 
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        seen.append(first.signature.split(first.name, args, kwargs))
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(next(value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)))
         raise Reached
 
-    with replaced({first.module: stop}):
-        try:
-            run(model, other_image(example))
-        except Reached:
-            pass
-    before = first.call.stream()
-    assert before is not None
+    handle = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run(model, other_image(example))
+    except Reached:
+        pass
+    finally:
+        handle.remove()
     same = (seen[0] == before).flatten(2).all(dim=-1)[0]
     prefix = int(same.sum())
     if not bool(same[:prefix].all()):

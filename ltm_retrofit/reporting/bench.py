@@ -68,7 +68,8 @@ def paired_latency(model: nn.Module, example: Example, *, rounds: int = 10, warm
     original = median(before for before, _ in pairs)
     if not converted:
         return Paired(original)
-    low, middle, high = quantiles([after / before for before, after in pairs], n=4)
+    ratios = [after / before for before, after in pairs]
+    low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return Paired(original, median(after for _, after in pairs), (middle, low, high), merging)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -61,10 +62,20 @@ def shake(model: nn.Module, seed: int = 9) -> nn.Module:
 
 
 @functools.cache
+def _converted(build: Build) -> nn.Module:
+    return ltm.retrofit(build("timm-vit"), ONE)
+
+
+def converted(build: Build) -> nn.Module:
+    """A small converted model; converting takes a second, copying does not."""
+    return copy.deepcopy(_converted(build))
+
+
+@functools.cache
 def small(build: Build) -> dict[str, bytes]:
     """The files of one saved model."""
     with tempfile.TemporaryDirectory() as folder:
-        ltm.save_pretrained(ltm.retrofit(build("timm-vit"), ONE), folder)
+        ltm.save_pretrained(converted(build), folder)
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
@@ -179,7 +190,7 @@ def test_eager_attention_comes_back(build: Build, images: torch.Tensor, tmp_path
 
 
 def test_fitted_statistics_and_eta_survive(build: Build, images: torch.Tensor, tmp_path: Path) -> None:
-    model = ltm.retrofit(build("timm-vit"), ONE).train()
+    model = converted(build).train()
     generator = torch.Generator().manual_seed(1)
     for _ in range(2):
         batch = torch.randn(160, 3, 32, 32, generator=generator)
@@ -335,7 +346,7 @@ def test_no_foreign_code_through_the_config(build: Build) -> None:
 
 
 def test_unwritable(build: Build, tmp_path: Path) -> None:
-    model = ltm.retrofit(build("timm-vit"), ONE)
+    model = converted(build)
     (tmp_path / "file").write_text("x")
     with pytest.raises(ltm.CheckpointError, match="cannot be written"):
         ltm.save_pretrained(model, tmp_path / "file" / "below")
@@ -344,7 +355,7 @@ def test_unwritable(build: Build, tmp_path: Path) -> None:
 
 
 def test_only_our_own_files_are_replaced(build: Build, saved: Path) -> None:
-    model = ltm.retrofit(build("timm-vit", seed=4), ONE)
+    model = shake(converted(build))
     with pytest.raises(ltm.CheckpointError, match="overwrite=True"):
         ltm.save_pretrained(model, saved)
     ltm.save_pretrained(model, saved, overwrite=True)
@@ -361,7 +372,7 @@ def test_only_our_own_files_are_replaced(build: Build, saved: Path) -> None:
 
 def test_a_failure_leaves_what_was_there(build: Build, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {file.name: file.read_bytes() for file in saved.iterdir()}
-    model = ltm.retrofit(build("timm-vit", seed=4), ONE)
+    model = shake(converted(build))
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
@@ -379,7 +390,7 @@ def test_a_failure_leaves_what_was_there(build: Build, saved: Path, monkeypatch:
 
 def test_card(build: Build, tmp_path: Path) -> None:
     report = SimpleNamespace(to_markdown=lambda: "| measured | 1 |")
-    model = ltm.retrofit(build("timm-vit"), ONE)
+    model = converted(build)
     ltm.save_pretrained(model, tmp_path / "saved", report=report, recipe={"model": "digits_vit"})
     card = (tmp_path / "saved" / "README.md").read_text()
     for expected in ("library_name: ltm_retrofit", "| `blocks.1` | merge | 65 | 40 |", "measured", "model: digits_vit",
