@@ -157,9 +157,9 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _finetune(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.convert import is_retrofitted
     from ltm_retrofit.errors import NotRetrofitted
-    from ltm_retrofit.recipe import DataSection, load_split
     from ltm_retrofit.reporting.report import measure
     from ltm_retrofit.saving.hub import save_pretrained
+    from ltm_retrofit.tuning.sources import DataSection, load_split
     from ltm_retrofit.tuning.train import TrainConfig, finetune
 
     given = {key: getattr(arguments, key) for key in ("epochs", "lr", "batch_size", "bound", "train", "seed")}
@@ -175,8 +175,8 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from ltm_retrofit.recipe import DataSection, load_split
     from ltm_retrofit.reporting.report import measure
+    from ltm_retrofit.tuning.sources import DataSection, load_split
 
     model = _load(arguments)
     data = None
@@ -190,13 +190,13 @@ def _report(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     import dataclasses
 
-    from ltm_retrofit.recipe import DataSection, ModelSection, Recipe, run_recipe
+    from ltm_retrofit.recipe import ModelSection, Recipe, run_recipe
 
     recipe = Recipe.read(arguments.recipe)
     if arguments.model is not None:
         recipe = dataclasses.replace(recipe, model=ModelSection(arguments.model))
     if arguments.data is not None:
-        recipe = dataclasses.replace(recipe, data=DataSection(arguments.data))
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, name=arguments.data))
     out = arguments.out or Path("runs") / arguments.recipe.stem
     report = run_recipe(recipe, out, say=lambda text: _say(arguments, text))
     if arguments.json:

@@ -17,7 +17,8 @@ from ltm_retrofit.graph.example import Example, home, prepare_example, run, tens
 from ltm_retrofit.graph.find import find_sites
 from ltm_retrofit.graph.prove import all_equal
 from ltm_retrofit.graph.sites import AttentionSite, Sites
-from ltm_retrofit.merging.mask import MaskModule, SliceMask, ToMeMask
+from ltm_retrofit.merging.baselines import SliceMask, ToMeMask
+from ltm_retrofit.merging.mask import MaskModule
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.plan import MergePlan, Row, make_plan
 from ltm_retrofit.undisturbed import undisturbed

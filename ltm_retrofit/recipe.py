@@ -17,7 +17,7 @@ from torch import nn
 
 from ltm_retrofit.config import LTMConfig, Strict, check_keys
 from ltm_retrofit.convert import get_plan, retrofit
-from ltm_retrofit.errors import CheckpointError, DataError, RecipeError
+from ltm_retrofit.errors import CheckpointError, RecipeError
 from ltm_retrofit.graph.example import prepare_example, run
 from ltm_retrofit.graph.prove import all_equal
 from ltm_retrofit.plan import MergePlan
@@ -25,9 +25,9 @@ from ltm_retrofit.reporting.pictures import show_merges
 from ltm_retrofit.reporting.report import Report, measure
 from ltm_retrofit.saving.hub import from_pretrained, save_pretrained
 from ltm_retrofit.saving.load import load_model
-from ltm_retrofit.tuning.digits import load_canvases
 from ltm_retrofit.tuning.evaluate import evaluate
 from ltm_retrofit.tuning.heads import set_classes
+from ltm_retrofit.tuning.sources import DataSection, load_split
 from ltm_retrofit.tuning.train import TrainConfig, finetune
 
 #: lists the files of a run; marks a folder as ours
@@ -40,22 +40,10 @@ class ModelSection(Strict):
 
     name: str = "digits_vit"
 
-
-@dataclass(frozen=True)
-class DataSection(Strict):
-    """Which data: the embedded ``digits`` canvases, a folder (parquet files or class folders), or a Hub id.
-
-    ``train_per_digit`` and ``test_per_digit`` are canvases for each source digit; ``limit`` caps the training images.
-    """
-
-    name: str = "digits"
-    train_split: str = "train"
-    test_split: str = "test"
-    image: str = "image"
-    label: str = "label"
-    train_per_digit: int = 4
-    test_per_digit: int = 8
-    limit: int | None = None
+    def __post_init__(self) -> None:
+        """Check the name's type."""
+        if not isinstance(self.name, str) or not self.name:
+            raise RecipeError(f"name is a folder, a timm name or a Hub id, got {self.name!r}")
 
 
 @dataclass(frozen=True)
@@ -102,57 +90,13 @@ class Recipe:
         except yaml.YAMLError as error:
             raise RecipeError(f"{path} is not YAML: {error}") from error
         try:
-            return cls.from_dict(values or {})
+            return cls.from_dict({} if values is None else values)
         except RecipeError as error:
             raise RecipeError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, all defaults said."""
         return {name: getattr(self, name).to_dict() for name in ("model", "ltm", "data", "train")}
-
-
-def load_split(section: DataSection, split: str) -> Any:
-    """Return a split as a `datasets` data set with columns ``image`` and ``label``.
-
-    Raises:
-        DataError: where the data cannot be found or has no such split or columns.
-    """
-    test = split == section.test_split
-    if section.name == "digits":
-        seed, per_digit = (0, section.test_per_digit) if test else (1, section.train_per_digit)
-        return load_canvases("test" if test else "train", per_digit=per_digit, seed=seed)
-    import datasets
-
-    folder = Path(section.name)
-    try:
-        if folder.is_dir():
-            files = sorted(str(file) for file in folder.glob(f"{split}*.parquet"))
-            kind = "parquet" if files else "imagefolder"
-            # explicit files: `datasets` guesses splits from file names otherwise
-            files = files or sorted(str(file) for file in (folder / split).glob("*/*") if file.is_file())
-            if not files:
-                raise DataError(f"{folder} has neither {split}*.parquet nor {split}/CLASS/IMAGE files")
-            table = datasets.load_dataset(kind, data_files={split: files}, split=split)
-        else:
-            table = datasets.load_dataset(section.name, split=split)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(
-            f"cannot load split {split!r} of data {section.name!r} (no such folder here, so a Hub id): "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
-    for wanted, name in (("image", section.image), ("label", section.label)):
-        if name not in table.column_names:
-            raise DataError(
-                f"data {section.name!r} has columns {', '.join(table.column_names)}, not {name!r}: name its {wanted} "
-                "column in the data section"
-            )
-        if name != wanted:
-            table = table.rename_column(name, wanted)
-    if not test and section.limit is not None and len(table) > section.limit:
-        table = table.shuffle(seed=0).select(range(section.limit))
-    return table
 
 
 def sliced_config(plan: MergePlan) -> LTMConfig:

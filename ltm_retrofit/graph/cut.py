@@ -123,8 +123,9 @@ class Signature:
             wanted = expected.get(key)
             if key in RECORDING_FLAGS and key not in self.names:
                 continue
-            if wanted is None and isinstance(value, Tensor) and value.dtype == torch.bool and torch.compiler.is_exporting():
-                # transformers writes out the mask of "everything" while exporting; the exported graph checks that it is
+            boolean = isinstance(value, Tensor) and value.dtype == torch.bool
+            if wanted is None and boolean and torch.compiler.is_exporting():
+                # transformers writes out the mask of "everything" while exporting: the exported graph checks that it is
                 torch._assert_async(value.all(), f"block {name!r} was converted for attention without a mask")
                 continue
             if value is not wanted and (isinstance(value, Tensor) or value != wanted):

@@ -272,4 +272,3 @@ def prove_prefix_only(
         except Exception:  # something wants the tokens there, though not their values
             return None
     return macs if all_close(outputs[0], expected) else None
-

@@ -228,8 +228,15 @@ def _draw_groups(ax: Axes, labels: np.ndarray, names: Sequence[int]) -> None:
         tint[row, column] = (*_colour(place), 0.55)
         if width <= NUMBERED:
             ax.text(
-                column + 0.5, row + 0.52, str(place + 1), ha="center", va="center", color="white", weight="bold",
-                fontsize=min(11.0, 100 / width), path_effects=[patheffects.withStroke(linewidth=2, foreground="black")],
+                column + 0.5,
+                row + 0.52,
+                str(place + 1),
+                ha="center",
+                va="center",
+                color="white",
+                weight="bold",
+                fontsize=min(11.0, 100 / width),
+                path_effects=[patheffects.withStroke(linewidth=2, foreground="black")],
             )
     ax.imshow(tint, extent=(0.0, width, height, 0.0), interpolation="nearest", aspect=ax.get_aspect())
     lines = boundaries(labels)

@@ -10,8 +10,15 @@ from torch import nn
 
 #: arguments of ``timm.create_model`` that read files or the network
 LOADING = {
-    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_filter_fn",
-    "pretrained_model_args", "checkpoint_path", "cache_dir", "model_name",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "pretrained_filter_fn",
+    "pretrained_model_args",
+    "checkpoint_path",
+    "cache_dir",
+    "model_name",
 }
 
 

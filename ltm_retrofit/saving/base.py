@@ -21,9 +21,24 @@ from ltm_retrofit.undisturbed import undisturbed
 
 #: of timm's ``pretrained_cfg``: what says how to feed the model; nothing that names a place to load from
 _DATA_KEYS = (
-    "tag", "input_size", "test_input_size", "min_input_size", "fixed_input_size", "interpolation", "crop_pct",
-    "test_crop_pct", "crop_mode", "mean", "std", "num_classes", "pool_size", "first_conv", "classifier", "license",
-    "label_names", "label_descriptions",
+    "tag",
+    "input_size",
+    "test_input_size",
+    "min_input_size",
+    "fixed_input_size",
+    "interpolation",
+    "crop_pct",
+    "test_crop_pct",
+    "crop_mode",
+    "mean",
+    "std",
+    "num_classes",
+    "pool_size",
+    "first_conv",
+    "classifier",
+    "license",
+    "label_names",
+    "label_descriptions",
 )
 #: arguments that leave the architecture's own checkpoint recognisable
 _MILD = {"num_classes", "img_size", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "dynamic_img_size"}

@@ -25,7 +25,10 @@ def fetch(repo: str, revision: str | None = None) -> Path:
     try:
         return Path(
             snapshot_download(
-                repo, revision=revision, allow_patterns=list(_WANTED), local_files_only=reason is not None,
+                repo,
+                revision=revision,
+                allow_patterns=list(_WANTED),
+                local_files_only=reason is not None,
                 etag_timeout=PATIENCE,
             )
         )

@@ -144,4 +144,9 @@ def _load_transformers(folder: Path, config: dict[str, object]) -> nn.Module:
         if wrong := sorted(map(str, loaded.get(what) or ())):
             raise CheckpointError(f"{folder}: {what.replace('_', ' ')} in its weights: {', '.join(wrong[:5])}")
     assert isinstance(model, nn.Module)
+    with torch.no_grad():
+        # mapped straight from the file, weights lie at odd addresses, and products come out a rounding apart from
+        # those of the same weights anywhere else
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
     return model.eval()

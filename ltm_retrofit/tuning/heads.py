@@ -30,11 +30,17 @@ def set_classes(model: nn.Module, names: Sequence[str]) -> bool:
     logits = logits_of(recording.output)
     if logits is not None and logits.shape[1] == len(names):
         return False
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # a new head is the same in every run
+        _replace_head(model, names, recording.readouts(logits.shape[1]) if logits is not None else ())
+    return True
+
+
+def _replace_head(model: nn.Module, names: Sequence[str], readouts: Sequence[str]) -> None:
     reset = getattr(model, "reset_classifier", None)
     if callable(reset):
         reset(len(names))
-        return True
-    readouts = recording.readouts(logits.shape[1]) if logits is not None else ()
+        return
     if not readouts:
         raise DataError(
             f"{type(model).__name__} has no linear classifier to replace: load a class with a classification head, "
@@ -51,4 +57,3 @@ def set_classes(model: nn.Module, names: Sequence[str]) -> bool:
         config.id2label = dict(enumerate(names))
         config.label2id = {label: index for index, label in enumerate(names)}
         model.num_labels = len(names)  # type: ignore[assignment]
-    return True

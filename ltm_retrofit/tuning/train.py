@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ltm_retrofit.blocks import CHILD
+from ltm_retrofit.blocks import CHILD, FINETUNED
 from ltm_retrofit.config import Strict, check_choice
 from ltm_retrofit.convert import get_retrofit, is_retrofitted, mark_finetuned
 from ltm_retrofit.errors import DataError, RecipeError, TrainingError
@@ -87,7 +88,7 @@ class TrainConfig(Strict):
             ("clip", math.inf),
         ):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
+            if type(value) not in (int, float) or not 0 <= value <= most or math.isinf(value):
                 raise RecipeError(f"{name} must be a number from 0 to {most}, got {value!r}")
         check_choice(self.train, TRAINS, "train")
         check_choice(self.augment, AUGMENTS, "augment")
@@ -124,6 +125,8 @@ def finetune(model: nn.Module, train: Data, val: Data | None = None, *, config: 
             weights whose loss was).
     """
     config = config or TrainConfig()
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()  # Accelerate holds on to a process's first precision
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     if accelerator.num_processes > 1:
         raise TrainingError(
@@ -147,13 +150,11 @@ def finetune(model: nn.Module, train: Data, val: Data | None = None, *, config: 
         length = len(loader)  # type: ignore[arg-type]
     except TypeError:
         raise DataError("finetune needs to know how many steps an epoch has: pass a loader that has a length") from None
-    device = home(model)[0]
+    if length == 0:
+        raise DataError("the training loader has no batch: it needs at least one")
     with _kept_state(model, config.train), torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        history = _Run(model, accelerator, config, classes, length).epochs(loader, val)
-    model.to(device)
-    mark_finetuned(model)
-    return history
+        return _Run(model, accelerator, config, classes, length).epochs(loader, val)
 
 
 class _Run:
@@ -170,6 +171,8 @@ class _Run:
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
+        if not parameters:
+            raise TrainingError("no parameter of this model requires a gradient: call model.requires_grad_() first")
         optimizer = torch.optim.AdamW(groups, lr=config.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         self.wrapped, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
@@ -237,6 +240,7 @@ class _Run:
             self.good = {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
             self.good_step = self.step
         self.optimizer.step()
+        mark_finetuned(self.model)
         self.schedule.step()
         self.step += 1
         if self.step * self.config.batch_size // 1024 == 1 and (self.step - 1) * self.config.batch_size < 1024:
@@ -274,6 +278,7 @@ class _Run:
 @contextmanager
 def _kept_state(model: nn.Module, train: str) -> Iterator[None]:
     """Choose what trains, and put training flags and ``requires_grad`` back afterwards."""
+    device = home(model)[0]
     flags = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     if train == "masks":
@@ -282,9 +287,17 @@ def _kept_state(model: nn.Module, train: str) -> Iterator[None]:
             raise TrainingError("train='masks' finds no mask: convert the model with method='ltm' first")
         for parameter in wanted:
             parameter.requires_grad_(parameter in masks)
+    attributes = set(model.__dict__)
+    forward = model.__dict__.get("forward")
     try:
         yield
     finally:
+        # Accelerate wraps the forward of the model itself for mixed precision, and leaves a mark
+        for name in set(model.__dict__) - attributes - {FINETUNED}:
+            del model.__dict__[name]
+        if forward is not None:
+            model.__dict__["forward"] = forward
+        model.to(device)
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
             parameter.grad = None

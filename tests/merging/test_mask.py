@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.merging.ib import soft_targets
-from ltm_retrofit.merging.mask import MaskModule, Merged, SliceMask, ToMeMask, merge_macs, partition, unmerge_macs
+from ltm_retrofit.merging.baselines import SliceMask, ToMeMask
+from ltm_retrofit.merging.mask import MaskModule, Merged, merge_macs, partition, unmerge_macs
 from ltm_retrofit.merging.tokens import Assignment, Carried, accumulated, carried_by, carry, unmerge_all
 
 torch.set_num_threads(1)
