@@ -160,7 +160,8 @@ def _finetune(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.reporting.report import measure
     from ltm_retrofit.saving.hub import save_pretrained
     from ltm_retrofit.tuning.sources import DataSection, load_split
-    from ltm_retrofit.tuning.train import TrainConfig, finetune
+    from ltm_retrofit.tuning.settings import TrainConfig
+    from ltm_retrofit.tuning.train import finetune
 
     given = {key: getattr(arguments, key) for key in ("epochs", "lr", "batch_size", "bound", "train", "seed")}
     config = TrainConfig(**{key: value for key, value in given.items() if value is not None})

@@ -30,7 +30,7 @@ from ltm_retrofit.recipe import (
     sliced_config,
 )
 from ltm_retrofit.tuning.digits import load_canvases
-from ltm_retrofit.tuning.train import TrainConfig
+from ltm_retrofit.tuning.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 ACCURACIES = {"original", "original_finetuned", "converted", "finetuned", "sliced_finetuned"}

@@ -17,82 +17,19 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ltm_retrofit.blocks import CHILD, FINETUNED
-from ltm_retrofit.config import Strict, check_choice
 from ltm_retrofit.convert import get_retrofit, is_retrofitted, mark_finetuned
-from ltm_retrofit.errors import DataError, RecipeError, TrainingError
+from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.graph.example import home, logits_of, run
 from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.merging.mask import MaskModule
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tracing import bound_loss, trace
-from ltm_retrofit.tuning.data import AUGMENTS, Data, batches_on, check_labels, is_table, make_loader
+from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table, make_loader
 from ltm_retrofit.tuning.evaluate import count_classes, evaluate
+from ltm_retrofit.tuning.settings import TrainConfig
 
-TRAINS = ("all", "masks")
 #: steps between two copies of the weights that a non-finite loss falls back to
 KEEP_EVERY = 20
-
-
-@dataclass(frozen=True)
-class TrainConfig(Strict):
-    """How to fine-tune.
-
-    Args:
-        epochs: passes over the training data.
-        batch_size: images in a step.
-        lr: highest learning rate; linear warm-up, then cosine to zero.
-        train: ``"all"`` parameters, or ``"masks"`` only.
-        seed: of shuffling and augmentation.
-        weight_decay: of AdamW, on matrices only.
-        warmup: share of the steps in which the learning rate rises.
-        bound: λ, weight of the bound CEB_γ on the feature that the classifier reads; 0 leaves it out.
-        bound_sites: weight of the bound on each site's own descriptor, within λ.
-        bound_warmup: share of the steps before the bound joins the loss.
-        label_smoothing: of the cross-entropy.
-        clip: largest norm of the gradient.
-        augment: ``"none"``, or ``"crop"``: shifts by up to a sixteenth of the image.
-        mixed_precision: Accelerate's: ``"no"``, ``"bf16"`` or ``"fp16"``.
-        workers: of the data loader.
-    """
-
-    epochs: int = 1
-    batch_size: int = 64
-    lr: float = 3e-4
-    train: str = "all"
-    seed: int = 0
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    bound: float = 0.1
-    bound_sites: float = 0.0
-    bound_warmup: float = 0.2
-    label_smoothing: float = 0.0
-    clip: float = 1.0
-    augment: str = "none"
-    mixed_precision: str = "no"
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        """Check every value; nothing is corrected silently."""
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise RecipeError(f"{name} must be a whole number from {least} on, got {value!r}")
-        for name, most in (
-            ("lr", math.inf),
-            ("weight_decay", math.inf),
-            ("warmup", 1),
-            ("bound", math.inf),
-            ("bound_sites", math.inf),
-            ("bound_warmup", 1),
-            ("label_smoothing", 1),
-            ("clip", math.inf),
-        ):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value <= most or math.isinf(value):
-                raise RecipeError(f"{name} must be a number from 0 to {most}, got {value!r}")
-        check_choice(self.train, TRAINS, "train")
-        check_choice(self.augment, AUGMENTS, "augment")
-        check_choice(self.mixed_precision, ("no", "bf16", "fp16"), "mixed_precision")
 
 
 @dataclass

@@ -17,7 +17,7 @@ import ltm_retrofit as ltm
 from ltm_retrofit.convert import was_finetuned
 from ltm_retrofit.errors import DataError, RecipeError, TrainingError
 from ltm_retrofit.tuning.evaluate import count_classes, evaluate, predictions
-from ltm_retrofit.tuning.train import TrainConfig
+from ltm_retrofit.tuning.settings import TrainConfig
 
 METHODS = ("ltm", "tome", "slice")
 
