@@ -159,8 +159,8 @@ def _finetune(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.errors import NotRetrofitted
     from ltm_retrofit.reporting.report import measure
     from ltm_retrofit.saving.hub import save_pretrained
-    from ltm_retrofit.tuning.sources import DataSection, load_split
     from ltm_retrofit.tuning.settings import TrainConfig
+    from ltm_retrofit.tuning.sources import DataSection, load_split
     from ltm_retrofit.tuning.train import finetune
 
     given = {key: getattr(arguments, key) for key in ("epochs", "lr", "batch_size", "bound", "train", "seed")}

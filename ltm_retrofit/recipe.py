@@ -27,8 +27,8 @@ from ltm_retrofit.saving.hub import from_pretrained, save_pretrained
 from ltm_retrofit.saving.load import load_model
 from ltm_retrofit.tuning.evaluate import evaluate
 from ltm_retrofit.tuning.heads import set_classes
-from ltm_retrofit.tuning.sources import DataSection, load_split
 from ltm_retrofit.tuning.settings import TrainConfig
+from ltm_retrofit.tuning.sources import DataSection, load_split
 from ltm_retrofit.tuning.train import finetune
 
 #: lists the files of a run; marks a folder as ours

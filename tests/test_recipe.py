@@ -29,6 +29,7 @@ from ltm_retrofit.recipe import (
     run_recipe,
     sliced_config,
 )
+from ltm_retrofit.tuning import sources
 from ltm_retrofit.tuning.digits import load_canvases
 from ltm_retrofit.tuning.settings import TrainConfig
 
@@ -62,7 +63,7 @@ def written(path: Path, text: str) -> Path:
         ("ltm: {flops: 0.7, tokens: [3, 2, 1]}", r"exactly one of flops and tokens"),
         ("ltm: {flops: 1.5}", r"between 0 and 1, got 1.5"),
         ("ltm: {flops: '0.7'}", r"between 0 and 1, got '0.7'"),
-        ("ltm: {tokens: 50}", r"tokens must be a sequence, got 50"),
+        ("ltm: {tokens: 50}", r"tokens must be a sequence with something in it, got 50"),
         ("ltm: {tokens: [20, 30]}", r"cannot grow from site to site"),
         ("ltm: {flops: 0.7, method: tomme}", r"method must be one of 'ltm', 'tome', 'slice', got 'tomme'"),
         ("train: {epochs: 2", r"is not YAML"),
@@ -253,7 +254,7 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
             chosen += [index for index, label in enumerate(labels) if label == digit][: 3 if split == "test" else 4]
         return table.select(chosen)
 
-    monkeypatch.setattr(recipes, "load_canvases", few)
+    monkeypatch.setattr(sources, "load_canvases", few)
     monkeypatch.setattr(recipes, "measure", lambda model: ltm.measure(model, batches=(1,), rounds=2))
 
 

@@ -401,7 +401,6 @@ def test_tokens_are_never_merged_before_an_attention_that_is_left_out(pool):
     assert any(key.startswith("pack.0") for key in sites.excluded)
 
 
-@pytest.mark.xfail(strict=True, reason="prefix tokens are looked for at the first block that can be cut: too late here")
 def test_blocks_after_one_that_is_left_out_can_still_merge_with_the_class_token_in_place():
     sites = ltm.find_sites(forest("plain", "conv", "plain", "plain"), EXAMPLE)
     assert [(site.block, site.layout.prefix) for site in sites] == [("pack.2", 1), ("pack.3", 1)]

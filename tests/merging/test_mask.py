@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ltm_retrofit.errors import CountError
-from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.merging.baselines import SliceMask, ToMeMask
+from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.merging.mask import MaskModule, Merged, merge_macs, partition, unmerge_macs
 from ltm_retrofit.merging.tokens import Assignment, Carried, accumulated, carried_by, carry, unmerge_all
 
