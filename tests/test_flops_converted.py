@@ -1,0 +1,56 @@
+"""Converted models: the plan's prediction, fvcore and torch's counter agree, with attention fused or not."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import ltm_retrofit as ltm
+from ltm_retrofit.flops import count_macs
+from ltm_retrofit.graph.example import prepare_example
+
+
+def unfuse(model: nn.Module) -> None:
+    """Switch fused attention off, as each library does it."""
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "manual"])
+def test_counted_macs_are_the_predicted_ones(family: str, build, fused: bool) -> None:
+    model = build(family)
+    if not fused:
+        unfuse(model)
+    original = count_macs(model, prepare_example(model, None)).total
+    plan = ltm.get_plan(ltm.retrofit(model, ltm.LTMConfig(flops=0.6)))
+    assert plan.macs_original == original
+    # count_macs itself raises where fvcore and FlopCounterMode differ by one
+    assert count_macs(model, prepare_example(model, None)).total == plan.macs <= 0.6 * original
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "manual"])
+def test_size_aware_attention_is_found_and_works(family: str, build, images: torch.Tensor, fused: bool) -> None:
+    model = build(family)
+    if not fused:
+        unfuse(model)
+    assert all(site.bias is not None for site in ltm.find_sites(model))
+    other = build(family)
+    for one in (model, other):
+        ltm.retrofit(one, ltm.LTMConfig(flops=0.6))
+    with torch.no_grad():
+        ours, theirs = (next(iter(out.values())) if isinstance(out, dict) else out
+                        for out in (model(images), other(images)))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_vit_small_at_its_native_size() -> None:
+    model = timm.create_model("vit_small_patch16_224").eval()
+    plan = ltm.get_plan(ltm.retrofit(model, ltm.LTMConfig(flops=0.65)))
+    assert plan.macs_original == 4_598_882_304  # checked against the closed form in test_flops.py
+    assert count_macs(model, torch.randn(1, 3, 224, 224)).total == plan.macs
+    assert 0.63 <= plan.share <= 0.65
