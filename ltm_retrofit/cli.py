@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ltm_retrofit.config import METHODS, OUTPUT_TOKENS, LTMConfig
-from ltm_retrofit.errors import RetrofitError
+from ltm_retrofit.errors import RecipeError, RetrofitError
 
 EXAMPLES = {
     "inspect": "ltm-retrofit inspect vit_small_patch16_224\n  ltm-retrofit inspect ./my_checkpoint --json",
@@ -138,8 +138,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.convert import get_plan, retrofit
-    from ltm_retrofit.saving.hub import save_pretrained
+    from ltm_retrofit.saving.hub import check_target, save_pretrained
 
+    check_target(arguments.out, arguments.overwrite)
     flops = 0.7 if arguments.flops is None and arguments.tokens is None else arguments.flops
     config = LTMConfig(
         flops=flops,
@@ -158,11 +159,12 @@ def _finetune(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.convert import is_retrofitted
     from ltm_retrofit.errors import NotRetrofitted
     from ltm_retrofit.reporting.report import measure
-    from ltm_retrofit.saving.hub import save_pretrained
+    from ltm_retrofit.saving.hub import check_target, save_pretrained
     from ltm_retrofit.tuning.settings import TrainConfig
     from ltm_retrofit.tuning.sources import DataSection, load_split
     from ltm_retrofit.tuning.train import finetune
 
+    check_target(arguments.out, arguments.overwrite)
     given = {key: getattr(arguments, key) for key in ("epochs", "lr", "batch_size", "bound", "train", "seed")}
     config = TrainConfig(**{key: value for key, value in given.items() if value is not None})
     model = _load(arguments)
@@ -179,6 +181,8 @@ def _report(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.reporting.report import measure
     from ltm_retrofit.tuning.sources import DataSection, load_split
 
+    if min(arguments.batches) < 1:
+        raise RecipeError(f"batches are whole numbers from 1 on, got {arguments.batches}")
     model = _load(arguments)
     data = None
     if arguments.data is not None:

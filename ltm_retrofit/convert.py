@@ -12,7 +12,7 @@ from torch import nn
 
 from ltm_retrofit.blocks import CHILD, FINETUNED, GRID_METHODS, BlockForward, Refusal, Retrofit, forwards_of
 from ltm_retrofit.config import LTMConfig
-from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, NotRetrofitted, UnsupportedBlock
+from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, NotRetrofitted, RecipeError, UnsupportedBlock
 from ltm_retrofit.graph.example import Example, home, prepare_example, run, tensors_of
 from ltm_retrofit.graph.find import find_sites
 from ltm_retrofit.graph.prove import all_equal
@@ -20,7 +20,7 @@ from ltm_retrofit.graph.sites import AttentionSite, Sites
 from ltm_retrofit.merging.baselines import SliceMask, ToMeMask
 from ltm_retrofit.merging.mask import MaskModule
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.plan import MergePlan, Row, make_plan
+from ltm_retrofit.plan import MergePlan, Row, make_macs, make_plan
 from ltm_retrofit.undisturbed import undisturbed
 
 
@@ -44,6 +44,14 @@ def retrofit(
         NoAttentionError, ExampleError, UnsupportedBlock, BudgetError, CountError: nothing was changed.
         BaseMismatch: ``plan`` is for another model.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedBlock(f"model is a {type(model).__name__}: pass the torch module itself, loaded")
+    if config is not None and not isinstance(config, LTMConfig):
+        raise RecipeError(f"config is a {type(config).__name__} ({config!r}): pass LTMConfig(flops=0.7)")
+    if config is not None and plan is not None:
+        raise RecipeError("give a config or a plan, not both: a plan holds the config that it was made from")
+    if not is_retrofitted(model) and any(True for _ in forwards_of(model)):
+        raise AlreadyRetrofitted("a part of this model is converted already: restore that part first")
     if is_retrofitted(model):
         raise AlreadyRetrofitted(
             f"this {type(model).__name__} is converted already ({get_plan(model).share:.3f} of its MACs): "
@@ -174,6 +182,11 @@ def _check_fits(plan: MergePlan, sites: Sites) -> None:
         raise BaseMismatch(
             "the plan leaves only prefix tokens after the last block, and something in this model reads the patch "
             "tokens there: plan for this model"
+        )
+    if make_macs(sites, plan) != plan.macs:
+        raise BaseMismatch(
+            f"the plan says {plan.macs:,} MACs and its rows make {make_macs(sites, plan):,}: it was altered, or is for "
+            "another model"
         )
     if plan.classes != sites.ending.classes:
         raise BaseMismatch(

@@ -14,10 +14,8 @@ from ltm_retrofit.errors import BudgetError, CountError, RecipeError, Unsupporte
 from ltm_retrofit.graph.sites import AttentionSite, Sites
 from ltm_retrofit.merging.mask import merge_macs, partition, unmerge_macs
 
-#: clusters A of every mask's statistics
-CLUSTERS = 64
-#: how far below its target a plan's share may lie
-TOLERANCE = 0.02
+CLUSTERS = 64  # A of every mask's statistics
+TOLERANCE = 0.02  # how far below its target a plan's share may lie
 
 
 @dataclass(frozen=True)
@@ -120,6 +118,11 @@ def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
         return planner.finish(planner.from_tokens(config.tokens))
     assert config.flops is not None
     return planner.finish(planner.from_budget(config.flops))
+
+
+def make_macs(sites: Sites, plan: MergePlan) -> int:
+    """Count anew what a finished plan's rows cost on these sites."""
+    return _Planner(sites, plan.config).macs(plan.rows)
 
 
 class _Planner:

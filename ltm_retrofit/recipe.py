@@ -17,13 +17,13 @@ from torch import nn
 
 from ltm_retrofit.config import LTMConfig, Strict, check_keys
 from ltm_retrofit.convert import get_plan, retrofit
-from ltm_retrofit.errors import CheckpointError, RecipeError
+from ltm_retrofit.errors import CheckpointError, DataError, RecipeError
 from ltm_retrofit.graph.example import prepare_example, run
 from ltm_retrofit.graph.prove import all_equal
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.reporting.pictures import show_merges
 from ltm_retrofit.reporting.report import Report, measure
-from ltm_retrofit.saving.hub import from_pretrained, save_pretrained
+from ltm_retrofit.saving.hub import from_pretrained, save_pretrained, swap
 from ltm_retrofit.saving.load import load_model
 from ltm_retrofit.tuning.evaluate import evaluate
 from ltm_retrofit.tuning.heads import set_classes
@@ -122,13 +122,18 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     Raises:
         CheckpointError: the folder cannot be written, or holds files that no run wrote.
     """
-    out = Path(out)
+    out = Path(out).resolve()
     check_folder(out)
     loaded = load_model(recipe.model.name)
     model = loaded.model
     say(f"model    {recipe.model.name}: {loaded.origin}")
     train, test = (load_split(recipe.data, split) for split in (recipe.data.train_split, recipe.data.test_split))
     names = getattr(train.features["label"], "names", None) or [str(label) for label in sorted(set(train["label"]))]
+    if (others := getattr(test.features["label"], "names", None)) not in (None, names):
+        raise DataError(
+            f"the training split has classes {names[:5]} and the test split {others[:5]}: one label would mean two "
+            "things. Give both splits the same class folders"
+        )
     say(f"data     {recipe.data.name}: {len(train)} training and {len(test)} test images, {len(names)} classes")
     if set_classes(model, names):
         say(f"head     new, for {len(names)} classes: the pretrained one has another number, so it starts untrained")
@@ -145,9 +150,10 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     control = copy.deepcopy(original)
     finetune(control, train, config=recipe.train)
     accuracies["original_finetuned"] = evaluate(control, test)
-    sliced = retrofit(copy.deepcopy(original), sliced_config(plan))
-    finetune(sliced, train, config=recipe.train)
-    accuracies["sliced_finetuned"] = evaluate(sliced, test)
+    if any(row.action == "merge" for row in plan.rows):  # else the plan is the exact slice, which loses nothing
+        sliced = retrofit(copy.deepcopy(original), sliced_config(plan))
+        finetune(sliced, train, config=recipe.train)
+        accuracies["sliced_finetuned"] = evaluate(sliced, test)
     say("timing   original and converted, in alternation")
     report = measure(model).with_accuracy(**accuracies)
     report = replace(report, extra={"recipe": recipe.to_dict(), "history": history.to_dict(), "test_images": len(test)})
@@ -188,7 +194,12 @@ def check_folder(out: Path) -> None:
     parent = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CheckpointError(f"cannot write to {out}: {parent} is not a folder that can be written")
-    present = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} if out.exists() else set()
+    entries = list(out.rglob("*")) if out.exists() else []
+    present = {  # links, and folders that hold nothing, are somebody's too
+        str(entry.relative_to(out))
+        for entry in entries
+        if entry.is_symlink() or not entry.is_dir() or not any(entry.iterdir())
+    }
     if not present:
         return
     try:
@@ -217,8 +228,7 @@ class _WrittenWhole:
         if kind is not None:
             shutil.rmtree(self.temporary, ignore_errors=True)
             return
+        self.temporary.chmod(0o755)
         if self.out.exists():
             check_folder(self.out)
-            shutil.rmtree(self.out)
-        self.temporary.chmod(0o755)
-        self.temporary.rename(self.out)
+        swap(self.temporary, self.out)

@@ -66,7 +66,12 @@ def prepare_example(model: nn.Module, example: Example | None) -> Example:
         noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         name = getattr(model, "main_input_name", None) if hasattr(model, "config") else None
         return {name: noise} if isinstance(name, str) else noise
-    values = example if isinstance(example, Mapping) else {"example": example}
+    # labels make a Hugging Face model add a loss; they are no input of the network
+    values = (
+        {k: v for k, v in example.items() if k not in ("labels", "label")}
+        if isinstance(example, Mapping)
+        else {"example": example}
+    )
     tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ExampleError(
@@ -77,11 +82,25 @@ def prepare_example(model: nn.Module, example: Example | None) -> Example:
             raise ExampleError(f"{key} is on {value.device}, the model on {device}: move one to the other")
         if value.ndim == 0 or len(value) == 0:
             raise ExampleError(f"{key} has shape {tuple(value.shape)}: an example holds at least one image")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ExampleError(f"{key} holds values that are not finite: pass an image, or noise")
         if value.ndim >= 4 and value.dtype != dtype:
             raise ExampleError(f"{key} is {value.dtype}, the model {dtype}: convert one to the other")
     batch = len(next(value for value in tensors.values()))
     single = {key: value[:1] if key in tensors and len(value) == batch else value for key, value in values.items()}
     return single if isinstance(example, Mapping) else single["example"]
+
+
+def in_float(example: Example) -> Example:
+    """Return the same example with its floating tensors in float32."""
+    if isinstance(example, Mapping):
+        floating = {
+            key: value.float()
+            for key, value in example.items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
+        return {**example, **floating}
+    return example.float()
 
 
 def other_image(example: Example) -> Example:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from ltm_retrofit.errors import NoAttentionError, UnsupportedBlock
 from ltm_retrofit.flops import count_macs
 from ltm_retrofit.graph import prove
 from ltm_retrofit.graph.cut import Halves, Signature, cut_block
-from ltm_retrofit.graph.example import Example, logits_of, other_image, prepare_example, run
+from ltm_retrofit.graph.example import Example, home, in_float, logits_of, other_image, prepare_example, run
 from ltm_retrofit.graph.probe import Attended, Call, Recording, record
 from ltm_retrofit.graph.sites import AttentionSite, Cost, Ending, KeySource, Scope, Sites, TokenLayout
 from ltm_retrofit.undisturbed import undisturbed
@@ -25,6 +26,8 @@ class _Candidate:
     def __init__(self, model: nn.Module, name: str, attention: str, call: Call) -> None:
         self.name, self.attention, self.call = name, attention, call
         self.module = model.get_submodule(name)
+        if "forward" in self.module.__dict__:
+            raise UnsupportedBlock("its forward was replaced on the instance (a hook or a wrapper): remove that first")
         below = attention.removeprefix(name).lstrip(".")
         self.signature = Signature.of(self.module, name, call.args, call.kwargs)
         self.cut = partial(cut_block, self.module, below, self.signature)
@@ -75,6 +78,15 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
         ExampleError: where there is no example, or the model cannot be run on it.
     """
     example = prepare_example(model, example)
+    shapes = (
+        {"": tuple(example.shape)}
+        if isinstance(example, Tensor)
+        else {key: tuple(value.shape) for key, value in example.items() if isinstance(value, Tensor)}
+    )
+    base = identify(model)
+    if home(model)[1] in (torch.float16, torch.bfloat16):
+        # rounding in half precision is as large as what the proofs look for; sites hold names and code, no modules
+        model, example = copy.deepcopy(model).float(), in_float(example)
     with undisturbed(model), torch.no_grad():
         recording = record(model, example)
         if not recording.attended:
@@ -89,12 +101,7 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
         total = count_macs(model, example).total
         ending = _ending(model, example, recording, candidates, prefix, total)
     sites = tuple(_site(candidate, _layout(candidate, prefix, recording)) for candidate in candidates)
-    shapes = (
-        {"": tuple(example.shape)}
-        if isinstance(example, Tensor)
-        else {key: tuple(value.shape) for key, value in example.items() if isinstance(value, Tensor)}
-    )
-    return Sites(sites, excluded, total, ending, shapes, identify(model))
+    return Sites(sites, excluded, total, ending, shapes, base)
 
 
 def identify(model: nn.Module) -> dict[str, str]:
@@ -244,6 +251,7 @@ def _ending(
     logits = logits_of(recording.output)
     classes = 0 if logits is None else logits.shape[1]
     readouts = recording.readouts(classes) if classes else ()
+    classes = classes if readouts else 0  # a headless model's features are no classes
     last = candidates[-1] if candidates else None
     if last is None or last.attention != recording.attended[-1].chain[-1]:
         return Ending(False, 0, readouts, classes)  # something attends after the last block that can be cut

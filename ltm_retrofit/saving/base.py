@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from ltm_retrofit.blocks import CHILD
 from ltm_retrofit.convert import disabled, get_plan, is_retrofitted
 from ltm_retrofit.errors import CheckpointError, RetrofitError
-from ltm_retrofit.graph.example import Example, home, prepare_example, run
+from ltm_retrofit.graph.example import Example, home, input_size, prepare_example, run
 from ltm_retrofit.graph.prove import all_equal
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.arguments import LOADING, timm_arguments
+from ltm_retrofit.tuning.data import RECORDED, preprocessing_of
 from ltm_retrofit.undisturbed import undisturbed
 
 #: of timm's ``pretrained_cfg``: what says how to feed the model; nothing that names a place to load from
+_SPOKEN_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 _DATA_KEYS = (
     "tag",
     "input_size",
@@ -211,6 +213,7 @@ def _records(model: nn.Module) -> Iterator[dict[str, Any]]:
             "model_type": config.model_type,
             "attn_implementation": getattr(config, "_attn_implementation", None),
             "config": _public(values),
+            "data": _spoken(model),
         }
     else:
         yield record
@@ -272,4 +275,21 @@ def _rebuild_transformers(record: Mapping[str, Any]) -> nn.Module:
     dtype, config.dtype = config.dtype, None  # built in float32: stored weights bring their own dtype
     model: nn.Module = kind(config)
     model.config.dtype = dtype
+    if data := record.get("data"):
+        _refuse(data, _SPOKEN_KEYS, (), "the data settings of a recorded transformers model")
+        model.__dict__[RECORDED] = _tuples(data)
     return model
+
+
+def _spoken(model: nn.Module) -> dict[str, Any] | None:
+    """What a transformers model's image processor says, which no config.json of ours would bring back."""
+    if input_size(model) is None:
+        return None
+    wanted = preprocessing_of(model)
+    return {
+        "mean": list(wanted.mean),
+        "std": list(wanted.std),
+        "interpolation": wanted.interpolation,
+        "crop_pct": wanted.crop_pct,
+        "crop_mode": "squash" if wanted.squash else "center",
+    }

@@ -46,7 +46,7 @@ def save_pretrained(
         CheckpointError: where the folder cannot be written, or holds files that are not ours.
     """
     plan, target = get_plan(model), Path(path).expanduser()
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     base, reason = examine_base(model)
     if reason is not None:
         warnings.warn(
@@ -79,7 +79,7 @@ def save_pretrained(
         (staging / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (staging / CARD).write_text(card, encoding="utf-8")
         staging.chmod(0o755 & ~_umask())  # mkdtemp's folders are for their owner only
-        _swap(staging, target)
+        swap(staging, target)
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error}. What was there is as it was") from error
     finally:
@@ -131,7 +131,7 @@ def from_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
     return model.eval()
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     """Refuse to write where something is that is not ours to replace."""
     try:
         if target.exists() and not target.is_dir():
@@ -179,7 +179,7 @@ def _write_weights(state: dict[str, Tensor], file: Path) -> None:
         raise CheckpointError(f"{file} cannot be written: {error}") from error
 
 
-def _swap(staging: Path, target: Path) -> None:
+def swap(staging: Path, target: Path) -> None:
     """Put the new folder in the old one's place."""
     if not target.exists():
         staging.rename(target)

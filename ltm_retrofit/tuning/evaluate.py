@@ -23,7 +23,8 @@ def predictions(model: nn.Module, data: Data, batch_size: int = 128) -> tuple[Te
         loader = make_loader(model, data, batch_size=batch_size, shuffle=False)
         for inputs, labels in tqdm(batches_on(loader, home(model)[0]), desc="evaluate", leave=False, disable=None):
             logits = logits_of(run(model, inputs))
-            assert logits is not None
+            if logits is None:
+                raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier")
             guesses.append(logits.argmax(dim=-1).cpu())
             truths.append((labels.argmax(dim=-1) if labels.ndim == 2 else labels).cpu())
     finally:

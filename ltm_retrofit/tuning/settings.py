@@ -68,7 +68,8 @@ class TrainConfig(Strict):
         ):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value <= most or math.isinf(value):
-                raise RecipeError(f"{name} must be a number from 0 to {most}, got {value!r}")
+                hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) else ""
+                raise RecipeError(f"{name} must be a number from 0 to {most}, got {value!r}{hint}")
         check_choice(self.train, TRAINS, "train")
         check_choice(self.augment, AUGMENTS, "augment")
         check_choice(self.mixed_precision, ("no", "bf16", "fp16"), "mixed_precision")

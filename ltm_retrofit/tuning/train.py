@@ -156,7 +156,8 @@ class _Run:
         """One step of the optimizer; stops before it where the loss or its gradient is not finite."""
         with trace(self.model) if self.bounded else nullcontext() as traced:
             logits = logits_of(run(self.wrapped, inputs))
-        assert logits is not None
+        if logits is None:
+            raise TrainingError(f"{type(self.model).__name__} puts out no class logits (B, C): give it a classifier")
         targets = soft_targets(labels, self.classes)
         task = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
         loss, bound = task, torch.zeros(())

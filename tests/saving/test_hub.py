@@ -377,7 +377,7 @@ def test_a_failure_leaves_what_was_there(build: Build, saved: Path, monkeypatch:
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    for step in ("_write_weights", "_swap"):
+    for step in ("_write_weights", "swap"):
         with monkeypatch.context() as patch:
             patch.setattr(hub, step, full)
             with pytest.raises(ltm.CheckpointError, match="no space left"):
