@@ -236,7 +236,6 @@ class _Planner:
             below = [(macs, rows) for rows, macs in reached.items() if macs <= target * total * (1 + 1e-12)]
             if below and max(below, key=lambda entry: entry[0])[0] >= (target - TOLERANCE) * total:
                 return max(below, key=lambda entry: entry[0])[1]
-        below = [(macs, rows) for rows, macs in reached.items() if macs <= target * total]
         nearest = max(macs for macs, _ in below) if below else min(reached.values(), default=total)
         lowest, highest = min(reached.values(), default=total), max(reached.values(), default=total)
         raise BudgetError(

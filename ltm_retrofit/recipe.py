@@ -30,6 +30,7 @@ from ltm_retrofit.tuning.heads import set_classes
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.tuning.sources import DataSection, load_split
 from ltm_retrofit.tuning.train import finetune
+from ltm_retrofit.undisturbed import undisturbed
 
 #: lists the files of a run; marks a folder as ours
 MARK = "run.json"
@@ -176,13 +177,8 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
 
 def _reloads_equal(model: nn.Module, folder: Path) -> bool:
     example = prepare_example(model, None)
-    flags = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with undisturbed(model):
         return all_equal(run(from_pretrained(folder), example), run(model, example))
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def check_folder(out: Path) -> None:

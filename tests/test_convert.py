@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import transformers as tr
+from pieces import snapshot
 from torch import Tensor, nn
 
 import ltm_retrofit as ltm
@@ -59,17 +60,6 @@ def near(ours: list[Tensor], theirs: list[Tensor], **tolerance: float) -> None:
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **(tolerance or {"rtol": 1e-4, "atol": 1e-4}))
-
-
-def snapshot(model: nn.Module) -> dict:
-    def entry(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: id(part) for key, part in value.items()}
-        if isinstance(value, (list, tuple, set)):
-            return [id(part) for part in value]
-        return value if isinstance(value, (bool, int, str, type(None))) else id(value)
-
-    return {name: {key: entry(value) for key, value in vars(module).items()} for name, module in model.named_modules()}
 
 
 # --------------------------------------------------------------------------------------------- there and back again

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import timm
 import torch
+from pieces import LINEAR, TOKENS, Calls
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -69,20 +70,6 @@ def timm_attention() -> Iterator[Callable[[bool], None]]:
     set_fused_attn(True)
 
 
-class Calls(nn.Module):
-    """A module that is one function, with a linear layer so that the count is never 0."""
-
-    def __init__(self, function: Callable[[Tensor], object]) -> None:
-        super().__init__()
-        self.function = function
-        self.inner = nn.Linear(8, 8, bias=False)
-
-    def forward(self, x: Tensor) -> object:
-        return self.function(self.inner(x))
-
-
-LINEAR = 2 * 5 * 8 * 8  # what `Calls.inner` costs on TOKENS
-TOKENS = torch.randn(2, 5, 8)
 
 
 class TestModels:

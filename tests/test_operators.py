@@ -7,28 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from pieces import LINEAR, TOKENS, Calls
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltm_retrofit import operators
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.flops import count_macs, count_macs_quick
-
-
-class Calls(nn.Module):
-    """A module that is one function, with a linear layer so that the count is never 0."""
-
-    def __init__(self, function: Callable[[Tensor], object]) -> None:
-        super().__init__()
-        self.function = function
-        self.inner = nn.Linear(8, 8, bias=False)
-
-    def forward(self, x: Tensor) -> object:
-        return self.function(self.inner(x))
-
-
-LINEAR = 2 * 5 * 8 * 8  # what `Calls.inner` costs on TOKENS
-TOKENS = torch.randn(2, 5, 8)
 
 
 def macs_of(function: Callable[[Tensor], object]) -> int:

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 
 import pytest
 import timm
 import torch
+from pieces import TOKENS, Calls
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from ltm_retrofit.errors import CountError, ExampleError
 from ltm_retrofit.flops import count_macs
 from ltm_retrofit.undisturbed import undisturbed
-
-TOKENS = torch.randn(2, 5, 8)
-
-
-class Calls(nn.Module):
-    """A module that is one function, with a linear layer so that the count is never 0."""
-
-    def __init__(self, function: Callable[[Tensor], object]) -> None:
-        super().__init__()
-        self.function = function
-        self.inner = nn.Linear(8, 8, bias=False)
-
-    def forward(self, x: Tensor) -> object:
-        return self.function(self.inner(x))
 
 
 class Restless(nn.Module):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+from pieces import snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -176,18 +177,6 @@ def test_the_bias_argument_is_proportional_attention(found, training):
 
 
 # ----------------------------------------------------------------------------------------------------- touches nothing
-
-
-def snapshot(model: nn.Module) -> dict:
-    """All that hangs on a model, with its parts by identity."""
-    def entry(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: id(part) for key, part in value.items()}
-        if isinstance(value, (list, tuple, set)):
-            return [id(part) for part in value]
-        return value if isinstance(value, (bool, int, str, type(None))) else id(value)
-
-    return {name: {key: entry(value) for key, value in vars(module).items()} for name, module in model.named_modules()}
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
