@@ -9,8 +9,8 @@ from typing import Any, Self
 
 from ltm_retrofit.errors import RecipeError
 
-METHODS = ("ltm", "tome", "slice")
-SCOPES = ("FLOW",)
+METHODS = ("ltm", "tome", "pool", "slice")
+SCOPES = ("FLOW", "GRID", "LOCAL")
 SCHEDULES = ("stages",)
 OUTPUT_TOKENS = ("auto", "full")
 
@@ -55,11 +55,14 @@ class LTMConfig(Strict):
         flops: target share of the whole model's MACs, masks included, at the example's size. The plan's share lies
             in ``[flops − 0.02, flops]``, otherwise there is a `BudgetError`.
         tokens: token counts after each site in depth order, prefix tokens included.
-        method: ``"ltm"`` (learnable token merging), ``"tome"`` (the published parameter-free baseline) or
-            ``"slice"`` (keep the first P tokens: the free lower limit, for measuring).
-        schedule: ``"stages"``: of d blocks the 0-based ⌊d/4⌋, ⌊d/2⌋, ⌊3d/4⌋.
+        method: ``"ltm"`` (learnable token merging), ``"tome"`` (the published parameter-free baseline), ``"pool"``
+            (average pooling to the same counts) or ``"slice"`` (keep the first P tokens: the free lower limit, for
+            measuring).
+        schedule: ``"stages"``: of the d blocks in scope FLOW or GRID the 0-based ⌊d/4⌋, ⌊d/2⌋, ⌊3d/4⌋, and every
+            LOCAL block.
         sites: block names to choose from, instead of the schedule.
-        scope: force one scope.
+        scope: force one scope: ``"FLOW"`` (tokens stay merged), ``"GRID"`` (a smaller H'×W' grid from here on) or
+            ``"LOCAL"`` (merged for the MLP only); the best that the proofs allow where left out.
         output_tokens: ``"auto"`` brings every token back after the last block where something reads them;
             ``"full"`` always does, for feature extraction.
     """

@@ -10,17 +10,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltm_retrofit.blocks import CHILD, FINETUNED, GRID_METHODS, BlockForward, Refusal, Retrofit, forwards_of
+from ltm_retrofit.blocks import FINETUNED, GRID_METHODS, Refusal, Retrofit, forwards_of
 from ltm_retrofit.config import LTMConfig
-from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, NotRetrofitted, RecipeError, UnsupportedBlock
+from ltm_retrofit.errors import (
+    AlreadyRetrofitted,
+    BaseMismatch,
+    CountError,
+    NotRetrofitted,
+    RecipeError,
+    UnsupportedBlock,
+)
 from ltm_retrofit.graph.example import Example, home, prepare_example, run, tensors_of
 from ltm_retrofit.graph.find import find_sites
 from ltm_retrofit.graph.prove import all_equal
-from ltm_retrofit.graph.sites import AttentionSite, Sites
-from ltm_retrofit.merging.baselines import SliceMask, ToMeMask
-from ltm_retrofit.merging.mask import MaskModule
+from ltm_retrofit.graph.sites import Sites
+from ltm_retrofit.interception.base import CHILD, Interceptor
+from ltm_retrofit.interception.flow import BlockForward
+from ltm_retrofit.interception.grid import GridForward
+from ltm_retrofit.interception.local import LocalForward
+from ltm_retrofit.interception.masks import MASKS, flow_mask, grid_mask, local_mask
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.plan import MergePlan, Row, make_macs, make_plan
+from ltm_retrofit.plan import MergePlan, make_macs, make_plan
 from ltm_retrofit.undisturbed import undisturbed
 
 
@@ -87,7 +97,9 @@ def restore(model: nn.Module) -> nn.Module:
     get_plan(model)
     for forward in list(forwards_of(model)):
         del forward.block.__dict__["forward"]
-        forward.block._modules.pop(CHILD, None)
+    for module in list(model.modules()):
+        if module is not model and isinstance(module._modules.get(CHILD), MASKS):
+            del module._modules[CHILD]
     for name in GRID_METHODS:
         if isinstance(model.__dict__.get(name), Refusal):
             del model.__dict__[name]
@@ -166,27 +178,31 @@ def _mode(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 def _check_fits(plan: MergePlan, sites: Sites) -> None:
-    known = {site.block: site for site in sites}
+    known = {(site.block, site.scope.value) for site in (*sites.found, *sites.alternatives)}
     for row in plan.rows:
-        if row.site not in known:
-            reason = sites.excluded.get(row.site, f"blocks that can be cut: {', '.join(known) or 'none'}")
-            raise BaseMismatch(f"the plan merges at {row.site!r}, which this model cannot: {reason}")
-    tokens = sites[0].layout.tokens
-    if (plan.rows and plan.rows[0].tokens_in != tokens) or plan.macs_original != sites.total_macs:
+        if (row.site, row.scope) not in known:
+            names = ", ".join(dict.fromkeys(block for block, _ in known)) or "none"
+            reason = sites.excluded.get(row.site) or sites.narrowed.get(row.site) or f"blocks that can be cut: {names}"
+            raise BaseMismatch(f"the plan merges at {row.site!r} ({row.scope}), which this model cannot: {reason}")
+    if not plan.rows or plan.macs_original != sites.total_macs:
         raise BaseMismatch(
-            f"the plan is for {plan.rows[0].tokens_in} tokens and {plan.macs_original:,} MACs, this model has {tokens} "
-            f"and {sites.total_macs:,} at its example's size: plan for this model, or pass an example of that size"
+            f"the plan is for {plan.macs_original:,} MACs and {len(plan.rows)} sites, this model has "
+            f"{sites.total_macs:,} MACs at its example's size: plan for this model, or pass an example of that size"
         )
-    slices = any(row.action == "slice" for row in plan.rows)
-    if (slices and not sites.ending.prefix_only) or not (slices or plan.unmerge):
+    flow = [row for row in plan.rows if row.scope == "FLOW"]
+    slices = any(row.action == "slice" for row in flow)
+    if flow and ((slices and not sites.ending.prefix_only) or not (slices or plan.unmerge)):
         raise BaseMismatch(
             "the plan leaves only prefix tokens after the last block, and something in this model reads the patch "
             "tokens there: plan for this model"
         )
-    if make_macs(sites, plan) != plan.macs:
+    try:
+        made = make_macs(sites, plan)
+    except CountError as error:
+        raise BaseMismatch(f"the plan does not fit this model: {error}") from error
+    if made != plan.macs:
         raise BaseMismatch(
-            f"the plan says {plan.macs:,} MACs and its rows make {make_macs(sites, plan):,}: it was altered, or is for "
-            "another model"
+            f"the plan says {plan.macs:,} MACs and its rows make {made:,}: it was altered, or is for another model"
         )
     if plan.classes != sites.ending.classes:
         raise BaseMismatch(
@@ -197,24 +213,42 @@ def _check_fits(plan: MergePlan, sites: Sites) -> None:
 
 def _build(
     model: nn.Module, sites: Sites, plan: MergePlan
-) -> tuple[list[BlockForward], dict[str, nn.Module], Retrofit]:
+) -> tuple[list[Interceptor], dict[nn.Module, nn.Module], Retrofit]:
     """Make every interceptor and mask; touch nothing."""
     device, _ = home(model)
-    rows = {row.site: row for row in plan.rows}
-    first = next(index for index, site in enumerate(sites) if site.block in rows)
     if CHILD in model._modules or hasattr(model, CHILD):
         raise UnsupportedBlock(f"this {type(model).__name__} has an attribute {CHILD!r} of its own, our name for masks")
-    forwards, masks, merged = [], {}, False
-    for index, site in enumerate(sites[first:], start=first):
-        block, row = model.get_submodule(site.block), rows.get(site.block)
-        if hasattr(block, CHILD):
-            raise UnsupportedBlock(f"block {site.block!r} has an attribute {CHILD!r} of its own, our name for its mask")
-        last = index == len(sites) - 1
+    rows = {(row.site, row.scope): row for row in plan.rows}
+    forwards: list[Interceptor] = []
+    masks: dict[nn.Module, nn.Module] = {}
+    merged, flow = False, sites.flow
+    started = [index for index, site in enumerate(flow) if (site.block, site.scope) in rows]
+    for index, site in enumerate(flow[started[0] :] if started else (), start=started[0] if started else 0):
+        block, row = model.get_submodule(site.block), rows.get((site.block, site.scope))
+        last = index == len(flow) - 1
         keep = row.tokens_out if row is not None and row.action == "slice" else None
         forwards.append(BlockForward(block, site, expects=merged, keep=keep, last=last, unmerge=last and plan.unmerge))
         if row is not None and row.action == "merge":
-            masks[site.block] = _make_mask(block, site, row, plan)
+            masks[block] = flow_mask(block, site, row, plan)
             merged = True
+    for point in sites.grid:
+        if (row := rows.get((point.block, point.scope))) is not None:
+            block = model.get_submodule(point.block)
+            forwards.append(GridForward(block, point))
+            masks[block] = grid_mask(model, point, row, plan)
+    for chain in sites.local:
+        if (row := rows.get((chain.block, chain.scope))) is not None:
+            host = model.get_submodule(chain.host)
+            for place, name in enumerate(chain.chain):
+                first, last = place == 0, place == len(chain.chain) - 1
+                forwards.append(LocalForward(model.get_submodule(name), chain, host, first=first, last=last))
+            masks[host] = local_mask(model, chain, row, plan)
+    for module in (*masks, *(forward.block for forward in forwards)):
+        if hasattr(module, CHILD) or "forward" in module.__dict__:
+            raise UnsupportedBlock(
+                f"a {type(module).__name__} has an attribute {CHILD!r} of its own, our name for its mask, or its forward "
+                "was replaced on the instance"
+            )
     readout = None
     if plan.config.method == "ltm" and masks and plan.readouts:
         width = sum(model.get_submodule(name).get_parameter("weight").shape[1] for name in plan.readouts)
@@ -223,34 +257,17 @@ def _build(
     return forwards, masks, kept.train(model.training)
 
 
-def _make_mask(block: nn.Module, site: AttentionSite, row: Row, plan: MergePlan) -> nn.Module:
-    """Make a site's mask, its similarity initialised from the block's pretrained keys."""
-    prefix = site.layout.prefix
-    if plan.config.method == "slice":
-        return SliceMask(row.tokens_in, row.tokens_out).train(block.training)
-    device, dtype = home(block)
-    if plan.config.method == "tome":
-        tome = ToMeMask(site.dim, row.tokens_in, row.tokens_out, prefix)
-        return tome.to(device).train(block.training)
-    mask = MaskModule(
-        site.dim, site.key_dim, row.tokens_in, row.tokens_out, prefix, max(1, plan.classes), plan.clusters
-    ).to(device, dtype)
-    weight, bias = site.key.mean_map(block)
-    with torch.no_grad():
-        mask.key.weight.copy_(weight)
-        mask.key.bias.copy_(bias if bias is not None else torch.zeros_like(mask.key.bias))
-    return mask.train(block.training)
-
-
-def _install(model: nn.Module, forwards: list[BlockForward], masks: dict[str, nn.Module], kept: Retrofit) -> None:
+def _install(
+    model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module, nn.Module], kept: Retrofit
+) -> None:
     model._modules[CHILD] = kept
     for name in GRID_METHODS:
         if callable(getattr(model, name, None)):
             model.__dict__[name] = Refusal(model, name)
     for forward in forwards:
         forward.block.__dict__["forward"] = forward
-        if forward.name in masks:
-            forward.block._modules[CHILD] = masks[forward.name]
+    for host, mask in masks.items():
+        host._modules[CHILD] = mask
 
 
 def _prove_installed(model: nn.Module, example: Example, expected: Any) -> None:

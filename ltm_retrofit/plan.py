@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
-from itertools import product
-from math import ceil
 from typing import Any, Self
 
+from ltm_retrofit.budget.flow import FlowBudget
+from ltm_retrofit.budget.grid import GridBudget
+from ltm_retrofit.budget.local import LocalBudget
+from ltm_retrofit.budget.rows import CLUSTERS, Budget, Option, Row
 from ltm_retrofit.config import LTMConfig, check_keys
-from ltm_retrofit.errors import BudgetError, CountError, RecipeError, UnsupportedBlock
-from ltm_retrofit.graph.sites import AttentionSite, Sites
-from ltm_retrofit.merging.mask import merge_macs, partition, unmerge_macs
+from ltm_retrofit.errors import BudgetError, RecipeError, UnsupportedBlock
+from ltm_retrofit.graph.sites import LocalSite, Sites
 
-CLUSTERS = 64  # A of every mask's statistics
 TOLERANCE = 0.02  # how far below its target a plan's share may lie
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one site does: ``merge`` N tokens into P, or ``slice`` to the prefix tokens after the last attention."""
-
-    site: str
-    scope: str
-    tokens_in: int
-    tokens_out: int
-    action: str = "merge"
 
 
 @dataclass(frozen=True)
@@ -37,7 +26,7 @@ class MergePlan:
     config: LTMConfig
     macs_original: int
     macs: int
-    unmerge: bool  # bring every token back after the last block
+    unmerge: bool  # bring every token back after the last block of scope FLOW
     input_size: dict[str, tuple[int, ...]]
     classes: int  # C of the statistics; 0 where the model has no classifier
     readouts: tuple[str, ...]  # the modules whose input is the feature that the classifier reads
@@ -74,7 +63,7 @@ class MergePlan:
         for row in values["rows"]:
             check_keys(row, Row.__dataclass_fields__, "row of a merge plan")
             try:
-                rows.append(Row(**row))
+                rows.append(Row(**{**row, "grid": tuple(row["grid"]) if row.get("grid") else None}))
             except TypeError as error:
                 raise RecipeError(f"a row of this merge plan is incomplete: {error}") from None
         return cls(
@@ -93,6 +82,7 @@ class MergePlan:
         lines = [f"{'site':<{width}}  scope  tokens       action"]
         lines += [
             f"{row.site:<{width}}  {row.scope:<5}  {row.tokens_in:>4} → {row.tokens_out:<4}  {row.action}"
+            + (f" to {row.grid[0]}×{row.grid[1]}" if row.grid else "")
             for row in self.rows
         ]
         if self.unmerge:
@@ -104,6 +94,8 @@ class MergePlan:
 def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
     """Plan the token counts. Touches nothing.
 
+    The scopes are tried from the one that saves most: FLOW, GRID, LOCAL, then FLOW with LOCAL blocks beside it.
+
     Args:
         sites: what `find_sites` found.
         config: the budget or the counts.
@@ -113,186 +105,124 @@ def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
         CountError: where ``config.tokens`` does not fit the sites.
         UnsupportedBlock: where ``config.sites`` names a block that cannot be cut, or no block can be.
     """
-    planner = _Planner(sites, config)
+    _check(sites, config)
     if config.tokens is not None:
-        return planner.finish(planner.from_tokens(config.tokens))
+        scope, budget = next(iter(_budgets(sites, config).items()))
+        return _finish(sites, config, budget.from_tokens(config.tokens))
     assert config.flops is not None
-    return planner.finish(planner.from_budget(config.flops))
+    return _finish(sites, config, _from_budget(sites, config, config.flops))
 
 
 def make_macs(sites: Sites, plan: MergePlan) -> int:
-    """Count anew what a finished plan's rows cost on these sites."""
-    return _Planner(sites, plan.config).macs(plan.rows)
+    """Count anew what a plan's rows cost on these sites."""
+    return sites.total_macs + _change(sites, plan.config, plan.rows)
 
 
-class _Planner:
-    """Costs of token counts, and the search for those that meet a budget."""
+def _change(sites: Sites, config: LTMConfig, rows: Sequence[Row]) -> int:
+    total, budgets = 0, _every_budget(sites, config)
+    for scope in dict.fromkeys(row.scope for row in rows):
+        total += budgets[scope].change([row for row in rows if row.scope == scope])
+    return total
 
-    def __init__(self, sites: Sites, config: LTMConfig) -> None:
-        if not len(sites):
+
+def _check(sites: Sites, config: LTMConfig) -> None:
+    if not len(sites):
+        raise UnsupportedBlock(
+            "no block of this model can be cut: "
+            + ("; ".join(f"{name}: {reason}" for name, reason in sites.excluded.items()) or "none was found")
+        )
+    every = (*sites.found, *sites.alternatives)
+    known = [site.block for site in every]
+    for name in config.sites or ():
+        if name not in known:
+            reason = sites.excluded.get(name) or sites.narrowed.get(name)
+            close = get_close_matches(name, known, n=1)
             raise UnsupportedBlock(
-                "no block of this model can be cut: "
-                + ("; ".join(f"{name}: {reason}" for name, reason in sites.excluded.items()) or "none was found")
+                f"sites names {name!r}, which cannot be cut: "
+                + (reason or f"no such block; did you mean {close[0] if close else ', '.join(known)!r}?")
             )
-        self.sites, self.config = sites, config
-        self.tokens, self.prefix = sites[0].layout.tokens, sites[0].layout.prefix
-        self.slices = sites.ending.prefix_only and config.output_tokens == "auto"
-        #: a slice after the last attention leaves nothing for a mask to do there
-        self.mergeable = list(sites)[:-1] if self.slices else list(sites)
-        if config.sites is not None:
-            self.mergeable = [site for site in self.mergeable if site.block in self._named(config.sites)]
-
-    def _named(self, names: Sequence[str]) -> set[str]:
-        known = [site.block for site in self.sites]
-        for name in names:
-            if name not in known:
-                reason = self.sites.excluded.get(name)
-                close = get_close_matches(name, known, n=1)
-                raise UnsupportedBlock(
-                    f"sites names {name!r}, which cannot be cut: "
-                    + (reason or f"no such block; did you mean {close[0] if close else ', '.join(known)!r}?")
-                )
-        return set(names)
-
-    def scheduled(self) -> list[AttentionSite]:
-        """Return the sites of the schedule, or all that the user named."""
-        if self.config.sites is not None:
-            return self.mergeable
-        depth = len(self.sites)
-        chosen = {self.sites[depth * quarter // 4].block for quarter in (1, 2, 3)}
-        return [site for site in self.mergeable if site.block in chosen]
-
-    def rows(self, counts: Mapping[str, int]) -> tuple[Row, ...]:
-        """Turn counts after sites into rows; a site that merges nothing has none."""
-        rows, present = [], self.tokens
-        for site in self.sites:
-            after = min(counts.get(site.block, present), present)
-            if after < present:
-                rows.append(Row(site.block, site.scope.value, present, after))
-                present = after
-        if self.slices:
-            last = self.sites[-1]
-            rows.append(Row(last.block, last.scope.value, present, self.prefix, "slice"))
-        return tuple(rows)
-
-    def macs(self, rows: Iterable[Row]) -> int:
-        """Predict the whole model's MACs."""
-        todo, present, total = {row.site: row for row in rows}, self.tokens, self.sites.total_macs
-        for site in self.sites:
-            row = todo.get(site.block)
-            after = row.tokens_out if row else present
-            total += site.cost(present, after) - site.cost(self.tokens, self.tokens)
-            if row is not None and row.action == "merge":
-                total += merge_macs(
-                    self.config.method,
-                    site.dim,
-                    site.key_dim,
-                    row.tokens_in,
-                    row.tokens_out,
-                    self.prefix,
-                    max(1, self.sites.ending.classes),
-                    CLUSTERS,
-                )
-                if not self.slices:
-                    total += unmerge_macs(self.config.method, site.dim, row.tokens_in, row.tokens_out, self.prefix)
-            present = after
-        return total + (self.sites.ending.prefix_macs if self.slices else 0)
-
-    def from_tokens(self, tokens: Sequence[int]) -> tuple[Row, ...]:
-        """Take the user's counts, one for each scheduled or named site (or for every block)."""
-        tokens = list(tokens)
-        chosen = self.scheduled()
-        if self.slices and len(tokens) in (len(chosen) + 1, len(self.mergeable) + 1) and tokens[-1] == self.prefix:
-            tokens.pop()  # the slice, said aloud
-        if len(tokens) == len(self.mergeable):
-            chosen = self.mergeable
-        if len(tokens) != len(chosen):
-            raise CountError(
-                f"tokens has {len(tokens)} counts; expected {len(chosen)}, one after each of "
-                f"{', '.join(site.block for site in chosen)}, or {len(self.mergeable)}, one after each block that can "
-                "be cut. Name other blocks in sites="
-            )
-        present = self.tokens
-        for site, count in zip(chosen, tokens, strict=True):
-            if count > present:
-                raise CountError(f"{site.block} has {present} tokens, so {count} cannot be left")
-            if self.config.method != "slice":
-                partition(present, count, self.prefix)
-            elif count < max(1, self.prefix):
-                raise CountError(f"{site.block}: slicing to {count} tokens would cut prefix tokens ({self.prefix})")
-            present = count
-        rows = self.rows(dict(zip((site.block for site in chosen), tokens, strict=True)))
-        if not rows:
-            raise CountError(f"tokens={tuple(tokens)} merges nothing: {self.tokens} tokens are all there are")
-        return rows
-
-    def from_budget(self, target: float) -> tuple[Row, ...]:
-        """Find counts whose share lies in [target − 0.02, target], adding sites where the schedule cannot."""
-        total = self.sites.total_macs
-        reached: dict[tuple[Row, ...], int] = {}
-        for chosen in self._widening():
-            for rows, macs in self._around(chosen, target):
-                reached[rows] = macs
-            below = [(macs, rows) for rows, macs in reached.items() if macs <= target * total * (1 + 1e-12)]
-            if below and max(below, key=lambda entry: entry[0])[0] >= (target - TOLERANCE) * total:
-                return max(below, key=lambda entry: entry[0])[1]
-        nearest = max(macs for macs, _ in below) if below else min(reached.values(), default=total)
-        lowest, highest = min(reached.values(), default=total), max(reached.values(), default=total)
-        raise BudgetError(
-            f"flops={target:g} cannot be met: plans of this model reach {lowest / total:.4f} to {highest / total:.4f} "
-            f"of its MACs, the nearest {nearest / total:.4f}. Ask for flops={nearest / total!r}"
-            + (" or name more sites" if self.config.sites is not None else ""),
-            nearest / total,
+    if config.scope is not None and config.scope not in {site.scope.value for site in every}:
+        reasons = {**sites.narrowed, **sites.excluded}
+        raise UnsupportedBlock(
+            f"scope={config.scope!r} is not proven for any block of this model; scopes that are: "
+            f"{', '.join(sorted({site.scope.value for site in every}))}. "
+            + "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         )
 
-    def _widening(self) -> Iterator[list[AttentionSite]]:
-        chosen = self.scheduled()
-        yield chosen
-        for site in [] if self.config.sites is not None else self.mergeable:
-            if site not in chosen:
-                chosen = [other for other in self.mergeable if other in chosen or other is site]
-                yield chosen
 
-    def _around(self, chosen: Sequence[AttentionSite], target: float) -> Iterator[tuple[tuple[Row, ...], int]]:
-        """Go through one keep ratio for all sites, then through the neighbours of the best."""
-        patches, seen = self.tokens - self.prefix, dict[tuple[Row, ...], tuple[int, tuple[int, ...]]]()
+def _every_budget(sites: Sites, config: LTMConfig) -> dict[str, Budget]:
+    budgets: dict[str, Budget] = {}
+    if sites.flow:
+        budgets["FLOW"] = FlowBudget(sites, config)
+    if sites.grid and config.method != "tome":
+        budgets["GRID"] = GridBudget(sites, config)
+    if sites.local:
+        budgets["LOCAL"] = LocalBudget(sites, config, sites.local)
+    return budgets
 
-        def consider(counts: tuple[int, ...]) -> Iterator[tuple[tuple[Row, ...], int]]:
-            rows = self.rows({site.block: count for site, count in zip(chosen, counts, strict=True)})
-            if rows and rows not in seen:
-                macs = self.macs(rows)
-                seen[rows] = macs, counts
-                if macs < self.sites.total_macs:
-                    yield rows, macs
 
-        for step in range(4 * patches, 0, -1):
-            counts, present = [], patches
-            for _ in chosen:
-                present = ceil(present * step / (4 * patches))
-                counts.append(present + self.prefix)
-            yield from consider(tuple(counts))
-        limit = target * self.sites.total_macs
-        below = [(macs, counts) for macs, counts in seen.values() if macs <= limit]
-        if not below:
-            return
-        _, best = max(below)
-        moves = range(-2, 4) if len(chosen) <= 4 else range(0, 2)
-        for move in product(moves, repeat=min(len(chosen), 4)):
-            around = [count + shift for count, shift in zip(best, (*move, *[0] * len(best)), strict=False)]
-            if all(a >= b for a, b in zip([self.tokens, *around], [*around, self.prefix + 1], strict=True)):
-                yield from consider(tuple(around))
-
-    def finish(self, rows: tuple[Row, ...]) -> MergePlan:
-        """Put the plan together."""
-        ending = self.sites.ending
-        return MergePlan(
-            rows=rows,
-            config=self.config,
-            macs_original=self.sites.total_macs,
-            macs=self.macs(rows),
-            unmerge=not self.slices,
-            input_size=self.sites.input_size,
-            classes=ending.classes,
-            readouts=ending.readouts,
-            base=self.sites.base,
+def _budgets(sites: Sites, config: LTMConfig) -> dict[str, Budget]:
+    """Return the searches that the user allows, best scope first."""
+    if config.scope == "GRID" and config.method == "tome":
+        GridBudget(sites, config)  # says why not
+    return {
+        scope: budget
+        for scope, budget in _every_budget(sites, config).items()
+        if config.scope in (None, scope)
+        and (
+            config.sites is None
+            or any(s.block in config.sites for s in (*sites.found, *sites.alternatives) if s.scope == scope)
         )
+    }
+
+
+def _from_budget(sites: Sites, config: LTMConfig, target: float) -> tuple[Row, ...]:
+    """Find counts whose share lies in [target − 0.02, target], adding sites where the schedule cannot."""
+    total = sites.total_macs
+    change = int((target - 1) * total * (1 + 1e-12))
+    reached: dict[tuple[Row, ...], int] = {}
+    below: list[tuple[int, tuple[Row, ...]]] = []
+    for batch in _batches(sites, config, change):
+        reached.update(dict(batch))
+        below = [(macs, rows) for rows, macs in reached.items() if total + macs <= target * total * (1 + 1e-12)]
+        if below:
+            macs, rows = max(below, key=lambda entry: entry[0])
+            if total + macs >= (target - TOLERANCE) * total:
+                return rows
+    nearest = total + (max(macs for macs, _ in below) if below else min(reached.values(), default=0))
+    lowest, highest = (total + pick(reached.values(), default=0) for pick in (min, max))
+    raise BudgetError(
+        f"flops={target:g} cannot be met: plans of this model reach {lowest / total:.4f} to {highest / total:.4f} "
+        f"of its MACs, the nearest {nearest / total:.4f}. Ask for flops={nearest / total!r}"
+        + (" or name more sites" if config.sites is not None else ""),
+        nearest / total,
+    )
+
+
+def _batches(sites: Sites, config: LTMConfig, change: int) -> Iterator[list[Option]]:
+    budgets = _budgets(sites, config)
+    lowest: Option = ((), 0)
+    for scope, budget in budgets.items():
+        for batch in budget.search(change):
+            yield batch
+            if scope == "FLOW":
+                lowest = min([lowest, *batch], key=lambda option: option[1])
+    beside = [site for site in sites.found if isinstance(site, LocalSite)]
+    if config.scope is None and lowest[0] and beside:
+        # blocks before the first that is cut merge for themselves: costs add up
+        for batch in LocalBudget(sites, config, beside).search(change - lowest[1]):
+            yield [((*rows, *lowest[0]), macs + lowest[1]) for rows, macs in batch]
+
+
+def _finish(sites: Sites, config: LTMConfig, rows: tuple[Row, ...]) -> MergePlan:
+    return MergePlan(
+        rows=rows,
+        config=config,
+        macs_original=sites.total_macs,
+        macs=sites.total_macs + _change(sites, config, rows),
+        unmerge=any(row.scope == "FLOW" for row in rows) and not any(row.action == "slice" for row in rows),
+        input_size=sites.input_size,
+        classes=sites.ending.classes,
+        readouts=sites.ending.readouts,
+        base=sites.base,
+    )

@@ -70,7 +70,7 @@ def _load_code(source: str, names: dict[str, Any], modules: Iterable[str]) -> Co
 
 @dataclass(frozen=True)
 class Halves:
-    """``head(block, x[, bias]) -> (z, h)`` and ``tail(block, z)``: z the stream after attention, h its input."""
+    """``head(block, x, bias, followers) -> (z, h)`` and ``tail(block, z)``: z the stream after attention, h its input."""
 
     head: Code
     tail: Code
@@ -78,11 +78,15 @@ class Halves:
 
 @dataclass(frozen=True)
 class Signature:
-    """How a block was called: its token argument's name, and every other argument with its recorded value."""
+    """How a block was called: its token argument's name, and every other argument with its recorded value.
+
+    ``follow`` are arguments with one row for each token (rotary positions): they are gathered along with the tokens.
+    """
 
     tokens: str
     names: tuple[str, ...]
     others: tuple[tuple[str, Any], ...]
+    follow: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, block: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
@@ -100,7 +104,10 @@ class Signature:
         if not tensors or given[tensors[0]].ndim != 3:
             raise UnsupportedBlock(f"block {name!r} ({type(block).__name__}) is not called with (B, N, D) tokens")
         plain = (type(None), bool, int, float, str)
+        count = given[tensors[0]].shape[1]
         others = {key: value for key, value in given.items() if key != tensors[0]}
+        follow = tuple(key for key, value in others.items() if has_rows(value, count))
+        others = {key: value for key, value in others.items() if key not in follow}
         for key, value in others.items():
             if not isinstance(value, plain):
                 raise UnsupportedBlock(
@@ -108,10 +115,11 @@ class Signature:
                     "which would have to follow the tokens"
                 )
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty and isinstance(p.default, plain)}
-        return cls(tensors[0], names, tuple({**defaults, **others}.items()))
+        others = {key: value for key, value in {**defaults, **others}.items() if key not in follow}
+        return cls(tensors[0], names, tuple(others.items()), follow)
 
-    def split(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the tokens of a call.
+    def split(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
+        """Return the tokens of a call, and the arguments that follow them.
 
         Raises:
             UnsupportedBlock: where any other argument differs from the recorded call, for which the cut was proven.
@@ -119,6 +127,7 @@ class Signature:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         expected = dict(self.others)
         tokens = given.pop(self.tokens)
+        followers = tuple(given.pop(key, None) for key in self.follow)
         for key, value in given.items():
             wanted = expected.get(key)
             if key in RECORDING_FLAGS and key not in self.names:
@@ -135,7 +144,40 @@ class Signature:
                     "only. Call the model as in the example, or use `with ltm_retrofit.disabled(model):`"
                 )
         assert isinstance(tokens, Tensor)
-        return tokens
+        return tokens, followers
+
+
+#: the most tokens (class, distillation, registers) that positions have no rows for
+MOST_PREFIX = 16
+
+
+def has_rows(value: Any, count: int) -> bool:
+    """Say whether an argument is a tensor, or a tuple of them, with one row for each of ``count`` tokens."""
+    if isinstance(value, (tuple, list)):
+        return bool(value) and all(has_rows(entry, count) for entry in value)
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not 2 <= value.ndim <= 4:
+        return False
+    return 0 <= count - value.shape[-2] <= MOST_PREFIX and value.shape[-2] > 1
+
+
+def gather_rows(value: Any, count: int, positions: Tensor, heads: bool = True) -> Any:
+    """Gather the rows ``(…, N, d)`` that belong to the tokens at ``positions (B, P)`` of ``count`` original ones.
+
+    Tables without rows for prefix tokens start behind those. A table shared by images and heads becomes
+    ``(B, 1, P, d)``, one of each head ``(B, heads, P, d)``.
+    """
+    if isinstance(value, (tuple, list)):
+        return type(value)(gather_rows(entry, count, positions) for entry in value)
+    missing = count - value.shape[-2]
+    rows = positions[:, missing:] - missing
+    if value.ndim == 2:
+        return value[rows].unsqueeze(1)
+    if value.ndim == 3 and value.shape[0] == 1:
+        return value[0][rows]
+    if value.ndim == 3:
+        return value[:, rows].transpose(0, 1)
+    index = rows[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[-1])
+    return value.expand(len(rows), -1, -1, -1).gather(2, index)
 
 
 class _Bound(nn.Module):
@@ -145,8 +187,9 @@ class _Bound(nn.Module):
         super().__init__()
         self.block, self.signature, self.bias = block, signature, bias
 
-    def forward(self, tokens: Tensor, bias: Tensor) -> Any:
+    def forward(self, tokens: Tensor, bias: Tensor, followers: Any) -> Any:
         given = {**dict(self.signature.others), self.signature.tokens: tokens}
+        given.update({name: followers[place] for place, name in enumerate(self.signature.follow)})
         if self.bias is not None:
             given[self.bias] = bias
         args = [given.pop(name) for name in self.signature.names if name in given]
@@ -197,7 +240,7 @@ def cut_block(block: nn.Module, attention: str, signature: Signature, *, trainin
     """
     graph = trace_block(block, signature, training=training, bias=bias)
     nodes = list(graph.nodes)
-    tokens, bias_node = (node for node in nodes if node.op == "placeholder")
+    tokens, bias_node, rows = (node for node in nodes if node.op == "placeholder")
     stream, attended = {tokens}, set[fx.Node]()
     first: fx.Node | None = None
     for node in nodes:
@@ -224,14 +267,17 @@ def cut_block(block: nn.Module, attention: str, signature: Signature, *, trainin
         raise UnsupportedBlock("its attention takes no tokens from the graph")
 
     back = _ancestors(output, stop={total})
-    if back & {tokens, bias_node} or back & attended - {total} & _ancestors(total, stop=set()):
+    if back & {tokens, bias_node, rows} or back & attended - {total} & _ancestors(total, stop=set()):
         raise UnsupportedBlock("its tail reads the block's input or its attention past the residual addition")
     shared = (back & _ancestors(total, stop=set())) - {total}
     if any(node.op != "get_attr" for node in shared):
         raise UnsupportedBlock("its tail reads what was computed before the residual addition")
     return Halves(
         _write(
-            nodes, _ancestors(total, stop=set()) | _ancestors(inner, stop=set()), [tokens, bias_node], (total, inner)
+            nodes,
+            _ancestors(total, stop=set()) | _ancestors(inner, stop=set()),
+            [tokens, bias_node, rows],
+            (total, inner),
         ),
         _write(nodes, back - {total}, [total], output),
     )

@@ -91,6 +91,12 @@ def prepare_example(model: nn.Module, example: Example | None) -> Example:
     return single if isinstance(example, Mapping) else single["example"]
 
 
+def floats_of(example: Example) -> list[Tensor]:
+    """Return the floating tensors of an example: what the image is in."""
+    values = example.values() if isinstance(example, Mapping) else [example]
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
 def in_float(example: Example) -> Example:
     """Return the same example with its floating tensors in float32."""
     if isinstance(example, Mapping):

@@ -3,75 +3,41 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.errors import NoAttentionError, UnsupportedBlock
-from ltm_retrofit.flops import count_macs
-from ltm_retrofit.graph import prove
-from ltm_retrofit.graph.cut import Halves, Signature, cut_block
-from ltm_retrofit.graph.example import Example, home, in_float, logits_of, other_image, prepare_example, run
-from ltm_retrofit.graph.probe import Attended, Call, Recording, record
-from ltm_retrofit.graph.sites import AttentionSite, Cost, Ending, KeySource, Scope, Sites, TokenLayout
+from ltm_retrofit.errors import NoAttentionError
+from ltm_retrofit.flops import count_macs, count_macs_quick
+from ltm_retrofit.graph.chains import find_chains
+from ltm_retrofit.graph.example import Example, home, in_float, prepare_example, run
+from ltm_retrofit.graph.flow import find_ending, find_flow, flow_sites
+from ltm_retrofit.graph.grids import MapPoint, find_grids, on_meta
+from ltm_retrofit.graph.local import local_sites
+from ltm_retrofit.graph.probe import Recording, record
+from ltm_retrofit.graph.sites import AttentionSite, FlowSite, GridSite, LocalSite, Scope, Sites, TokenLayout
+from ltm_retrofit.graph.twin import expand, is_empty, make_twin
 from ltm_retrofit.undisturbed import undisturbed
 
 
-class _Candidate:
-    """A block under proof: what becomes an `AttentionSite` if everything holds."""
-
-    def __init__(self, model: nn.Module, name: str, attention: str, call: Call) -> None:
-        self.name, self.attention, self.call = name, attention, call
-        self.module = model.get_submodule(name)
-        if "forward" in self.module.__dict__:
-            raise UnsupportedBlock("its forward was replaced on the instance (a hook or a wrapper): remove that first")
-        below = attention.removeprefix(name).lstrip(".")
-        self.signature = Signature.of(self.module, name, call.args, call.kwargs)
-        self.cut = partial(cut_block, self.module, below, self.signature)
-        self.halves: dict[tuple[bool, bool], Halves] = {(False, False): self.cut(training=False, bias=None)}
-        self.cost: Cost
-        self.key: KeySource
-        self.heads, self.key_dim = 0, 0
-        self.bias: str | None = None
-
-    @property
-    def eval(self) -> Halves:
-        """The pieces for inference without attention bias: those that are proven."""
-        return self.halves[False, False]
-
-    def prove_alone(self) -> None:
-        """Proofs (a), (b) and (d), and all that is read off the block for later."""
-        stream, inner = prove.prove_cut(self.module, self.eval, self.call)
-        prove.prove_tokenwise(self.module, self.eval, stream)
-        self.cost = prove.measure_cost(self.module, self.eval, self.call, stream)
-        prove.prove_saving(self.cost, stream.shape[1])
-        self.key, self.heads, self.key_dim = prove.trace_keys(self.module, self.call, inner)
-        self.bias = prove.find_bias(
-            self.module, lambda name: self.cut(training=False, bias=name), self.call, self.signature
-        )
-        self.halves[True, False] = self.cut(training=True, bias=None)
-        if self.bias is not None:
-            for training in (False, True):
-                self.halves[training, True] = self.cut(training=training, bias=self.bias)
-
-    def part(self) -> tuple[nn.Module, Halves, Signature]:
-        """What proofs over the whole model need of this block."""
-        return self.module, self.eval, self.signature
+#: MACs above which the twin of a model without numbers is cut short
+SHORTENED = 12e9
 
 
 def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
-    """Find the blocks that can be cut between attention and MLP, and prove it. Touches nothing.
+    """Find the blocks in which tokens may be merged, and prove it. Touches nothing.
 
     Args:
-        model: any ``nn.Module``.
+        model: any ``nn.Module``. Where its parameters are on the meta device, the proofs run on a twin with random
+            numbers, in which runs of equal blocks are cut short; `retrofit` proves again on the real ones.
         example: a tensor or a dict of keyword arguments, of any batch size; made from what the model says of its
             input where it is left out.
 
     Returns:
-        The sites in depth order; ``.excluded`` names every other attention with its reason.
+        The sites in depth order, each attention in the best scope that the proofs allow; ``.excluded`` names every
+        other attention with its reason, ``.narrowed`` says of the others why they are not in a better scope.
 
     Raises:
         NoAttentionError: where the model attends nowhere.
@@ -83,25 +49,40 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
         if isinstance(example, Tensor)
         else {key: tuple(value.shape) for key, value in example.items() if isinstance(value, Tensor)}
     )
-    base = identify(model)
-    if home(model)[1] in (torch.float16, torch.bfloat16):
+    base, full, removed = identify(model), (model, example), dict[str, str]()
+    if is_empty(model):
+        model, example, removed = make_twin(model, example, shorten=_total(*full) > SHORTENED)
+    elif home(model)[1] in (torch.float16, torch.bfloat16):
         # rounding in half precision is as large as what the proofs look for; sites hold names and code, no modules
         model, example = copy.deepcopy(model).float(), in_float(example)
+        full = model, example
     with undisturbed(model), torch.no_grad():
         recording = record(model, example)
         if not recording.attended:
             raise NoAttentionError(
-                f"{type(model).__name__} attends nowhere: no scaled dot-product and no softmax of a product was seen "
-                "in a forward pass of the example. Token merging needs a transformer with attention blocks"
+                f"{type(model).__name__} attends nowhere: no scaled dot-product, no softmax of a product and no "
+                "kernelised attention was seen in a forward pass of the example. Token merging needs a transformer "
+                "with attention blocks"
             )
-        excluded: dict[str, str] = {}
-        candidates = _unbroken(list(_candidates(model, recording, excluded)), recording, excluded)
-        prefix = _drop(candidates, excluded, partial(_prefix_of, model, example, recording)) or 0
-        candidates = _prove_rest(model, example, candidates, prefix, excluded)
-        total = count_macs(model, example).total
-        ending = _ending(model, example, recording, candidates, prefix, total)
-    sites = tuple(_site(candidate, _layout(candidate, prefix, recording)) for candidate in candidates)
-    return Sites(sites, excluded, total, ending, shapes, base)
+        narrowed: dict[str, str] = {}
+        candidates, prefix = find_flow(model, example, recording, narrowed)
+        chains = find_chains(model, example, recording)
+        total = _total(*full)
+        flow = flow_sites(candidates, prefix, recording)
+        ending = find_ending(model, example, recording, candidates, prefix, count_macs_quick(lambda: run(model, example)))
+        points: list[MapPoint] = []
+        no_grid = ""
+        if any(len(event.shape_in) == 4 for event in recording.events):
+            with undisturbed(full[0]):
+                points, no_grid = find_grids(model, on_meta(*full), example, recording, chains, removed)
+    local = local_sites(model, recording, chains)
+    grid = [_grid_site(model, recording, point) for point in points]
+    best, other, excluded = _best(recording, flow, grid, local, narrowed, no_grid)
+    attentions = len(recording.attended)
+    if removed:
+        best, other = expand(best, removed, full[0]), expand(other, removed, full[0])
+        attentions = max(attentions, len(best) + len(excluded))
+    return Sites(tuple(best), excluded, total, ending, shapes, base, tuple(other), attentions, narrowed)
 
 
 def identify(model: nn.Module) -> dict[str, str]:
@@ -116,176 +97,54 @@ def identify(model: nn.Module) -> dict[str, str]:
     return named
 
 
-def _candidates(model: nn.Module, recording: Recording, excluded: dict[str, str]) -> Iterator[_Candidate]:
-    """For each attention the smallest enclosing module that can be cut; the rest goes to ``excluded``."""
-    taken: set[str] = set()
-    for attended in recording.attended:
-        if taken & set(attended.chain):
-            continue  # a second attention of a block that is already cut: its tail was proven token-wise with it
-        try:
-            candidate = _smallest(model, recording, attended)
-        except UnsupportedBlock as error:
-            excluded[attended.chain[-1]] = str(error)
+def _total(model: nn.Module, example: Example) -> int:
+    if not is_empty(model):
+        return count_macs(model, example).total
+    empty, inputs = on_meta(model, example)
+    with undisturbed(empty), torch.no_grad():
+        return count_macs_quick(lambda: run(empty, inputs))
+
+
+def _grid_site(model: nn.Module, recording: Recording, point: MapPoint) -> GridSite:
+    return GridSite(
+        block=point.name,
+        attention=recording.attended[point.number].chain[-1],
+        kind=type(model.get_submodule(point.name)).__name__,
+        dim=point.dim,
+        key_dim=min(point.dim, max(16, min(64, point.dim // 8))),
+        layout=TokenLayout(point.grid[0] * point.grid[1], 0, point.grid, point.order),
+        scope=Scope.GRID,
+        proofs=("a", "c", "d"),
+        macs=point.segment[point.grid],
+        where=point.where,
+        weight=point.weight,
+        segment=point.segment,
+    )
+
+
+def _best(
+    recording: Recording,
+    flow: Sequence[FlowSite],
+    grid: Sequence[GridSite],
+    local: Mapping[int, LocalSite | str],
+    narrowed: dict[str, str],
+    no_grid: str,
+) -> tuple[list[AttentionSite], list[AttentionSite], dict[str, str]]:
+    """List each attention in the best scope that it has: FLOW before GRID before LOCAL; the rest with reasons."""
+    best: list[AttentionSite] = []
+    other: list[AttentionSite] = []
+    excluded: dict[str, str] = {}
+    for number, attended in enumerate(recording.attended):
+        own: list[Any] = [site for site in flow if site.block in attended.chain]
+        own += [site for site in grid if site.block in attended.chain]
+        mine = local[number]
+        if isinstance(mine, LocalSite):
+            own.append(mine)
+        if own:
+            best += [own[0]] if own[0] not in best else []
+            other += [site for site in own[1:] if site not in other]
             continue
-        taken.add(candidate.name)
-        yield candidate
-
-
-def _unbroken(candidates: list[_Candidate], recording: Recording, excluded: dict[str, str]) -> list[_Candidate]:
-    """Keep the last run of candidates with no excluded attention between them: merged tokens must not meet one."""
-    names = {candidate.name: candidate for candidate in candidates}
-    run_of: list[_Candidate] = []
-    pending = ""
-    for attended in recording.attended:
-        candidate = next((names[name] for name in attended.chain if name in names), None)
-        if candidate is None:
-            pending = attended.chain[-1]
-        elif candidate not in run_of:
-            if pending and run_of:
-                for earlier in run_of:
-                    excluded[earlier.name] = (
-                        f"{earlier.name}: tokens merged here would reach {pending}, which is left out"
-                    )
-                run_of = []
-            pending = ""
-            run_of.append(candidate)
-    return run_of
-
-
-def _smallest(model: nn.Module, recording: Recording, attended: Attended) -> _Candidate:
-    reasons: list[str] = []
-    for name in reversed(attended.chain):
-        calls = recording.calls.get(name, [])
-        kind = type(model.get_submodule(name)).__name__
-        try:
-            if len(calls) != 1:
-                raise UnsupportedBlock(f"called {len(calls)} times in one forward pass")
-            if calls[0].stream() is None:
-                continue  # not a block: other tokens come out than go in
-            candidate = _Candidate(model, name, attended.chain[-1], calls[0])
-            candidate.prove_alone()
-            return candidate
-        except UnsupportedBlock as error:
-            reasons.append(f"{name or 'the model'} ({kind}): {error}")
-    owner = model.get_submodule(attended.chain[-1])
-    raise UnsupportedBlock("; ".join(reasons) or f"{type(owner).__name__}: no module around it keeps a token stream")
-
-
-def _drop(candidates: list[_Candidate], excluded: dict[str, str], measure: Any) -> int | None:
-    """Measure something of the first block on; where that fails all candidates are excluded with the reason."""
-    if not candidates:
-        return None
-    try:
-        return int(measure(candidates))
-    except UnsupportedBlock as error:
-        for candidate in candidates:
-            excluded[candidate.name] = str(error)
-        candidates.clear()
-        return None
-
-
-def _prefix_of(model: nn.Module, example: Example, recording: Recording, candidates: list[_Candidate]) -> int:
-    """Count the leading tokens that do not depend on the image: class, distillation and register tokens.
-
-    Looked at where tokens first enter an attention; past one, every token depends on the image.
-    """
-    count = candidates[0].call.output.shape[1]
-    chains = [(name, recording.calls[name][0].stream()) for name in reversed(recording.attended[0].chain)]
-    name, before = next(
-        ((name, stream) for name, stream in chains if stream is not None and stream.shape[1] == count), ("", None)
-    )
-    if before is None:
-        raise UnsupportedBlock("the tokens of its first attention are not those of the blocks that can be cut")
-    seen: list[Tensor] = []
-
-    class Reached(Exception):
-        pass
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(next(value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)))
-        raise Reached
-
-    handle = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        run(model, other_image(example))
-    except Reached:
-        pass
-    finally:
-        handle.remove()
-    same = (seen[0] == before).flatten(2).all(dim=-1)[0]
-    prefix = int(same.sum())
-    if not bool(same[:prefix].all()):
-        raise UnsupportedBlock("its prefix tokens do not lead the sequence")
-    return prefix
-
-
-def _prove_rest(
-    model: nn.Module, example: Example, candidates: list[_Candidate], prefix: int, excluded: dict[str, str]
-) -> list[_Candidate]:
-    """(c) for all candidates in two passes; where that fails, one by one from the last, keeping what holds."""
-    counts = {candidate.call.output.shape[1] for candidate in candidates}
-    if len(counts) > 1:
-        reason = f"proof (c): token counts change between blocks ({', '.join(map(str, sorted(counts)))})"
-        excluded.update({candidate.name: reason for candidate in candidates})
-        return []
-    if not candidates:
-        return []
-    try:
-        prove.prove_rest(model, example, [candidate.part() for candidate in candidates], prefix)
-        return candidates
-    except UnsupportedBlock:
-        kept: list[_Candidate] = []
-    for candidate in reversed(candidates):
-        try:
-            prove.prove_rest(model, example, [candidate.part(), *(other.part() for other in kept)], prefix)
-        except UnsupportedBlock as error:
-            excluded[candidate.name] = f"{candidate.name} ({type(candidate.module).__name__}): {error}"
-        else:
-            kept.insert(0, candidate)
-    return kept
-
-
-def _ending(
-    model: nn.Module, example: Example, recording: Recording, candidates: list[_Candidate], prefix: int, total: int
-) -> Ending:
-    logits = logits_of(recording.output)
-    classes = 0 if logits is None else logits.shape[1]
-    readouts = recording.readouts(classes) if classes else ()
-    classes = classes if readouts else 0  # a headless model's features are no classes
-    last = candidates[-1] if candidates else None
-    if last is None or last.attention != recording.attended[-1].chain[-1]:
-        return Ending(False, 0, readouts, classes)  # something attends after the last block that can be cut
-    macs = prove.prove_prefix_only(model, example, last.part(), prefix, recording.output)
-    if macs is None:
-        return Ending(False, 0, readouts, classes)
-    tokens = last.call.output.shape[1]
-    saved = last.cost(tokens, tokens) - last.cost(tokens, prefix)
-    return Ending(True, macs - (total - saved), readouts, classes)
-
-
-def _layout(candidate: _Candidate, prefix: int, recording: Recording) -> TokenLayout:
-    tokens = candidate.call.output.shape[1]
-    patches = tokens - prefix
-    grids = [(shape[2], shape[3]) for _, shape in recording.maps if shape[2] * shape[3] == patches]
-    side = round(patches**0.5)
-    grid = grids[-1] if grids else (side, side) if side * side == patches else None
-    return TokenLayout(tokens, prefix, grid)
-
-
-def _site(candidate: _Candidate, layout: TokenLayout) -> AttentionSite:
-    return AttentionSite(
-        block=candidate.name,
-        attention=candidate.attention,
-        kind=type(candidate.module).__name__,
-        dim=candidate.call.output.shape[2],
-        heads=candidate.heads,
-        key_dim=candidate.key_dim,
-        layout=layout,
-        scope=Scope.FLOW,
-        cost=candidate.cost,
-        proofs=("a", "b", "c", "d"),
-        signature=candidate.signature,
-        halves=candidate.halves,
-        key=candidate.key,
-        bias=candidate.bias,
-    )
+        name = attended.chain[-1]
+        reason = next((narrowed[n] for n in reversed(attended.chain) if n in narrowed), "")
+        excluded[name] = "; ".join(part for part in (reason, no_grid, mine) if isinstance(part, str) and part)
+    return best, [site for site in other if site not in best], excluded

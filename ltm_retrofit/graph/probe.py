@@ -10,70 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ltm_retrofit.errors import ExampleError
-from ltm_retrofit.graph.example import Example, run
+from ltm_retrofit.graph.attention import AttentionMode, Found
+from ltm_retrofit.graph.example import Example, floats_of, run
 from ltm_retrofit.undisturbed import undisturbed
-
-PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
-SOFTMAXES = (torch.softmax, F.softmax, Tensor.softmax)
-
-
-@dataclass
-class Attended:
-    """One attention: keys ``(B, heads, N, d)`` and the chain of modules that it happened in, outermost first."""
-
-    keys: Tensor
-    chain: tuple[str, ...]
-
-
-class AttentionMode(TorchFunctionMode):
-    """Sees fused attention, and softmax-of-a-product times a matrix; calls ``found(keys)`` at each.
-
-    ``linear`` may replace the result of every linear map, to follow where keys come from.
-    """
-
-    def __init__(
-        self,
-        found: Callable[[Tensor], None],
-        linear: Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor] | None = None,
-    ) -> None:
-        super().__init__()
-        self.found, self.linear = found, linear
-        self.keys_of_logits: Any = WeakIdKeyDictionary()
-        self.keys_of_weights: Any = WeakIdKeyDictionary()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run the function; recognise attention by what flows into what."""
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            self.found(args[1] if len(args) > 1 else kwargs["key"])
-        if func in PRODUCTS and len(args) == 2 and args[0] in self.keys_of_weights:
-            self.found(self.keys_of_weights[args[0]])
-        result = func(*args, **kwargs)
-        if not isinstance(result, Tensor):
-            return result
-        if func is F.linear and self.linear is not None:
-            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-            return self.linear(given["input"], given["weight"], given.get("bias"), result)
-        if func in PRODUCTS and len(args) == 2 and all(isinstance(a, Tensor) and a.ndim >= 3 for a in args):
-            self.keys_of_logits[result] = args[1].transpose(-2, -1)
-            return result
-        for source in args:
-            if isinstance(source, Tensor) and source.shape == result.shape:
-                if source in self.keys_of_logits:
-                    # through scaling and masking; a softmax turns logits into weights
-                    table = self.keys_of_weights if func in SOFTMAXES else self.keys_of_logits
-                    table[result] = self.keys_of_logits[source]
-                elif source in self.keys_of_weights:
-                    self.keys_of_weights[result] = self.keys_of_weights[source]
-        return result
-
 
 @dataclass
 class Call:
@@ -93,11 +35,35 @@ class Call:
 
 
 @dataclass
+class Attended:
+    """One attention, with the chain of modules that it happened in, outermost first, and when it happened."""
+
+    found: Found
+    chain: tuple[str, ...]
+    time: int
+
+
+@dataclass
+class Event:
+    """One call of a module: when it began and ended, which tensor went in and which came out (serial numbers)."""
+
+    name: str
+    start: int
+    source: int | None
+    shape_in: tuple[int, ...]
+    end: int = 0
+    result: int | None = None
+    shape_out: tuple[int, ...] = ()
+
+
+@dataclass
 class Recording:
     """What one forward pass showed."""
 
     output: Any = None
     attended: list[Attended] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)  # of all modules, in the order in which they began
+    joined: dict[int, tuple[int, int]] = field(default_factory=dict)  # token count → constant tokens at front and end
     calls: dict[str, list[Call]] = field(default_factory=dict)
     maps: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # 4-d outputs before the first attention
     flat: list[tuple[str, int, int]] = field(
@@ -113,17 +79,35 @@ class _Stack:
     """The modules that a forward pass is in, and what to keep of those that it leaves."""
 
     def __init__(self, recording: Recording) -> None:
-        self.recording, self.open = recording, list[tuple[str, Call, int]]()
+        self.recording, self.open = recording, list[tuple[str, Call, int, Event]]()
+        self.serials: Any = WeakIdKeyDictionary()
+        self.time = self.issued = 0
+
+    def tick(self) -> int:
+        self.time += 1
+        return self.time
+
+    def serial(self, tensor: Tensor) -> int:
+        if tensor not in self.serials:
+            self.issued += 1
+            self.serials[tensor] = self.issued
+        return int(self.serials[tensor])
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
         call = Call(args, dict(kwargs), version=0 if tokens is None else tokens._version)
-        self.open.append((name, call, len(self.recording.attended)))
+        one = tokens is not None and tokens.is_floating_point()
+        source, shape = (self.serial(tokens), tuple(tokens.shape)) if one and tokens is not None else (None, ())
+        event = Event(name, self.tick(), source, shape)
+        self.recording.events.append(event)
+        self.open.append((name, call, len(self.recording.attended), event))
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        left, call, seen = self.open.pop()
+        left, call, seen, event = self.open.pop()
         assert left == name, "hooks of a forward pass nest"
-        call.output = output
+        call.output, event.end = output, self.tick()
+        if isinstance(output, Tensor):
+            event.result, event.shape_out = self.serial(output), tuple(output.shape)
         if len(self.recording.attended) > seen:
             self.recording.calls.setdefault(name, []).append(call)
         if isinstance(output, Tensor) and output.ndim == 4 and not self.recording.attended:
@@ -133,8 +117,9 @@ class _Stack:
             if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == output.shape[1]:
                 self.recording.flat.append((name, output.shape[1], len(self.recording.attended)))
 
-    def attended(self, keys: Tensor) -> None:
-        self.recording.attended.append(Attended(keys, tuple(name for name, _, _ in self.open)))
+    def attended(self, found: Found) -> None:
+        chain = tuple(name for name, *_ in self.open)
+        self.recording.attended.append(Attended(found, chain, self.tick()))
 
 
 def record(model: nn.Module, example: Example) -> Recording:
@@ -150,8 +135,9 @@ def record(model: nn.Module, example: Example) -> Recording:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(partial(_enter, stack, name), with_kwargs=True))
             handles.append(module.register_forward_hook(partial(_leave, stack, name), with_kwargs=True))
-        with undisturbed(model), torch.no_grad(), AttentionMode(stack.attended):
+        with undisturbed(model), torch.no_grad(), AttentionMode(stack.attended, data=floats_of(example)) as mode:
             recording.output = run(model, example)
+        recording.joined = mode.joined
     except Exception as error:
         shown = example if isinstance(example, Mapping) else {"example": example}
         shapes = ", ".join(f"{k}: {tuple(v.shape)} {v.dtype}" for k, v in shown.items() if isinstance(v, Tensor))

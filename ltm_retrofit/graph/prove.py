@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.flops import count_macs_quick
-from ltm_retrofit.graph.cut import Halves, Signature
+from ltm_retrofit.graph.attention import AttentionMode, Found, Packed
+from ltm_retrofit.graph.cut import Halves, Signature, gather_rows
 from ltm_retrofit.graph.example import Example, run, tensors_of
-from ltm_retrofit.graph.probe import AttentionMode, Call, replaced
+from ltm_retrofit.graph.probe import Call, replaced
 from ltm_retrofit.graph.sites import Cost, KeySource
 
 
@@ -40,43 +41,83 @@ def all_equal(given: Any, expected: Any) -> bool:
     return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def prove_cut(block: nn.Module, halves: Halves, call: Call) -> tuple[Tensor, Tensor]:
-    """(a) ``tail(head(x))`` equals ``block(x)`` bit for bit. Returns z and h of the recorded call."""
-    tokens = call.stream()
-    assert tokens is not None
+class Piece:
+    """A block with its halves and signature, run on a recorded call or on some of its tokens."""
+
+    def __init__(self, block: nn.Module, halves: Halves, signature: Signature) -> None:
+        self.block, self.halves, self.signature = block, halves, signature
+
+    def split(self, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Any, ...]]:
+        """Return tokens and followers of a call."""
+        return self.signature.split("", args, kwargs)
+
+    def head(
+        self, tokens: Tensor, followers: tuple[Any, ...], at: Tensor | None = None, of: int = 0, bias: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the head on tokens that stood at positions ``at (P,)`` of ``of`` original ones."""
+        if at is not None:
+            followers = tuple(gather_rows(value, of, at.expand(len(tokens), -1)) for value in followers)
+        stream, inner = self.halves.head(self.block, tokens, bias, followers)
+        return stream, inner
+
+    def tail(self, stream: Tensor) -> Tensor:
+        """Run the tail."""
+        out: Tensor = self.halves.tail(self.block, stream)
+        return out
+
+
+def prove_cut(piece: Piece, call: Call) -> tuple[Tensor, Tensor]:
+    """(a) ``tail(head(x))`` equals ``block(x)`` bit for bit, rows following. Returns z and h of the recorded call."""
+    tokens, followers = piece.split(*call.args, **call.kwargs)
     if tokens._version != call.version:
         raise UnsupportedBlock("proof (a): the tokens that went in were overwritten in place")
-    stream, inner = halves.head(block, tokens, None)
-    if not torch.equal(halves.tail(block, stream), call.output):
+    stream, inner = piece.head(tokens, followers)
+    if not torch.equal(piece.tail(stream), call.output):
         raise UnsupportedBlock("proof (a): tail(head(x)) differs from block(x)")
+    if followers:
+        count = tokens.shape[1]
+        rows = [value.shape[-2] for value in tensors_of(followers)]
+        first = count - min(rows)
+        order = torch.randperm(count - first, generator=torch.Generator().manual_seed(0)) + first
+        at = torch.cat([torch.arange(first), order]).to(tokens.device)
+        try:
+            moved, _ = piece.head(tokens[:, at], followers, at, count)
+        except Exception as error:
+            raise UnsupportedBlock(
+                f"{', '.join(piece.signature.follow)} cannot be gathered along with the tokens: {error}"
+            ) from error
+        if not close(moved, stream[:, at]):
+            raise UnsupportedBlock(
+                f"it depends on the order of its tokens even where {', '.join(piece.signature.follow)} move with them"
+            )
     return stream, inner
 
 
-def prove_tokenwise(block: nn.Module, halves: Halves, stream: Tensor) -> None:
+def prove_tokenwise(piece: Piece, stream: Tensor) -> None:
     """(b) the tail accepts fewer tokens and treats each alone: ``tail(z[idx]) = tail(z)[idx]``."""
     count = stream.shape[1]
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(count, generator=generator)[: max(1, count * 2 // 3)].to(stream.device)
     try:
-        part = halves.tail(block, stream[:, chosen])
+        part = piece.tail(stream[:, chosen])
     except Exception as error:
         raise UnsupportedBlock(f"proof (b): its tail does not accept fewer tokens: {error}") from error
-    if not close(part, halves.tail(block, stream)[:, chosen]):
+    if not close(part, piece.tail(stream)[:, chosen]):
         raise UnsupportedBlock("proof (b): its tail mixes tokens")
 
 
-def measure_cost(block: nn.Module, halves: Halves, call: Call, stream: Tensor) -> Cost:
+def measure_cost(piece: Piece, call: Call, stream: Tensor) -> Cost:
     """Count head and tail at three token counts; the polynomial through them must hold at the full one."""
-    tokens = call.stream()
-    assert tokens is not None
+    tokens, followers = piece.split(*call.args, **call.kwargs)
     full = tokens.shape[1]
-    small = [2, 3, 4] if full >= 4 else []
+    first = max((full - value.shape[-2] for value in tensors_of(followers)), default=0) + 2
+    small = [first, first + 1, first + 2] if full >= first + 2 else []
 
-    def polynomial(piece: Callable[[Tensor], Any], source: Tensor) -> tuple[int, int, int]:
-        at = {count: count_macs_quick(partial(piece, source[:, :count])) for count in [*small, full]}
-        square = (at[4] - 2 * at[3] + at[2]) // 2
-        linear = at[3] - at[2] - 5 * square
-        fixed = at[2] - 2 * linear - 4 * square
+    def polynomial(run_on: Callable[[Tensor], Any], source: Tensor) -> tuple[int, int, int]:
+        at = {count: count_macs_quick(partial(run_on, source[:, :count])) for count in [*small, full]}
+        square = (at[first + 2] - 2 * at[first + 1] + at[first]) // 2
+        linear = at[first + 1] - at[first] - (2 * first + 1) * square
+        fixed = at[first] - first * linear - first * first * square
         if fixed + linear * full + square * full * full != at[full]:
             raise UnsupportedBlock("proof (d): its MACs are no polynomial of its token count")
         return fixed, linear, square
@@ -84,8 +125,10 @@ def measure_cost(block: nn.Module, halves: Halves, call: Call, stream: Tensor) -
     if not small:
         raise UnsupportedBlock(f"proof (d): {full} tokens leave nothing to merge")
     try:
-        head = polynomial(lambda x: halves.head(block, x, None), tokens)
-        tail = polynomial(lambda x: halves.tail(block, x), stream)
+        head = polynomial(
+            lambda x: piece.head(x, followers, torch.arange(x.shape[1], device=x.device), full), tokens
+        )
+        tail = polynomial(piece.tail, stream)
     except RuntimeError as error:
         raise UnsupportedBlock(f"proof (c): it does not accept fewer tokens: {error}") from error
     return Cost(head, tail)
@@ -111,15 +154,15 @@ def trace_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, 
         UnsupportedBlock: where keys come from no, or from more than one, affine map of the attention's input.
     """
     leaves: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []
-    seen: list[Tensor] = []
+    seen: list[Found] = []
 
     def linear(source: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor) -> Tensor:
         leaf = result.detach().requires_grad_()
         leaves.append((source.detach(), weight, bias, leaf))
         return leaf
 
-    def found(keys: Tensor) -> None:
-        seen.append(keys)
+    def found(attended: Found) -> None:
+        seen.append(attended)
         raise _Reached
 
     with torch.enable_grad(), AttentionMode(found, linear):
@@ -127,7 +170,14 @@ def trace_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, 
             block.forward(*call.args, **call.kwargs)
         except _Reached:
             pass
-    keys = seen[0]
+    names = {id(parameter): name for name, parameter in block.named_parameters()}
+    if not seen:
+        raise UnsupportedBlock("its attention is not seen when it is called by itself")
+    if seen[0].packed is not None:
+        return _packed_keys(seen[0].packed, names, inner)
+    keys = seen[0].keys
+    if keys is None:
+        raise UnsupportedBlock(f"its attention is {seen[0].kind}: it has no keys that tokens could be compared by")
     if keys.ndim != 4 or keys.shape[2] != inner.shape[1]:
         raise UnsupportedBlock(f"its keys have shape {tuple(keys.shape)}, expected (B, heads, {inner.shape[1]}, d)")
     heads = keys.shape[1]
@@ -149,41 +199,52 @@ def trace_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, 
         raise UnsupportedBlock("its keys are no affine map of the attention's input")
     if len({len(row) for row in rows}) != 1:
         raise UnsupportedBlock("its heads have keys of different widths")
-    names = {id(parameter): name for name, parameter in block.named_parameters()}
     if id(weight) not in names:
         raise UnsupportedBlock("its key projection is computed, not a parameter")
     bias_source = None if bias is None else names.get(id(bias), bias.detach().clone())
     return KeySource(names[id(weight)], bias_source, torch.stack(rows).cpu()), heads, len(rows[0])
 
 
-def find_bias(block: nn.Module, cut: Callable[[str], Halves], call: Call, signature: Signature) -> str | None:
+def _packed_keys(packed: Packed, names: dict[int, str], inner: Tensor) -> tuple[KeySource, int, int]:
+    """Read the keys of `nn.MultiheadAttention` off its one packed weight: its second third."""
+    weight = packed.weight
+    if weight is None or id(weight) not in names or packed.key.shape != inner.shape:
+        raise UnsupportedBlock("its keys are projected from another tensor than its queries")
+    if not torch.equal(packed.key, inner):
+        raise UnsupportedBlock("its keys are no affine map of the attention's input")
+    dim, width = inner.shape[-1], inner.shape[-1] // packed.heads
+    rows = dim + torch.arange(dim).view(packed.heads, width)
+    bias = None if packed.bias is None else names.get(id(packed.bias))
+    return KeySource(names[id(weight)], bias, rows), packed.heads, width
+
+
+def find_bias(piece: Piece, cut: Callable[[str], Halves], call: Call) -> str | None:
     """Find the argument that is added to the attention's logits, by what it does.
 
     A token that stands twice must count like one with log 2 added to its logit: whichever unused argument has that
     effect takes the sizes of merged tokens (proportional attention). None where no argument has.
     """
-    tokens = call.stream()
-    assert tokens is not None
+    tokens, followers = piece.split(*call.args, **call.kwargs)
     count = tokens.shape[1]
     doubled = torch.cat([tokens, tokens[:, -1:]], dim=1)
+    at = torch.arange(count + 1, device=tokens.device).clamp_max(count - 1)
     sizes = tokens.new_ones(1, 1, 1, count)
     sizes[..., -1] = 2
+    signature = piece.signature
     for name in (key for key, value in signature.others if value is None and key in signature.names):
         try:
-            halves = cut(name)
-            expected, _ = halves.head(block, doubled, None)
-            given, _ = halves.head(block, tokens, sizes.log())
+            other = Piece(piece.block, cut(name), signature)
+            expected, _ = other.head(doubled, followers, at, count)
+            given, _ = other.head(tokens, followers, at[:-1], count, sizes.log())
         except Exception:  # not this argument: it wants something else
             continue
-        without, _ = halves.head(block, tokens, torch.zeros_like(sizes))
+        without, _ = other.head(tokens, followers, at[:-1], count, torch.zeros_like(sizes))
         if close(given, expected[:, :count]) and not torch.equal(given, without):
             return name
     return None
 
 
-def prove_rest(
-    model: nn.Module, example: Example, blocks: Sequence[tuple[nn.Module, Halves, Signature]], prefix: int
-) -> None:
+def prove_rest(model: nn.Module, example: Example, pieces: Sequence[Piece], prefix: int) -> None:
     """(c) the rest of the network accepts fewer tokens and is a set function of the patch tokens.
 
     In one pass every block drops one patch token; in a second one it drops the same token and shuffles the others.
@@ -193,30 +254,27 @@ def prove_rest(
     def dropping(shuffle: bool) -> Any:
         generator = torch.Generator().manual_seed(0)
         shuffler = torch.Generator().manual_seed(1)
-        order: list[Tensor] = []
+        alive: list[Tensor] = []  # original positions of the patches that are present, in their order
 
-        def forward(block: nn.Module, halves: Halves, signature: Signature, *args: Any, **kwargs: Any) -> Any:
-            stream, _ = halves.head(block, signature.split("", args, kwargs), None)
-            patches = stream.shape[1] - prefix
+        def forward(piece: Piece, *args: Any, **kwargs: Any) -> Any:
+            tokens, followers = piece.split(*args, **kwargs)
+            patches = tokens.shape[1] - prefix
+            if not alive or len(alive[-1]) != patches:
+                alive.append(torch.arange(patches))
+            present, whole = alive[-1], prefix + len(alive[0])
+            at = torch.cat([torch.arange(prefix), present + prefix]).to(tokens.device)
+            stream, _ = piece.head(tokens, followers, at, whole)
             if patches < 2:
-                return halves.tail(block, stream)
-            present = order.pop() if order else torch.arange(patches)
-            drop = int(torch.randint(patches, (), generator=generator))
-            keep = torch.cat([torch.arange(drop), torch.arange(drop + 1, patches)])
-            chosen = keep
-            if shuffle:  # `present[i]` is the position that patch i has in the pass without shuffling
-                position = torch.argsort(present)
-                chosen = position[keep][torch.randperm(patches - 1, generator=shuffler)]
-                rank = torch.full((patches,), -1)
-                rank[keep] = torch.arange(patches - 1)
-                order.append(rank[present[chosen]])
+                return piece.tail(stream)
+            drop = present.sort().values[int(torch.randint(patches, (), generator=generator))]
+            chosen = (present != drop).nonzero().flatten()
+            if shuffle:
+                chosen = chosen[torch.randperm(patches - 1, generator=shuffler)]
+            alive.append(present[chosen])
             index = torch.cat([torch.arange(prefix), chosen + prefix]).to(stream.device)
-            return halves.tail(block, stream[:, index])
+            return piece.tail(stream[:, index])
 
-        def bound(block: nn.Module, halves: Halves, signature: Signature) -> Callable[..., Any]:
-            return lambda *args, **kwargs: forward(block, halves, signature, *args, **kwargs)
-
-        with replaced({block: bound(block, halves, signature) for block, halves, signature in blocks}):
+        with replaced({piece.block: partial(forward, piece) for piece in pieces}):
             return run(model, example)
 
     try:
@@ -241,32 +299,29 @@ def _same_set(plain: Tensor, shuffled: Tensor) -> bool:
 
 
 def prove_prefix_only(
-    model: nn.Module, example: Example, last: tuple[nn.Module, Halves, Signature], prefix: int, expected: Any
+    model: nn.Module, example: Example, last: Piece, prefix: int, expected: Any
 ) -> int | None:
     """Prove that the output depends on the last block's prefix tokens only, and does not mind the others gone.
 
     Patch rows are poisoned with NaN (the output must not change a bit), then cut off (it must not change at all but
     for rounding). Returns the MACs of the pass with patch rows cut off, or None where the proof fails.
     """
-    block, halves, signature = last
 
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        stream, _ = halves.head(block, signature.split("", args, kwargs), None)
-        out: Tensor = halves.tail(block, stream).clone()
+        out = last.tail(last.head(*last.split(*args, **kwargs))[0]).clone()
         out[:, prefix:] = float("nan")
         return out
 
     def sliced(*args: Any, **kwargs: Any) -> Any:
-        stream, _ = halves.head(block, signature.split("", args, kwargs), None)
-        return halves.tail(block, stream[:, :prefix])
+        return last.tail(last.head(*last.split(*args, **kwargs))[0][:, :prefix])
 
     if prefix == 0:
         return None
-    with replaced({block: poisoned}):
+    with replaced({last.block: poisoned}):
         if not all_equal(run(model, example), expected):
             return None
     outputs: list[Any] = []
-    with replaced({block: sliced}):
+    with replaced({last.block: sliced}):
         try:
             macs = count_macs_quick(lambda: outputs.append(run(model, example)))
         except Exception:  # something wants the tokens there, though not their values

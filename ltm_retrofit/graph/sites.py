@@ -13,19 +13,31 @@ from ltm_retrofit.graph.cut import Halves, Signature
 
 
 class Scope(StrEnum):
-    """How far merging reaches: in ``FLOW`` tokens stay merged from here on."""
+    """How far merging reaches.
+
+    In ``FLOW`` tokens stay merged from here on, in ``GRID`` they go on as a smaller H'×W' grid, in ``LOCAL`` they are
+    merged for the MLP only and every token gets its group's update.
+    """
 
     FLOW = "FLOW"
+    GRID = "GRID"
+    LOCAL = "LOCAL"
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How a block's tokens lie: ``BNC`` rows, ``prefix`` leading ones, the patches in raster order of ``grid``."""
+    """How a block's tokens lie, one image.
+
+    ``order`` is BNC, BHWC or BCHW; ``prefix`` tokens lead and ``trail`` tokens end each sequence; the patches between
+    them lie in raster order of ``grid``. ``rows`` sequences of ``tokens`` lie side by side in the batch (MobileViT: 4).
+    """
 
     tokens: int
     prefix: int
     grid: tuple[int, int] | None
     order: str = "BNC"
+    trail: int = 0
+    rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -64,25 +76,60 @@ class Cost:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionSite:
-    """A block that may be cut between attention and MLP, with all that was proven of it."""
+    """A block in which tokens may be merged, with all that was proven of it."""
 
     block: str
     attention: str
     kind: str  # the block's class name, for the reader
     dim: int
-    heads: int
-    key_dim: int
     layout: TokenLayout
     scope: Scope
-    cost: Cost
     proofs: tuple[str, ...]
+    key_dim: int
+    heads: int | None = None
+    macs: int = 0  # of the block, or of the part of it that merging makes cheaper
+    bias: str | None = None  # the argument that is added to the attention's logits
+    provenance: str = "traced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSite(AttentionSite):
+    """A block that may be cut between attention and MLP, after which the rest of the network takes fewer tokens."""
+
+    cost: Cost
     signature: Signature
     halves: dict[tuple[bool, bool], Halves]  # (training, with attention bias)
     key: KeySource
-    bias: str | None  # the argument that is added to the attention's logits
-    provenance: str = "traced"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalSite(AttentionSite):
+    """An MLP behind an attention: modules that treat each token alone, one handing its result to the next.
+
+    ``cell`` is the group of tokens, rows × columns of the grid, in which merging happens; ``weight`` names the first
+    weight matrix that reads the tokens, below the first module.
+    """
+
+    chain: tuple[str, ...]
+    host: str  # the module on which the mask is registered
+    cell: tuple[int, int]
+    per_token: int  # multiply-adds of the chain for each token
+    width: int  # of the chain's output
+    weight: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSite(AttentionSite):
+    """A module whose 4-d input or output is the token map, after which the network runs on a smaller grid.
+
+    ``segment`` holds the MACs from here to the next grid site, or to the end, by the grid that enters it.
+    """
+
+    where: str  # merge its "input" or its "output"
+    weight: str  # the parameter that reads the map, below the model
+    segment: dict[tuple[int, int], int]
 
 
 @dataclass(frozen=True)
@@ -97,7 +144,10 @@ class Ending:
 
 @dataclass(frozen=True)
 class Sites(Sequence[AttentionSite]):
-    """The blocks that may be cut, in depth order; ``excluded`` says of each other attention why not."""
+    """The blocks in which tokens may be merged, in depth order; ``excluded`` says of each other attention why not.
+
+    Each attention is listed once, in the best scope that the proofs allow; ``alternatives`` are the other scopes.
+    """
 
     found: tuple[AttentionSite, ...]
     excluded: dict[str, str]
@@ -105,6 +155,28 @@ class Sites(Sequence[AttentionSite]):
     ending: Ending
     input_size: dict[str, tuple[int, ...]] = field(default_factory=dict)
     base: dict[str, str] = field(default_factory=dict)  # library, class and architecture of the model
+    alternatives: tuple[AttentionSite, ...] = ()
+    attentions: int = 0  # seen in one forward pass
+    narrowed: dict[str, str] = field(default_factory=dict)  # why a block is in no better scope
+
+    @property
+    def flow(self) -> tuple[FlowSite, ...]:
+        """The sites in scope FLOW."""
+        return tuple(site for site in (*self.found, *self.alternatives) if isinstance(site, FlowSite))
+
+    @property
+    def local(self) -> tuple[LocalSite, ...]:
+        """The sites in scope LOCAL, alternatives included."""
+        return tuple(site for site in (*self.found, *self.alternatives) if isinstance(site, LocalSite))
+
+    @property
+    def grid(self) -> tuple[GridSite, ...]:
+        """The sites in scope GRID, alternatives included."""
+        return tuple(site for site in (*self.found, *self.alternatives) if isinstance(site, GridSite))
+
+    def named(self, block: str) -> AttentionSite | None:
+        """Return the site of this name: the best one, where there are several scopes."""
+        return next((site for site in (*self.found, *self.alternatives) if site.block == block), None)
 
     @overload
     def __getitem__(self, index: int) -> AttentionSite: ...
@@ -135,7 +207,7 @@ class Sites(Sequence[AttentionSite]):
                 "dim": site.dim,
                 "scope": site.scope.value,
                 "proofs": "".join(site.proofs),
-                "macs": site.cost(site.layout.tokens, site.layout.tokens),
+                "macs": site.macs,
                 "size-aware attention": site.bias is not None,
                 "provenance": site.provenance,
             }
@@ -150,7 +222,7 @@ class Sites(Sequence[AttentionSite]):
         for site in self.found:
             lines.append(
                 f"{site.block:<{block}}  {site.attention:<{inner}}  {site.layout.tokens:>6}  {site.layout.prefix:>6}  "
-                f"{site.heads:>5}  {site.dim:>4}  {site.scope.value:<5}  {' '.join(site.proofs)}"
+                f"{site.heads or '':>5}  {site.dim:>4}  {site.scope.value:<5}  {' '.join(site.proofs)}"
             )
         lines += [f"left out: {name}: {reason}" for name, reason in self.excluded.items()]
         return "\n".join(lines)

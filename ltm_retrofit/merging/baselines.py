@@ -7,29 +7,45 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltm_retrofit.merging.ib import full_precision
-from ltm_retrofit.merging.mask import Merged, SimilarityMask, check_count, lifted, pick, take
-from ltm_retrofit.merging.tokens import Assignment, Step
+from ltm_retrofit.merging.mask import Merged, SimilarityMask, kept_at, lifted, pick, split, take
+from ltm_retrofit.merging.overlap import overlaps
+from ltm_retrofit.merging.tokens import Assignment, DenseAssignment, Step
 
 
 class ToMeMask(SimilarityMask):
     """The published baseline, parameter-free: hard assignment to the most similar destination, size-weighted mean."""
 
     wants_key = True
+    own_key: Tensor | None
+
+    def __init__(self, dim: int, tokens_in: int, tokens_out: int, prefix: int, own_key: Tensor | None = None) -> None:
+        super().__init__(dim, tokens_in, tokens_out, prefix)
+        self.register_buffer("own_key", own_key)
 
     def forward(
-        self, inner: Tensor, tokens: Tensor, sizes: Tensor | None, key: tuple[Tensor, Tensor | None] | None = None
+        self,
+        inner: Tensor,
+        tokens: Tensor,
+        sizes: Tensor | None,
+        key: tuple[Tensor, Tensor | None] | None = None,
+        groups: int = 1,
     ) -> Merged:
-        """Merge as `MaskModule` does, by the block's present keys: ``key`` is their ``(weight, bias)``, head mean."""
-        assert key is not None
-        check_count(tokens, self.tokens_in)
+        """Merge as `MaskModule` does, by the block's present keys: ``key`` is their ``(weight, bias)``, head mean.
+
+        Without them by a key map of its own, which an MLP's mask has.
+        """
+        if key is None:
+            assert self.own_key is not None
+            key = self.own_key, None
+        counts = self.counts(tokens)
         with full_precision(tokens):
             weight, bias = key
             keys = F.linear(inner[:, self.prefix :].to(weight.dtype), weight, bias)
-            leaving, staying, similarity = self.choose(lifted(keys))
+            leaving, staying, similarity = self.choose(lifted(keys), counts)
             target = similarity.argmax(dim=-1)
             sizes = similarity.new_ones(tokens.shape[:2]) if sizes is None else sizes
-            source, destination = self.split(tokens[:, self.prefix :])
-            source_size, size = self.split(sizes[:, self.prefix :])
+            source, destination = split(tokens[:, self.prefix :], counts)
+            source_size, size = split(sizes[:, self.prefix :], counts)
             brought = pick(source_size, leaving)
             new_size = size.scatter_add(1, target, brought)
             summed = (destination * size.unsqueeze(-1).to(tokens.dtype)).scatter_add(
@@ -40,8 +56,8 @@ class ToMeMask(SimilarityMask):
             merged = summed / new_size.unsqueeze(-1).to(tokens.dtype)
             out = torch.cat([tokens[:, : self.prefix], take(source, staying), merged], dim=1)
             out_sizes = torch.cat([sizes[:, : self.prefix], pick(source_size, staying), new_size], dim=1)
-            weights = F.one_hot(target, self.partition.destinations).to(similarity.dtype)
-        return Merged(out, out_sizes, Step(self.assignment(leaving, staying, weights), None))
+            weights = F.one_hot(target, counts.partition.destinations).to(similarity.dtype)
+        return Merged(out, out_sizes, Step(self.assignment(leaving, staying, weights, counts), None))
 
 
 class SliceMask(nn.Module):
@@ -54,12 +70,60 @@ class SliceMask(nn.Module):
         self.tokens_in, self.tokens_out = tokens_in, tokens_out
 
     def forward(
-        self, inner: Tensor, tokens: Tensor, sizes: Tensor | None, key: tuple[Tensor, Tensor | None] | None = None
+        self,
+        inner: Tensor,
+        tokens: Tensor,
+        sizes: Tensor | None,
+        key: tuple[Tensor, Tensor | None] | None = None,
+        groups: int = 1,
     ) -> Merged:
         """Keep the first P tokens; unmerging gives every lost token the last kept one."""
-        check_count(tokens, self.tokens_in)
-        kept, batch = tokens[:, : self.tokens_out], tokens.shape[0]
-        places = torch.arange(self.tokens_in, device=tokens.device).expand(batch, -1)
-        weights = tokens.new_ones(batch, self.tokens_in - self.tokens_out, 1)
-        assignment = Assignment(places[:, : self.tokens_out], places[:, self.tokens_out :], weights)
+        batch, count = tokens.shape[:2]
+        stay = self.tokens_out if count == self.tokens_in else kept_at(count, self.tokens_in, self.tokens_out, 0)
+        kept = tokens[:, :stay]
+        places = torch.arange(count, device=tokens.device).expand(batch, -1)
+        weights = tokens.new_ones(batch, count - stay, 1)
+        assignment = Assignment(places[:, :stay], places[:, stay:], weights)
         return Merged(kept, torch.ones_like(kept[..., 0]), Step(assignment, None))
+
+
+class PoolMask(nn.Module):
+    """Average pooling to the same counts: each output token is the mean of an equal stretch of the patch tokens."""
+
+    wants_key = False
+    matrix: Tensor
+
+    def __init__(self, tokens_in: int, tokens_out: int, prefix: int) -> None:
+        super().__init__()
+        self.tokens_in, self.tokens_out, self.prefix = tokens_in, tokens_out, prefix
+        self.register_buffer("matrix", _pooling(tokens_in, tokens_out, prefix), persistent=False)
+
+    def forward(
+        self,
+        inner: Tensor,
+        tokens: Tensor,
+        sizes: Tensor | None,
+        key: tuple[Tensor, Tensor | None] | None = None,
+        groups: int = 1,
+    ) -> Merged:
+        """Pool; every output token stands for as many as it holds."""
+        batch, count = tokens.shape[:2]
+        matrix = self.matrix
+        if count != self.tokens_in:
+            matrix = _pooling(count, kept_at(count, self.tokens_in, self.tokens_out, self.prefix), self.prefix)
+            matrix = matrix.to(tokens.device)
+        with full_precision(tokens):
+            sizes = matrix.new_ones(batch, count) if sizes is None else sizes.to(matrix.dtype)
+            merged_sizes = torch.matmul(sizes, matrix)
+            weighted = (sizes.unsqueeze(-1) * matrix / merged_sizes.unsqueeze(1)).to(tokens.dtype)
+            merged = torch.matmul(weighted.transpose(1, 2), tokens)
+        kept = matrix.argmax(dim=0).expand(batch, -1)
+        return Merged(merged, merged_sizes, Step(DenseAssignment(kept, matrix), None))
+
+
+def _pooling(tokens_in: int, tokens_out: int, prefix: int) -> Tensor:
+    """Return W ``(N, P)`` of average pooling: rows sum to one, prefix tokens stay."""
+    index, share = overlaps(tokens_in - prefix, tokens_out - prefix)
+    patches = torch.zeros(tokens_out - prefix, tokens_in - prefix, dtype=share.dtype).scatter_add(1, index, share).T
+    matrix = torch.block_diag(torch.eye(prefix, dtype=share.dtype), patches / patches.sum(dim=1, keepdim=True))
+    return matrix.float()

@@ -86,12 +86,21 @@ def unmerge_macs(method: str, dim: int, tokens_in: int, tokens_out: int, prefix:
     return (tokens_in - tokens_out) * destinations * dim
 
 
+class Counts(NamedTuple):
+    """What a mask does with one token count: N in, P out, the partition, and where the sources lie among patches."""
+
+    tokens_in: int
+    tokens_out: int
+    partition: Partition
+    sources: Tensor
+
+
 class SimilarityMask(nn.Module):
     """What the learnable mask and the published baseline share: who merges, by cosine similarity of keys.
 
     Args:
         dim: width D of the tokens.
-        tokens_in: N.
+        tokens_in: N, as planned; at another N the same share of the patch tokens is kept.
         tokens_out: P.
         prefix: leading tokens that always stay, in place.
     """
@@ -104,49 +113,73 @@ class SimilarityMask(nn.Module):
         super().__init__()
         self.dim, self.tokens_in, self.tokens_out, self.prefix = dim, tokens_in, tokens_out, prefix
         self.partition = partition(tokens_in, tokens_out, prefix)
-        destination = torch.zeros(tokens_in - prefix, dtype=torch.bool)
-        destination[self.partition.offset :: self.partition.stride] = True
-        self.register_buffer("source_positions", torch.arange(tokens_in - prefix)[~destination], persistent=False)
+        self.register_buffer("source_positions", _sources(tokens_in - prefix, self.partition), persistent=False)
 
     def extra_repr(self) -> str:
         """Say what the module does in a printed model."""
         return f"{self.tokens_in} → {self.tokens_out} tokens, {self.prefix} prefix"
 
-    def split(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Split along dimension 1 into sources and destinations."""
-        offset, stride = self.partition.offset, self.partition.stride
-        if stride == 2:  # a view instead of a copy
-            return patches[:, 1 - offset :: 2], patches[:, offset::2]
-        return patches.index_select(1, self.source_positions), patches[:, offset::stride]
+    def counts(self, tokens: Tensor) -> Counts:
+        """Return what to do with ``(B, N, D)`` tokens; P scales with N where N is not the planned one.
 
-    def choose(self, keys: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        Raises:
+            CountError: where there is no patch token.
+        """
+        count = tokens.shape[1]
+        if count == self.tokens_in:
+            return Counts(count, self.tokens_out, self.partition, self.source_positions)
+        kept = kept_at(count, self.tokens_in, self.tokens_out, self.prefix)
+        split = partition(count, kept, self.prefix)
+        return Counts(count, kept, split, _sources(count - self.prefix, split).to(tokens.device))
+
+    def choose(self, keys: Tensor, counts: Counts) -> tuple[Tensor | None, Tensor, Tensor]:
         """Choose the sources that leave.
 
         Args:
             keys: ``(B, patches, d)``, of any length.
+            counts: what to do with this many tokens.
 
         Returns:
             positions among the sources of those that leave ``(B, r)``, or None where all leave; of those that stay,
             ascending; and the similarities of the leaving ones to all destinations ``(B, r, destinations)``.
         """
-        source, destination = self.split(F.normalize(keys, dim=-1))
+        source, destination = split(F.normalize(keys, dim=-1), counts)
         similarity = torch.bmm(source, destination.transpose(1, 2))
-        leave = self.tokens_in - self.tokens_out
-        if leave == self.partition.sources:
+        leave = counts.tokens_in - counts.tokens_out
+        if leave == counts.partition.sources:
             return None, torch.zeros(keys.shape[0], 0, dtype=torch.int64, device=keys.device), similarity
         order = similarity.amax(dim=-1).argsort(dim=-1, descending=True, stable=True)
         leaving, staying = order[:, :leave], order[:, leave:].sort(dim=-1).values
         return leaving, staying, take(similarity, leaving)
 
-    def assignment(self, leaving: Tensor | None, staying: Tensor, weights: Tensor) -> Assignment:
+    def assignment(self, leaving: Tensor | None, staying: Tensor, weights: Tensor, counts: Counts) -> Assignment:
         """Turn choices among the sources into an `Assignment` over all N tokens."""
         batch = staying.shape[0]
-        sources = (self.source_positions + self.prefix).expand(batch, -1)
-        places = torch.arange(self.tokens_in, device=staying.device)
+        sources = (counts.sources + self.prefix).expand(batch, -1)
+        places = torch.arange(counts.tokens_in, device=staying.device)
         first = places[: self.prefix].expand(batch, -1)
-        last = places[self.prefix + self.partition.offset :: self.partition.stride].expand(batch, -1)
+        last = places[self.prefix + counts.partition.offset :: counts.partition.stride].expand(batch, -1)
         kept = torch.cat([first, sources.gather(1, staying), last], dim=1)
         return Assignment(kept, pick(sources, leaving), weights)
+
+
+def kept_at(count: int, tokens_in: int, tokens_out: int, prefix: int) -> int:
+    """Return P for ``count`` tokens where ``tokens_out`` of ``tokens_in`` were planned: the same share of patches."""
+    return prefix + max(1, round((count - prefix) * (tokens_out - prefix) / (tokens_in - prefix)))
+
+
+def _sources(patches: int, chosen: Partition) -> Tensor:
+    destination = torch.zeros(patches, dtype=torch.bool)
+    destination[chosen.offset :: chosen.stride] = True
+    return torch.arange(patches)[~destination]
+
+
+def split(patches: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
+    """Split along dimension 1 into sources and destinations."""
+    offset, stride = counts.partition.offset, counts.partition.stride
+    if stride == 2:  # a view instead of a copy
+        return patches[:, 1 - offset :: 2], patches[:, offset::2]
+    return patches.index_select(1, counts.sources), patches[:, offset::stride]
 
 
 class MaskModule(SimilarityMask):
@@ -172,7 +205,12 @@ class MaskModule(SimilarityMask):
         self.statistics = Statistics(dim, classes, clusters)
 
     def forward(
-        self, inner: Tensor, tokens: Tensor, sizes: Tensor | None, key: tuple[Tensor, Tensor | None] | None = None
+        self,
+        inner: Tensor,
+        tokens: Tensor,
+        sizes: Tensor | None,
+        key: tuple[Tensor, Tensor | None] | None = None,
+        groups: int = 1,
     ) -> Merged:
         """Merge.
 
@@ -181,25 +219,27 @@ class MaskModule(SimilarityMask):
             tokens: ``(B, N, D)`` the residual stream after attention, z.
             sizes: ``(B, N)`` how many original tokens each stands for; None before the first merge.
             key: the block's present key map, which a learnable mask has left behind and ignores.
+            groups: consecutive entries of the batch that belong to one image and share its descriptor.
 
         Raises:
-            CountError: where N is not the planned one.
+            CountError: where there is no patch token.
         """
-        check_count(tokens, self.tokens_in)
+        counts = self.counts(tokens)
         with full_precision(tokens):
             keys = self.key(inner[:, self.prefix :].to(self.key.weight.dtype))
-            leaving, staying, similarity = self.choose(lifted(keys))
+            leaving, staying, similarity = self.choose(lifted(keys), counts)
             weights = torch.softmax(similarity * self.log_scale.exp().to(similarity.dtype), dim=-1)
             sizes = similarity.new_ones(tokens.shape[:2]) if sizes is None else sizes
-            source, destination = self.split(tokens[:, self.prefix :])
-            source_size, size = self.split(sizes[:, self.prefix :])
+            source, destination = split(tokens[:, self.prefix :], counts)
+            source_size, size = split(sizes[:, self.prefix :], counts)
             brought = pick(source_size, leaving).unsqueeze(-1) * weights  # s_a W_ab
             new_size = size + brought.sum(dim=1)
 
             share = (brought / new_size.unsqueeze(1)).sum(dim=-1)  # Σ_p G⁰_jp of each source that leaves
             if leaving is not None:  # a source that stays is a column of its own
                 share = share.new_ones(source.shape[:2]).scatter(1, leaving, share)
-            descriptor, source_tilt, tilt = self.descend(source, destination, share, size / new_size)
+            remain = counts.tokens_out - self.prefix
+            descriptor, source_tilt, tilt = self.descend(source, destination, share, size / new_size, remain, groups)
             brought_tilted = pick(source_tilt, leaving).exp().unsqueeze(-1) * brought
             own = tilt.exp() * size
             total = own + brought_tilted.sum(dim=1)
@@ -210,17 +250,16 @@ class MaskModule(SimilarityMask):
             merged = torch.addcmul(added, (own / total).unsqueeze(-1).to(tokens.dtype), destination)
             out = torch.cat([tokens[:, : self.prefix], take(source, staying), merged], dim=1)
             out_sizes = torch.cat([sizes[:, : self.prefix], pick(source_size, staying), new_size], dim=1)
-        return Merged(out, out_sizes, Step(self.assignment(leaving, staying, weights), descriptor))
+        return Merged(out, out_sizes, Step(self.assignment(leaving, staying, weights, counts), descriptor))
 
     def descend(
-        self, source: Tensor, destination: Tensor, source_share: Tensor, share: Tensor
+        self, source: Tensor, destination: Tensor, source_share: Tensor, share: Tensor, remain: int, groups: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One exponentiated-gradient step on the bound: the descriptor ``(B, D)``, and ε of sources and destinations.
 
         ``v`` is z after a parameter-free layer norm. It is never formed: ``Σ c_j v_j`` and ``v_j · g`` follow from
-        mean and deviation of z, which saves passes over the tokens.
+        mean and deviation of z, which saves passes over the tokens. ``remain`` columns are not prefix tokens.
         """
-        remain = self.tokens_out - self.prefix
         halves, descriptors = [], []
         for half, weight in ((lifted(source), source_share), (lifted(destination), share)):
             variance, mean = torch.var_mean(half, dim=-1, correction=0)
@@ -230,7 +269,9 @@ class MaskModule(SimilarityMask):
             descriptors.append(total - (scaled * mean).sum(dim=1, keepdim=True))
             halves.append((half, mean, inverse))
         descriptor = (descriptors[0] + descriptors[1]) / remain
+        descriptor = descriptor.unflatten(0, (-1, groups)).mean(dim=1) if groups > 1 else descriptor
         gradient = self.statistics.step_direction(descriptor).to(descriptor.dtype)
+        gradient = gradient.repeat_interleave(groups, dim=0) if groups > 1 else gradient
         lean = gradient.sum(dim=-1, keepdim=True)
         zeta = [
             (torch.bmm(half, gradient.unsqueeze(-1)).squeeze(-1) - mean * lean) * inverse
@@ -241,19 +282,6 @@ class MaskModule(SimilarityMask):
         step = self.eta.to(every.dtype) / (deviation + 1e-6)
         middle = every.mean(dim=1, keepdim=True)
         return descriptor, step * (middle - zeta[0]), step * (middle - zeta[1])
-
-
-def check_count(tokens: Tensor, expected: int) -> None:
-    """Refuse a token count that was not planned for.
-
-    Raises:
-        CountError: with both counts and what to do.
-    """
-    if tokens.shape[1] != expected:
-        raise CountError(
-            f"this block was planned for {expected} tokens and received {tokens.shape[1]}: run the model at the input "
-            "size it was converted for, or restore it and convert again with an example of the new size"
-        )
 
 
 def lifted(x: Tensor) -> Tensor:

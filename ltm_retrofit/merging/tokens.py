@@ -25,6 +25,11 @@ class Assignment(NamedTuple):
     merged: Tensor  # (B, N − P) int64
     weights: Tensor  # (B, N − P, destinations)
 
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.kept.shape[1] + self.merged.shape[1]
+
     def unmerge(self, tokens: Tensor) -> Tensor:
         """``W x̃``: bring ``(B, P, D)`` back to ``(B, N, D)``. A constant survives merging and unmerging."""
         destinations = tokens[:, tokens.shape[1] - self.weights.shape[-1] :]
@@ -39,10 +44,56 @@ class Assignment(NamedTuple):
         return self.unmerge(torch.eye(count, dtype=self.weights.dtype, device=self.weights.device).repeat(batch, 1, 1))
 
 
+class DenseAssignment(NamedTuple):
+    """The matrix W itself, for masks whose columns overlap: average pooling."""
+
+    kept: Tensor  # (B, P) int64: the input position that stands for each output token
+    matrix: Tensor  # (N, P), rows summing to one
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.matrix.shape[0]
+
+    def unmerge(self, tokens: Tensor) -> Tensor:
+        """``W x̃``: bring ``(B, P, D)`` back to ``(B, N, D)``."""
+        return torch.matmul(self.matrix.to(tokens.dtype), tokens)
+
+    def dense(self) -> Tensor:
+        """Return W as a dense ``(B, N, P)`` matrix."""
+        return self.matrix.expand(self.kept.shape[0], -1, -1)
+
+
+class GridAssignment(NamedTuple):
+    """The few entries of a mask on a grid: output token p gathers ``index[p]`` of N tokens with weights ``mask[b, p]``.
+
+    W is that mask with its rows scaled to one.
+    """
+
+    index: Tensor  # (P, k) int64
+    mask: Tensor  # (B, P, k)
+    count: int  # N
+
+    def dense(self) -> Tensor:
+        """Return W as a dense ``(B, N, P)`` matrix."""
+        matrix = self.mask.new_zeros(len(self.mask), len(self.index), self.count)
+        matrix = matrix.scatter_add(2, self.index.expand(len(self.mask), -1, -1), self.mask).transpose(1, 2)
+        return matrix / matrix.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+
+    def unmerge(self, tokens: Tensor) -> Tensor:
+        """``W x̃``: bring ``(B, P, D)`` back to ``(B, N, D)``."""
+        return torch.matmul(self.dense().to(tokens.dtype), tokens)
+
+    @property
+    def kept(self) -> Tensor:
+        """The input position ``(B, P)`` that weighs most in each output token."""
+        return self.index.expand(len(self.mask), -1, -1).gather(2, self.mask.argmax(-1, keepdim=True)).squeeze(2)
+
+
 class Step(NamedTuple):
     """What one site did: its assignment, and the descriptor ``(B, D)`` of its merged tokens where it has one."""
 
-    assignment: Assignment
+    assignment: Assignment | DenseAssignment | GridAssignment
     descriptor: Tensor | None
 
 
@@ -63,6 +114,14 @@ def carry(tokens: Tensor, carried: Carried | None) -> Tensor:
     if carried is not None:
         setattr(tokens, ATTRIBUTE, carried)
     return tokens
+
+
+def positions(steps: tuple[Step, ...]) -> Tensor:
+    """Return the original position ``(B, P)`` of each present token; a merged one stands where its destination was."""
+    present = steps[0].assignment.kept
+    for step in steps[1:]:
+        present = present.gather(1, step.assignment.kept)
+    return present
 
 
 def unmerge_all(tokens: Tensor, steps: tuple[Step, ...]) -> Tensor:

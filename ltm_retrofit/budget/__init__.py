@@ -1,0 +1,1 @@
+"""Which token counts meet a budget? One search for each scope; they know sites and costs, and no model."""

@@ -1,0 +1,154 @@
+"""Attention as it shows in a stream of function calls: fused, softmax of a product, packed, kernelised or additive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+PRODUCTS = ("matmul", "bmm", "__matmul__", "einsum")
+SOFTMAXES = ("softmax",)
+TIMES = ("mul", "__mul__", "multiply", "mul_")
+SUMS = ("sum", "mean")
+SHAPED = (
+    "expand expand_as repeat repeat_interleave unsqueeze squeeze view view_as reshape contiguous transpose permute "
+    "flatten unflatten to type_as broadcast_to"
+).split()
+
+Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+
+
+@dataclass
+class Packed:
+    """The arguments of `nn.MultiheadAttention`'s one function: it projects queries, keys and values by itself."""
+
+    key: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    heads: int
+
+
+@dataclass
+class Found:
+    """One attention. ``keys (B, heads, N, d)`` where it has any; ``packed`` where they are made inside."""
+
+    kind: str  # "fused", "softmax", "packed", "linear" (kernelised) or "additive"
+    keys: Tensor | None = None
+    packed: Packed | None = None
+
+
+class AttentionMode(TorchFunctionMode):
+    """Recognises attention by what flows into what; calls ``found`` at each.
+
+    Args:
+        found: called with each attention, before its last product.
+        linear: may replace the result of every linear map, to follow where keys come from.
+        data: the tensors that the image is in; what depends on them is data. Without it, kernelised and additive
+            attention (products of data with sums over products of data) is not looked for.
+    """
+
+    def __init__(
+        self, found: Callable[[Found], None], linear: Linear | None = None, data: Iterable[Tensor] = ()
+    ) -> None:
+        super().__init__()
+        self.found, self.linear = found, linear
+        #: token count → (constant tokens joined at the front, at the end)
+        self.joined: dict[int, tuple[int, int]] = {}
+        self.keys_of_logits, self.keys_of_weights = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        self.data, self.summed, self.multiplied = WeakIdKeyDictionary(), WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        for tensor in data:
+            self.data[tensor] = True
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the function; recognise attention by what flows into what."""
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        operands = [value for value in _flat((*args, *kwargs.values())) if isinstance(value, Tensor)]
+        product = name in PRODUCTS and len(operands) == 2
+        if func is F.scaled_dot_product_attention:
+            self.found(Found("fused", args[1] if len(args) > 1 else kwargs["key"]))
+        elif func is F.multi_head_attention_forward:
+            given = dict(zip(_PACKED, args, strict=False)) | kwargs
+            packed = Packed(given["key"], given["in_proj_weight"], given["in_proj_bias"], given["num_heads"])
+            self.found(Found("packed", packed=packed))
+        elif product and operands[0] in self.keys_of_weights:
+            self.found(Found("softmax", self.keys_of_weights[operands[0]]))
+        elif product and self._twice(operands):
+            self.found(Found("linear"))
+        elif name in TIMES and len(operands) == 2 and all(x in self.data for x in operands):
+            if sum(x in self.summed for x in operands) == 1:
+                self.found(Found("additive"))
+        result = func(*args, **kwargs)
+        self._follow(name, operands, args, result, product)
+        if func is F.linear and self.linear is not None and isinstance(result, Tensor):
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            return self.linear(given["input"], given["weight"], given.get("bias"), result)
+        return result
+
+    def _twice(self, operands: list[Tensor]) -> bool:
+        """Say whether data meets a product of data: ``φ(q) (φ(k)ᵀ v)``."""
+        return all(x in self.data for x in operands) and sum(x in self.multiplied for x in operands) == 1
+
+    def _follow(self, name: str, operands: list[Tensor], args: tuple[Any, ...], result: Any, product: bool) -> None:
+        touched = any(x in self.data for x in operands)
+        for out in _flat((result,)):
+            if touched and isinstance(out, Tensor):
+                self.data[out] = True
+        if name == "__setitem__" and touched:
+            self.data[operands[0]] = True
+        if not isinstance(result, Tensor):
+            return
+        if product and all(x.ndim >= 3 for x in operands):
+            self.keys_of_logits[result] = operands[1] if name == "einsum" else operands[1].transpose(-2, -1)
+            if all(x in self.data for x in operands):
+                self.multiplied[result] = True
+            return
+        if name in TIMES and len(operands) == 2 and all(x in self.data for x in operands):
+            self.multiplied[result] = True
+        if len(operands) >= 1 and operands[0] in self.multiplied:
+            if name in SUMS and result.numel() < operands[0].numel():
+                self.summed[result] = True
+            elif result.numel() == operands[0].numel() and name not in ("linear", "conv2d"):
+                self.multiplied[result] = True
+        if operands and operands[0] in self.summed and name in SHAPED:
+            self.summed[result] = True
+        if name in ("cat", "concat") and result.ndim == 3:
+            self._join(operands, result)
+        for source in operands:
+            if source.shape == result.shape:
+                if source in self.keys_of_logits:
+                    # through scaling and masking; a softmax turns logits into weights
+                    table = self.keys_of_weights if name in SOFTMAXES else self.keys_of_logits
+                    table[result] = self.keys_of_logits[source]
+                elif source in self.keys_of_weights:
+                    self.keys_of_weights[result] = self.keys_of_weights[source]
+
+    def _join(self, parts: list[Tensor], result: Tensor) -> None:
+        """Note tokens that do not depend on the image where they are joined to those that do."""
+        sizes = [part.shape[1] for part in parts if part.ndim == 3]
+        constant = [part not in self.data for part in parts]
+        if sum(sizes) != result.shape[1] or all(constant) or not any(constant):
+            return
+        front, end = constant.index(False), constant[::-1].index(False)
+        self.joined[result.shape[1]] = sum(sizes[:front]), sum(sizes[len(sizes) - end :])
+
+
+_PACKED = (
+    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
+    "out_proj_weight out_proj_bias"
+).split()
+
+
+def _flat(values: Iterable[Any]) -> Iterable[Any]:
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _flat(value)
+        else:
+            yield value

@@ -1,0 +1,215 @@
+"""The MLP behind an attention, where a block cannot be cut: modules that treat every token alone (scope LOCAL)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltm_retrofit.errors import CountError, UnsupportedBlock
+from ltm_retrofit.flops import count_macs_quick
+from ltm_retrofit.graph.example import Example, run
+from ltm_retrofit.graph.probe import Attended, Event, Recording
+from ltm_retrofit.graph.prove import close
+
+ROUNDS = 5  # how deep below the outermost module behind an attention an MLP is looked for
+
+
+@dataclass
+class Link:
+    """One module that was proven token-wise: (b) ``m(u[idx]) = m(u)[idx]``."""
+
+    event: Event
+    order: str  # BNC, BHWC or BCHW
+    macs: int
+    per_token: int
+    weights: int  # how many weight matrices it holds
+
+
+@dataclass
+class Chain:
+    """Links of which each hands its result to the next, with at least two weight matrices where there are any."""
+
+    links: list[Link]
+
+    @property
+    def weights(self) -> int:
+        """How many weight matrices it holds."""
+        return sum(link.weights for link in self.links)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modules, in order."""
+        return tuple(link.event.name for link in self.links)
+
+
+def as_tokens(x: Tensor, order: str) -> Tensor:
+    """Lay ``(R, N, C)``, ``(R, …, C)`` or ``(R, C, H, W)`` out as ``(R, N, C)``."""
+    return x.flatten(2).transpose(1, 2) if order == "BCHW" else x.flatten(1, -2)
+
+
+def from_tokens(x: Tensor, order: str, spatial: tuple[int, ...]) -> Tensor:
+    """Invert `as_tokens`; with other counts ``spatial`` is one row of as many tokens as there are."""
+    return x.transpose(1, 2).unflatten(2, spatial) if order == "BCHW" else x.unflatten(1, spatial)
+
+
+def spatial_of(shape: tuple[int, ...], order: str) -> tuple[int, ...]:
+    """Return the token dimensions of a shape."""
+    return tuple(shape[2:]) if order == "BCHW" else tuple(shape[1:-1])
+
+
+def some_tokens(x: Tensor, order: str, index: Tensor) -> Tensor:
+    """Return the tokens of these numbers, in as many dimensions as x has."""
+    ranks = len(spatial_of(tuple(x.shape), order))
+    return from_tokens(as_tokens(x, order)[:, index], order, (*[1] * (ranks - 1), len(index)))
+
+
+def find_chains(model: nn.Module, example: Example, recording: Recording) -> dict[int, Chain | str]:
+    """Find the MLP behind each attention, by number; a string says why there is none.
+
+    Runs the model a few times, proving (b) for what lies between one attention and the next.
+    """
+    calls: dict[str, int] = {}
+    for event in recording.events:
+        calls[event.name] = calls.get(event.name, 0) + 1
+    times = [attended.time for attended in recording.attended]
+    windows = [
+        list(_outermost(recording.events, start, end)) for start, end in zip(times, [*times[1:], 1 << 62], strict=True)
+    ]
+    links: dict[int, dict[str, Link]] = {index: {} for index in range(len(windows))}
+    for _ in range(ROUNDS):
+        waiting = {
+            event.name: (index, event)
+            for index, window in enumerate(windows)
+            for event in window
+            if calls[event.name] == 1 and event.name not in links[index] and _shaped(event)
+        }
+        if not waiting:
+            break
+        failed: set[str] = set()
+        _prove_pass(model, example, waiting, links, failed)
+        windows = [
+            [
+                inner
+                for event in window
+                for inner in (
+                    _outermost(recording.events, event.start, event.end) if event.name not in links[index] else [event]
+                )
+            ]
+            for index, window in enumerate(windows)
+        ]
+    return {
+        index: _choose(links[index], recording.attended[index], model) for index in range(len(recording.attended))
+    }
+
+
+def _outermost(events: Iterable[Event], start: int, end: int) -> Iterator[Event]:
+    """Return the calls strictly between two times that lie in no other such call."""
+    last = start
+    for event in events:
+        if event.start > last and event.end < end:
+            yield event
+            last = event.end
+
+
+def _shaped(event: Event) -> bool:
+    """Say whether as many tokens come out as go in."""
+    given, out = event.shape_in, event.shape_out
+    if event.source is None or event.result is None or len(given) < 3 or len(given) != len(out):
+        return False
+    return given[:-1] == out[:-1] or (len(given) == 4 and given[0] == out[0] and given[2:] == out[2:])
+
+
+def _prove_pass(
+    model: nn.Module,
+    example: Example,
+    waiting: dict[str, tuple[int, Event]],
+    links: dict[int, dict[str, Link]],
+    failed: set[str],
+) -> None:
+    busy: list[str] = []
+
+    def leave(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if busy:
+            return
+        busy.append(name)
+        try:
+            index, event = waiting[name]
+            links[index][name] = _prove_link(module, event, args, kwargs, output)
+        except UnsupportedBlock:
+            failed.add(name)
+        finally:
+            busy.clear()
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(partial(leave, name), with_kwargs=True) for name in waiting
+    ]
+    try:
+        run(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _prove_link(
+    module: nn.Module, event: Event, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Link:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if len(tensors) != 1 or not args or args[0] is not tensors[0]:
+        raise UnsupportedBlock("takes more than one tensor")
+    given = tensors[0]
+    weights = [p for p in module.parameters() if p.ndim >= 2 and p.numel() > p.shape[0] and p.numel() > p.shape[1]]
+    orders = [order for order in ("BNC", "BCHW") if _fits(given, output, order)]
+    for order in orders:
+        count = prod(spatial_of(tuple(given.shape), order))
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: max(1, count * 2 // 3)]
+        part = some_tokens(given, order, chosen.to(given.device))
+        try:
+            out = module(part, *args[1:], **kwargs)
+        except Exception:  # another layout, or not token-wise
+            continue
+        if not isinstance(out, Tensor) or not close(out, some_tokens(output, order, chosen.to(given.device))):
+            continue
+        macs = per_token = 0
+        if weights:
+            try:
+                macs, fewer = (count_macs_quick(partial(module, x, *args[1:], **kwargs)) for x in (given, part))
+            except CountError as error:
+                raise UnsupportedBlock(str(error)) from error
+            per_token = (macs - fewer) // max(1, count - len(chosen))
+        order = "BHWC" if order == "BNC" and given.ndim > 3 else order
+        return Link(event, order, macs, per_token, len(weights))
+    raise UnsupportedBlock("mixes tokens")
+
+
+def _fits(given: Tensor, output: Tensor, order: str) -> bool:
+    if order == "BCHW":
+        return given.ndim == 4 and given.shape[0] == output.shape[0] and given.shape[2:] == output.shape[2:]
+    return given.shape[:-1] == output.shape[:-1]
+
+
+def _choose(links: dict[str, Link], attended: Attended, model: nn.Module) -> Chain | str:
+    """Join the links behind one attention to chains, and take the first that holds an MLP, else the heaviest."""
+    chains: list[Chain] = []
+    for link in sorted(links.values(), key=lambda link: link.event.start):
+        last = chains[-1].links[-1] if chains else None
+        if last is not None and last.event.result == link.event.source and last.order == link.order:
+            chains[-1].links.append(link)
+        else:
+            chains.append(Chain([link]))
+    for chain in chains:  # norms and scales at the ends cost nothing, and may be read by others
+        while chain.links and not chain.links[0].weights:
+            chain.links.pop(0)
+        while chain.links and not chain.links[-1].weights:
+            chain.links.pop()
+    owner = attended.chain[-1]
+    chains = [chain for chain in chains if chain.links and chain.weights >= 2]
+    if not chains:
+        kind = type(model.get_submodule(owner)).__name__
+        return f"{owner or 'the model'} ({kind}): no module behind its attention is an MLP that treats each token alone"
+    return chains[0]

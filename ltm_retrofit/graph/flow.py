@@ -1,0 +1,242 @@
+"""Blocks that are cut between attention and MLP, after which tokens stay merged (scope FLOW)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ltm_retrofit.errors import UnsupportedBlock
+from ltm_retrofit.graph import prove
+from ltm_retrofit.graph.cut import Halves, Signature, cut_block
+from ltm_retrofit.graph.example import Example, logits_of, other_image, run
+from ltm_retrofit.graph.probe import Attended, Call, Recording
+from ltm_retrofit.graph.sites import Cost, Ending, FlowSite, KeySource, Scope, TokenLayout
+
+
+class Candidate:
+    """A block under proof: what becomes a `FlowSite` if everything holds."""
+
+    def __init__(self, model: nn.Module, name: str, attention: str, call: Call) -> None:
+        self.name, self.attention, self.call = name, attention, call
+        self.module = model.get_submodule(name)
+        if "forward" in self.module.__dict__:
+            raise UnsupportedBlock("its forward was replaced on the instance (a hook or a wrapper): remove that first")
+        below = attention.removeprefix(name).lstrip(".")
+        self.signature = Signature.of(self.module, name, call.args, call.kwargs)
+        self.cut = partial(cut_block, self.module, below, self.signature)
+        self.halves: dict[tuple[bool, bool], Halves] = {(False, False): self.cut(training=False, bias=None)}
+        self.cost: Cost
+        self.key: KeySource
+        self.heads, self.key_dim = 0, 0
+        self.bias: str | None = None
+
+    @property
+    def piece(self) -> prove.Piece:
+        """The halves for inference without attention bias: those that are proven."""
+        return prove.Piece(self.module, self.halves[False, False], self.signature)
+
+    def prove_alone(self) -> None:
+        """Proofs (a), (b) and (d), and all that is read off the block for later."""
+        stream, inner = prove.prove_cut(self.piece, self.call)
+        prove.prove_tokenwise(self.piece, stream)
+        self.cost = prove.measure_cost(self.piece, self.call, stream)
+        prove.prove_saving(self.cost, stream.shape[1])
+        self.key, self.heads, self.key_dim = prove.trace_keys(self.module, self.call, inner)
+        self.bias = prove.find_bias(self.piece, lambda name: self.cut(training=False, bias=name), self.call)
+        self.halves[True, False] = self.cut(training=True, bias=None)
+        if self.bias is not None:
+            for training in (False, True):
+                self.halves[training, True] = self.cut(training=training, bias=self.bias)
+
+
+def find_flow(
+    model: nn.Module, example: Example, recording: Recording, excluded: dict[str, str]
+) -> tuple[list[Candidate], int]:
+    """Find the blocks that may be cut, and how many prefix tokens lead; the others go to ``excluded``."""
+    candidates = _unbroken(list(_candidates(model, recording, excluded)), recording, excluded)
+    prefix = _drop(candidates, excluded, partial(_prefix_of, model, example, recording)) or 0
+    return _prove_rest(model, example, candidates, prefix, excluded), prefix
+
+
+def flow_sites(candidates: list[Candidate], prefix: int, recording: Recording) -> list[FlowSite]:
+    """Turn proven candidates into sites."""
+    return [_site(candidate, _layout(candidate, prefix, recording)) for candidate in candidates]
+
+
+def _candidates(model: nn.Module, recording: Recording, excluded: dict[str, str]) -> Iterator[Candidate]:
+    """For each attention the smallest enclosing module that can be cut; the rest goes to ``excluded``."""
+    taken: set[str] = set()
+    for attended in recording.attended:
+        if taken & set(attended.chain):
+            continue  # a second attention of a block that is already cut: its tail was proven token-wise with it
+        try:
+            candidate = _smallest(model, recording, attended)
+        except UnsupportedBlock as error:
+            excluded[attended.chain[-1]] = str(error)
+            continue
+        taken.add(candidate.name)
+        yield candidate
+
+
+def _unbroken(candidates: list[Candidate], recording: Recording, excluded: dict[str, str]) -> list[Candidate]:
+    """Keep the last run of candidates with no excluded attention between them: merged tokens must not meet one."""
+    names = {candidate.name: candidate for candidate in candidates}
+    run_of: list[Candidate] = []
+    pending = ""
+    for attended in recording.attended:
+        candidate = next((names[name] for name in attended.chain if name in names), None)
+        if candidate is None:
+            pending = attended.chain[-1]
+        elif candidate not in run_of:
+            if pending and run_of:
+                for earlier in run_of:
+                    excluded[earlier.name] = (
+                        f"{earlier.name}: tokens merged here would reach {pending}, which is left out"
+                    )
+                run_of = []
+            pending = ""
+            run_of.append(candidate)
+    return run_of
+
+
+def _smallest(model: nn.Module, recording: Recording, attended: Attended) -> Candidate:
+    reasons: list[str] = []
+    for name in reversed(attended.chain):
+        calls = recording.calls.get(name, [])
+        kind = type(model.get_submodule(name)).__name__
+        try:
+            if len(calls) != 1:
+                raise UnsupportedBlock(f"called {len(calls)} times in one forward pass")
+            if calls[0].stream() is None:
+                continue  # not a block: other tokens come out than go in
+            candidate = Candidate(model, name, attended.chain[-1], calls[0])
+            candidate.prove_alone()
+            return candidate
+        except UnsupportedBlock as error:
+            reasons.append(f"{name or 'the model'} ({kind}): {error}")
+    owner = model.get_submodule(attended.chain[-1])
+    raise UnsupportedBlock("; ".join(reasons) or f"{type(owner).__name__}: no module around it keeps a token stream")
+
+
+def _drop(candidates: list[Candidate], excluded: dict[str, str], measure: Any) -> int | None:
+    """Measure something of the first block on; where that fails all candidates are excluded with the reason."""
+    if not candidates:
+        return None
+    try:
+        return int(measure(candidates))
+    except UnsupportedBlock as error:
+        for candidate in candidates:
+            excluded[candidate.name] = str(error)
+        candidates.clear()
+        return None
+
+
+def _prefix_of(model: nn.Module, example: Example, recording: Recording, candidates: list[Candidate]) -> int:
+    """Count the leading tokens that do not depend on the image: class, distillation and register tokens.
+
+    Looked at where tokens first enter an attention; past one, every token depends on the image.
+    """
+    count = candidates[0].call.output.shape[1]
+    chains = [(name, recording.calls[name][0].stream()) for name in reversed(recording.attended[0].chain)]
+    name, before = next(
+        ((name, stream) for name, stream in chains if stream is not None and stream.shape[1] == count), ("", None)
+    )
+    if before is None:
+        raise UnsupportedBlock("the tokens of its first attention are not those of the blocks that can be cut")
+    seen: list[Tensor] = []
+
+    class Reached(Exception):
+        pass
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(next(value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)))
+        raise Reached
+
+    handle = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run(model, other_image(example))
+    except Reached:
+        pass
+    finally:
+        handle.remove()
+    same = (seen[0] == before).flatten(2).all(dim=-1)[0]
+    prefix = int(same.sum())
+    if not bool(same[:prefix].all()):
+        raise UnsupportedBlock("its prefix tokens do not lead the sequence")
+    return prefix
+
+
+def _prove_rest(
+    model: nn.Module, example: Example, candidates: list[Candidate], prefix: int, excluded: dict[str, str]
+) -> list[Candidate]:
+    """(c) for all candidates in two passes; where that fails, one by one from the last, keeping what holds."""
+    counts = {candidate.call.output.shape[1] for candidate in candidates}
+    if len(counts) > 1:
+        reason = f"proof (c): token counts change between blocks ({', '.join(map(str, sorted(counts)))})"
+        excluded.update({candidate.name: reason for candidate in candidates})
+        return []
+    if not candidates:
+        return []
+    try:
+        prove.prove_rest(model, example, [candidate.piece for candidate in candidates], prefix)
+        return candidates
+    except UnsupportedBlock:
+        kept: list[Candidate] = []
+    for candidate in reversed(candidates):
+        try:
+            prove.prove_rest(model, example, [candidate.piece, *(other.piece for other in kept)], prefix)
+        except UnsupportedBlock as error:
+            excluded[candidate.name] = f"{candidate.name} ({type(candidate.module).__name__}): {error}"
+        else:
+            kept.insert(0, candidate)
+    return kept
+
+
+def find_ending(
+    model: nn.Module, example: Example, recording: Recording, candidates: list[Candidate], prefix: int, total: int
+) -> Ending:
+    logits = logits_of(recording.output)
+    classes = 0 if logits is None else logits.shape[1]
+    readouts = recording.readouts(classes) if classes else ()
+    classes = classes if readouts else 0  # a headless model's features are no classes
+    last = candidates[-1] if candidates else None
+    if last is None or last.attention != recording.attended[-1].chain[-1]:
+        return Ending(False, 0, readouts, classes)  # something attends after the last block that can be cut
+    macs = prove.prove_prefix_only(model, example, last.piece, prefix, recording.output)
+    if macs is None:
+        return Ending(False, 0, readouts, classes)
+    tokens = last.call.output.shape[1]
+    saved = last.cost(tokens, tokens) - last.cost(tokens, prefix)
+    return Ending(True, macs - (total - saved), readouts, classes)
+
+
+def _layout(candidate: Candidate, prefix: int, recording: Recording) -> TokenLayout:
+    tokens = candidate.call.output.shape[1]
+    patches = tokens - prefix
+    grids = [(shape[2], shape[3]) for _, shape in recording.maps if shape[2] * shape[3] == patches]
+    side = round(patches**0.5)
+    grid = grids[-1] if grids else (side, side) if side * side == patches else None
+    return TokenLayout(tokens, prefix, grid)
+
+
+def _site(candidate: Candidate, layout: TokenLayout) -> FlowSite:
+    return FlowSite(
+        block=candidate.name,
+        attention=candidate.attention,
+        kind=type(candidate.module).__name__,
+        dim=candidate.call.output.shape[2],
+        heads=candidate.heads,
+        key_dim=candidate.key_dim,
+        layout=layout,
+        scope=Scope.FLOW,
+        macs=candidate.cost(layout.tokens, layout.tokens),
+        cost=candidate.cost,
+        proofs=("a", "b", "c", "d"),
+        signature=candidate.signature,
+        halves=candidate.halves,
+        key=candidate.key,
+        bias=candidate.bias,
+    )

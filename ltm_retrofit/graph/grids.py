@@ -1,0 +1,246 @@
+"""Where a token map may go on smaller (scope GRID): found by running the rest of the network on fewer rows and columns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltm_retrofit.errors import CountError
+from ltm_retrofit.flops import counting
+from ltm_retrofit.graph.chains import Chain
+from ltm_retrofit.graph.example import Example, run, tensors_of
+from ltm_retrofit.graph.probe import Attended, Event, Recording, replaced
+
+Grid = tuple[int, int]
+SMALLEST = 3  # rows and columns of a map that is worth merging
+SHARES = 6  # how many smaller sizes are tried
+LEVELS = 4  # how far around an attention a map is looked for
+
+
+@dataclass
+class MapPoint:
+    """A module around an attention through which a token map passes, at whose input or output it may be merged."""
+
+    name: str
+    number: int  # of the attention
+    where: str
+    order: str
+    grid: Grid
+    dim: int
+    weight: str
+    segment: dict[Grid, int] = field(default_factory=dict)
+
+
+def find_grids(
+    model: nn.Module,
+    counted: tuple[nn.Module, Example],
+    example: Example,
+    recording: Recording,
+    chains: Mapping[int, Chain | str],
+    removed: Mapping[str, str],
+) -> tuple[list[MapPoint], str]:
+    """Find the points after which the network takes a smaller grid, with their costs; and why not more.
+
+    Args:
+        model: with numbers, to prove it on.
+        counted: the full model and example to count on, which may be on the meta device.
+        example: for ``model``.
+        recording: of ``model``.
+        chains: the MLP behind each attention.
+        removed: blocks of the full model that ``model`` lacks, with those that stand for them.
+    """
+    if removed:
+        return [], "grids are looked for in models that are whole"
+    shapes, reason = [tensor.shape for tensor in tensors_of(recording.output)], ""
+    tried: list[list[str]] = [[]]
+    for level in range(LEVELS):
+        points = _points(model, recording, chains, level)
+        while points:
+            if [point.name for point in points] in tried:
+                break
+            tried.append([point.name for point in points])
+            reason = _fill(model, counted, example, points, shapes)
+            if not reason:
+                return points, ""
+            points = [point for point in points[1:] if point.grid != points[0].grid]
+    return [], reason or "no module around it passes a map (B, C, H, W) on"
+
+
+def _fill(
+    model: nn.Module, counted: tuple[nn.Module, Example], example: Example, points: list[MapPoint], shapes: list[Any]
+) -> str:
+    """Prove and measure smaller grids from the first point on; return why there are none."""
+    costs: dict[Fraction, dict[str, tuple[Grid, int]]] = {}
+    reason = "its grids have no common smaller size"
+    for share in _shares([point.grid for point in points]):
+        try:
+            _prove(model, example, points[0], share, shapes)
+            costs[share] = _measure(*counted, points, share)
+        except CountError:
+            raise
+        except Exception as error:
+            reason = f"proof (c): it does not take a smaller grid: {type(error).__name__}: {error}"[:300]
+    if not costs:
+        return reason
+    costs[Fraction(1)] = _measure(*counted, points, Fraction(1))
+    for cost in costs.values():
+        for point in points:
+            grid, macs = cost[point.name]
+            point.segment[grid] = macs
+    return ""
+
+
+def _points(
+    model: nn.Module, recording: Recording, chains: Mapping[int, Chain | str], level: int
+) -> list[MapPoint]:
+    """Take the module around each attention that keeps its map: the innermost at level 0, else one further out."""
+    events: dict[str, list[Event]] = {}
+    for event in recording.events:
+        events.setdefault(event.name, []).append(event)
+    found: dict[str, MapPoint] = {}
+    for number, attended in enumerate(recording.attended):
+        point = _point(model, recording, events, number, attended, chains.get(number), level)
+        if point is not None and point.name not in found:
+            found[point.name] = point
+    return list(found.values())
+
+
+def _point(
+    model: nn.Module,
+    recording: Recording,
+    events: Mapping[str, Sequence[Event]],
+    number: int,
+    attended: Attended,
+    chain: Chain | str | None,
+    level: int,
+) -> MapPoint | None:
+    point: MapPoint | None = None
+    for name in reversed(attended.chain):
+        if len(events[name]) != 1 or not name:
+            continue
+        (event,) = events[name]
+        if len(event.shape_in) != 4 or event.shape_in != event.shape_out:
+            continue
+        within = isinstance(chain, Chain) and chain.links[0].event.end <= event.end
+        where = "input" if within else "output"
+        reader = _reader(model, recording, event, where)
+        if reader is None:
+            continue
+        weight, order = reader
+        shape = event.shape_in
+        grid, dim = (shape[2:], shape[1]) if order == "BCHW" else (shape[1:3], shape[3])
+        if min(grid) < SMALLEST:
+            return None
+        point = MapPoint(name, number, where, order, (grid[0], grid[1]), dim, weight)
+        if level == 0:
+            break
+        level -= 1
+    return point
+
+
+def _reader(model: nn.Module, recording: Recording, event: Event, where: str) -> tuple[str, str] | None:
+    """Find the weight that reads the map, within the module or behind it, and how the map lies."""
+    start = event.start if where == "input" else event.end
+    for other in recording.events:
+        if other.start <= start or len(other.shape_in) != 4 or other.shape_in != event.shape_out:
+            continue
+        module = model.get_submodule(other.name)
+        if isinstance(module, nn.Conv2d) and module.in_channels == event.shape_in[1]:
+            return f"{other.name}.weight", "BCHW"
+        if isinstance(module, nn.Linear) and module.in_features == event.shape_in[3]:
+            return f"{other.name}.weight", "BHWC"
+    return None
+
+
+def _shares(grids: Sequence[Grid]) -> list[Fraction]:
+    """Return the shares of rows and columns to try: those that all maps can keep; even sizes stay even."""
+    smallest = min(min(grid) for grid in grids)
+    step = 2 if smallest % 2 == 0 and smallest > 4 else 1
+    shares = [Fraction(kept, smallest) for kept in range(smallest - step, (smallest - 1) // 2, -step)]
+    whole = [s for s in shares if all((size * s).denominator == 1 for grid in grids for size in grid)]
+    stride = -(-len(whole) // SHARES) or 1
+    return whole[stride - 1 :: stride] or whole
+
+
+def smaller(grid: Grid, share: Fraction) -> Grid:
+    """Return the grid that keeps this share of rows and columns."""
+    return -int(-grid[0] * share // 1), -int(-grid[1] * share // 1)
+
+
+def _sliced(model: nn.Module, point: MapPoint, share: Fraction) -> Callable[..., Any]:
+    """Stand in for the point's module; keep the upper left of its map, which costs what any merging costs."""
+    module = model.get_submodule(point.name)
+    rows, columns = smaller(point.grid, share)
+
+    def crop(x: Tensor) -> Tensor:
+        return x[:, :, :rows, :columns] if point.order == "BCHW" else x[:, :rows, :columns]
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if point.where == "input":
+            return type(module).forward(module, crop(x), *args, **kwargs)
+        return crop(type(module).forward(module, x, *args, **kwargs))
+
+    return forward
+
+
+def _prove(
+    model: nn.Module, example: Example, point: MapPoint, share: Fraction, shapes: list[torch.Size]
+) -> None:
+    """(c) the rest of the network takes a smaller grid: same output shapes, finite values."""
+    with replaced({model.get_submodule(point.name): _sliced(model, point, share)}):
+        outputs = tensors_of(run(model, example))
+    if [tensor.shape for tensor in outputs] != shapes:
+        raise ValueError(f"its outputs change their shapes to {[tuple(tensor.shape) for tensor in outputs]}")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in outputs):
+        raise ValueError("its outputs are not finite")
+
+
+def _measure(
+    model: nn.Module, example: Example, points: Sequence[MapPoint], share: Fraction
+) -> dict[str, tuple[Grid, int]]:
+    """Count the MACs of each stretch of the network from one point to the next where the first one is merged."""
+    marks: list[tuple[str, Grid, int]] = []
+    with ExitStack() as stack:
+        if share != 1:
+            module = model.get_submodule(points[0].name)
+            stack.enter_context(replaced({module: _sliced(model, points[0], share)}))
+        counter = counting()
+
+        def mark(point: MapPoint, x: Tensor) -> None:
+            shape = x.shape[2:] if point.order == "BCHW" else x.shape[1:3]
+            grid = (int(shape[0]), int(shape[1]))
+            if point is points[0] and point.where == "input":
+                grid = smaller(grid, share)
+            marks.append((point.name, grid, int(counter.get_total_flops()) // 2))
+
+        for point in points:
+            module = model.get_submodule(point.name)
+            if point.where == "input":
+                handle = module.register_forward_pre_hook(lambda m, a, point=point: mark(point, a[0]))
+            else:
+                handle = module.register_forward_hook(lambda m, a, o, point=point: mark(point, o))
+            stack.callback(handle.remove)
+        stack.enter_context(counter)
+        run(model, example)
+    total = int(counter.get_total_flops()) // 2
+    ends = [macs for _, _, macs in marks[1:]] + [total]
+    return {name: (grid, end - macs) for (name, grid, macs), end in zip(marks, ends, strict=True)}
+
+
+def on_meta(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
+    """Return copies without numbers, on which counting is cheap."""
+    empty = copy.deepcopy(model, {id(p): _like(p) for p in model.parameters()}).to("meta")
+    if isinstance(example, Mapping):
+        return empty, {key: v.to("meta") if isinstance(v, Tensor) else v for key, v in example.items()}
+    return empty, example.to("meta")
+
+
+def _like(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)

@@ -1,0 +1,146 @@
+"""Chains → LOCAL sites: how their tokens lie, and in which cells they are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from ltm_retrofit.graph.chains import Chain, spatial_of
+from ltm_retrofit.graph.probe import Recording
+from ltm_retrofit.graph.sites import LocalSite, Scope, TokenLayout
+
+Grid = tuple[int, int]
+FEWEST = 4  # tokens that are worth merging
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def local_sites(model: nn.Module, recording: Recording, chains: Mapping[int, Chain | str]) -> dict[int, LocalSite | str]:
+    """Make a site of each chain, by the attention's number; a string says why not."""
+    maps = {shape[2:] for shape in (event.shape_out for event in recording.events) if len(shape) == 4}
+    maps |= {shape[1:3] for shape in (event.shape_out for event in recording.events) if len(shape) == 4}
+    found: dict[int, LocalSite | str] = {}
+    names: set[str] = set()
+    for number, chain in chains.items():
+        if isinstance(chain, str):
+            found[number] = chain
+            continue
+        site = _site(model, recording, number, chain, maps, names)
+        if isinstance(site, LocalSite):
+            names |= {site.block, site.host}
+        found[number] = site
+    return found
+
+
+def _site(
+    model: nn.Module, recording: Recording, number: int, chain: Chain, maps: set[tuple[int, ...]], taken: set[str]
+) -> LocalSite | str:
+    first, last = chain.links[0], chain.links[-1]
+    owner = recording.attended[number].chain[-1]
+    shape, order = first.event.shape_in, first.order
+    dim = shape[1] if order == "BCHW" else shape[-1]
+    spatial = spatial_of(shape, order)
+    tokens = prod(spatial)
+    lead = trail = 0
+    if order == "BNC":
+        lead, trail = recording.joined.get(tokens, (0, 0))
+        known = [tuple(grid) for grid in maps if prod(grid) == tokens - lead - trail]
+        if not known and lead == trail == 0:  # a class token that was taken apart and joined again
+            known = [tuple(grid) for grid in maps if prod(grid) == tokens - 1 and min(grid) > 1]
+            lead = int(bool(known))
+        side = round((tokens - lead - trail) ** 0.5)
+        patches = tokens - lead - trail
+        square = (side, side) if side * side == patches else (1, patches)
+        grid = min(known, key=lambda g: abs(g[0] - g[1]), default=square)
+    else:
+        grid = spatial if len(spatial) == 2 else (1, tokens)
+    rows = shape[0]
+    name = chain.names[0]
+    if prod(grid) < FEWEST:
+        return f"{name}: {prod(grid)} tokens leave nothing to merge"
+    weight = reading_weight(model.get_submodule(name), dim)
+    if weight is None:
+        return f"{name} ({type(model.get_submodule(name)).__name__}): no weight matrix of it reads the tokens"
+    host = _host(model, name, weight)
+    if host in taken:
+        return f"{name}: its MLP is shared with another attention"
+    block = _common(owner, chain.names[-1])
+    parts = [event.name for event in recording.events if event.name == block]
+    block = name if block in taken or not block or len(parts) != 1 else block
+    width = last.event.shape_out[1] if last.order == "BCHW" else last.event.shape_out[-1]
+    return LocalSite(
+        block=block,
+        attention=owner,
+        kind=type(model.get_submodule(block)).__name__,
+        dim=dim,
+        key_dim=min(dim, max(16, min(64, dim // 8))),
+        layout=TokenLayout(tokens, lead, (grid[0], grid[1]), order, trail, rows),
+        scope=Scope.LOCAL,
+        proofs=("a", "b", "d"),
+        macs=sum(link.macs for link in chain.links),
+        chain=chain.names,
+        host=host,
+        cell=choose_cell((grid[0], grid[1]), dim),
+        per_token=sum(link.per_token for link in chain.links) // rows,
+        width=width,
+        weight=weight,
+    )
+
+
+def choose_cell(grid: Grid, dim: int) -> Grid:
+    """Choose the cell that merging happens in: the largest that tiles the grid and is cheap to compare within.
+
+    Comparing and merging g tokens costs about g/(8·dim) of an MLP, so narrow networks get small cells.
+    """
+    limit = max(36, dim * 11 // 20)
+    tiles = [(a, b) for a in _divisors(grid[0]) for b in _divisors(grid[1]) if a * b <= limit]
+    best = max(tiles, key=lambda cell: (cell[0] * cell[1] / limit > 0.5, -abs(cell[0] - cell[1]), cell[0] * cell[1]))
+    largest = max(tiles, key=lambda cell: cell[0] * cell[1])
+    cell = best if best[0] * best[1] * 2 > limit or best[0] * best[1] == largest[0] * largest[1] else largest
+    if cell[0] * cell[1] >= min(FEWEST, grid[0] * grid[1]):
+        return cell
+    length = min(limit, grid[0] * grid[1])  # sizes that nothing divides: stretches of the sequence, as equal as can be
+    return 1, -(-grid[0] * grid[1] // -(-grid[0] * grid[1] // length))
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def reading_weight(module: nn.Module, dim: int) -> str | None:
+    """Return the first parameter that maps ``dim`` features: ``(out, dim)`` or a 1×1 convolution's."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim >= 2 and parameter.shape[1] == dim and parameter.numel() > dim:
+            return name
+    return None
+
+
+def _host(model: nn.Module, name: str, weight: str) -> str:
+    """Return where a mask may be registered: never in a container that calls its children one after the other."""
+    if not isinstance(model.get_submodule(name), CONTAINERS):
+        return name
+    return f"{name}.{weight.rpartition('.')[0]}"
+
+
+def _common(one: str, other: str) -> str:
+    a, b = one.split("."), other.split(".")
+    same = 0
+    while same < min(len(a), len(b)) and a[same] == b[same]:
+        same += 1
+    return ".".join(a[:same])
+
+
+def principal_keys(weight: Tensor, width: int) -> Tensor:
+    """Return the ``(width, D)`` map of tokens that best keeps the distances of ``weight``'s outputs: its leading SVD.
+
+    Two tokens that are alike to the first weight matrix of an MLP get nearly the same update from it.
+    """
+    matrix = weight.detach().float().flatten(2).sum(-1) if weight.ndim > 2 else weight.detach().float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        _, values, right = torch.svd_lowrank(matrix, q=min(width + 8, *matrix.shape), niter=2)
+    keys = matrix.new_zeros(width, matrix.shape[1])
+    keys[: min(width, len(values))] = (values[:, None] * right.T)[:width]
+    return keys

@@ -1,0 +1,182 @@
+"""A model with numbers for one without: blocks that repeat are cut away, and every parameter is drawn at random.
+
+A model whose parameters are on the meta device can be planned for, not run. What the proofs need is its structure,
+so they run on a twin at native width in which each run of equal blocks is a few blocks long.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltm_retrofit.graph.example import Example, run
+from ltm_retrofit.graph.sites import AttentionSite
+from ltm_retrofit.undisturbed import undisturbed
+
+#: blocks that stay of each run of equal ones
+KEPT = 4
+
+
+def is_empty(model: nn.Module) -> bool:
+    """Say whether a model's parameters have no numbers."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def make_twin(
+    model: nn.Module, example: Example, *, shorten: bool, seed: int = 0
+) -> tuple[nn.Module, Example, dict[str, str]]:
+    """Return the twin, its example, and for each block that was cut away the equal one that stands for it."""
+    twin, removed = _shorten(copy.deepcopy(model)) if shorten else (copy.deepcopy(model), dict[str, str]())
+    fill(twin, seed)
+    example = _with_numbers(example, seed)
+    try:
+        with undisturbed(twin), torch.no_grad():
+            run(twin, example)
+    except Exception:  # something counts its blocks: all of them then
+        if not removed:
+            raise
+        twin, removed = copy.deepcopy(model), {}
+        fill(twin, seed)
+    return twin, example, removed
+
+
+def fill(model: nn.Module, seed: int = 0) -> None:
+    """Draw every parameter and every table anew, in place; whole numbers on the meta device become zeros.
+
+    Magnitudes keep activations moderate; nothing is zero, so that no branch is invisible to a proof.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[int, Tensor] = {}
+
+    def draw(tensor: Tensor, positive: bool) -> Tensor:
+        if not tensor.is_floating_point():
+            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        noise = torch.randn(tensor.shape, generator=generator)
+        if tensor.ndim <= 1:
+            return (1 + 0.1 * noise.clamp(-3, 3) if positive else 0.1 * noise).to(tensor.dtype)
+        fan = max(1, tensor[0].numel())
+        return (noise * min(0.08, fan**-0.5)).to(tensor.dtype)
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in drawn:
+                    scale = name == "weight" or "scale" in name or "gamma" in name
+                    value = nn.Parameter(draw(parameter, scale), requires_grad=parameter.requires_grad)
+                    drawn[id(parameter)] = value
+                    drawn[id(value)] = value
+                module._parameters[name] = drawn[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and (buffer.is_meta or name in ("running_mean", "running_var")):
+                module._buffers[name] = draw(buffer, name == "running_var")
+
+
+def _shorten(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+    removed: dict[str, str] = {}
+    for path, container in list(model.named_modules()):
+        if not isinstance(container, (nn.Sequential, nn.ModuleList)) or len(container) <= KEPT:
+            continue
+        seen: dict[Any, list[str]] = {}
+        for place, (name, child) in enumerate(container.named_children()):
+            seen.setdefault(_signature(child, place), []).append(name)
+        for names in seen.values():
+            for name in names[KEPT - 1 : -1]:
+                full = f"{path}.{name}" if path else name
+                removed[full] = f"{path}.{names[KEPT - 2]}" if path else names[KEPT - 2]
+                del container._modules[name]
+        if isinstance(container, nn.ModuleList):  # lists are indexed by position
+            _renumber(container, path, removed)
+    return model, removed
+
+
+def _renumber(container: nn.ModuleList, path: str, removed: dict[str, str]) -> None:
+    """Keep the names of what stays: a list finds its modules by number, so numbers close up."""
+    names = list(container._modules)
+    if [str(i) for i in range(len(names))] == names:
+        return
+    moved = {f"{path}.{name}": f"{path}.{place}" for place, name in enumerate(names)}
+    modules = list(container._modules.values())
+    container._modules.clear()
+    container._modules.update({str(place): module for place, module in enumerate(modules)})
+    for gone, stands in list(removed.items()):
+        removed[gone] = moved.get(stands, stands) if gone.rpartition(".")[0] == path else stands
+    removed.update({old: new for old, new in moved.items() if old != new})
+
+
+def _signature(module: nn.Module, place: int) -> Any:
+    """What makes two blocks equal: classes, shapes and plain settings; a setting equal to its place is its number."""
+    parts: list[Any] = []
+    for name, child in module.named_modules():
+        settings = sorted(
+            (key, value)
+            for key, value in vars(child).items()
+            if isinstance(value, (bool, int, str)) and not key.startswith("_") and (value != place or value is True)
+        )
+        sizes = sorted(
+            (key, value)
+            for key, value in vars(child).items()
+            if isinstance(value, tuple) and all(isinstance(entry, int) for entry in value)
+        )
+        parts.append((name, type(child), tuple(map(repr, settings)), tuple(map(repr, sizes))))
+    shapes = [(name, tuple(t.shape)) for name, t in (*module.named_parameters(), *module.named_buffers())]
+    return tuple(parts), tuple(shapes)
+
+
+def _with_numbers(example: Example, seed: int) -> Example:
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill_in(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_meta:
+            return value
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=generator).to(value.dtype)
+        return torch.ones(value.shape, dtype=value.dtype)
+
+    if isinstance(example, Mapping):
+        return {key: fill_in(value) for key, value in example.items()}
+    return fill_in(example)  # type: ignore[no-any-return]
+
+
+def expand(sites: Sequence[AttentionSite], removed: Mapping[str, str], model: nn.Module) -> list[AttentionSite]:
+    """Give every block of the full model the site of the block that stands for it, in the order of the model."""
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    stands: dict[str, list[str]] = {}
+    for gone, kept in removed.items():
+        stands.setdefault(kept, []).append(gone)
+    full: list[AttentionSite] = []
+    for site in sites:
+        for old, new in _places(site.block, removed, stands):
+            full.append(_renamed(site, old, new))
+    return sorted(full, key=lambda site: order.get(site.block, 0))
+
+
+def _places(block: str, removed: Mapping[str, str], stands: Mapping[str, list[str]]) -> list[tuple[str, str]]:
+    """Return (name in the twin, name in the model) for all that this block stands for."""
+    parts = block.split(".")
+    for count in range(len(parts), 0, -1):
+        own = ".".join(parts[:count])
+        if own in stands:
+            names = list(stands[own])
+            if own not in removed:  # nothing of that name was moved away
+                names.insert(0, own)
+            return [(own, name) for name in names]
+    return [(block, block)]
+
+
+def _renamed(site: AttentionSite, old: str, new: str) -> AttentionSite:
+    if old == new:
+        return site
+
+    def rename(value: Any) -> Any:
+        if isinstance(value, str) and (value == old or value.startswith(old + ".")):
+            return new + value[len(old) :]
+        return tuple(rename(entry) for entry in value) if isinstance(value, tuple) else value
+
+    names = {name: rename(getattr(site, name)) for name in ("block", "attention")}
+    names |= {name: rename(getattr(site, name)) for name in ("chain", "host") if hasattr(site, name)}
+    return dataclasses.replace(site, **names)

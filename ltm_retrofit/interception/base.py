@@ -1,0 +1,41 @@
+"""What every interceptor is: a callable in a module's ``__dict__`` that stands in for its ``forward``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ltm_retrofit.merging.tokens import Step
+
+#: name under which masks are registered, and the plan on the model
+CHILD = "ltm"
+
+
+class Interceptor:
+    """Stands in for one module's ``forward``.
+
+    A plain object in the module's ``__dict__``: it pickles and deep-copies with the module and then belongs to the copy.
+
+    Args:
+        block: the module it belongs to.
+        name: the site it works for.
+    """
+
+    #: told of each step while a trace is on; never pickled, copied or compiled in
+    listener: Callable[[str, Step], None] | None = None
+
+    def __init__(self, block: nn.Module, name: str) -> None:
+        self.block, self.name = block, name
+        self.mode = "merge"  # or "identity" (nothing merged: proof (e)) or "original"
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The host's own, for whoever inspects ``block.forward``."""
+        return inspect.signature(type(self.block).forward.__get__(self.block))
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the host's own forward."""
+        return type(self.block).forward(self.block, *args, **kwargs)

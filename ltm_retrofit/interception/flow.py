@@ -1,0 +1,89 @@
+"""Scope FLOW: a block cut between attention and MLP, with a mask in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ltm_retrofit.errors import CountError
+from ltm_retrofit.graph.cut import gather_rows
+from ltm_retrofit.graph.sites import FlowSite
+from ltm_retrofit.interception.base import CHILD, Interceptor
+from ltm_retrofit.merging.tokens import Carried, carried_by, carry, positions, unmerge_all
+
+
+class BlockForward(Interceptor):
+    """Stands in for one block's ``forward``: head → mask or slice → tail, handing on what the tokens carry.
+
+    Args:
+        block: the block it belongs to.
+        site: what was found of it.
+        expects: whether an earlier site has merged, so that tokens must arrive with their sizes.
+        keep: token count to slice to after the attention, or None.
+        last: whether this is the last block that tokens pass through.
+        unmerge: whether to bring every token back at its end.
+    """
+
+    def __init__(
+        self, block: nn.Module, site: FlowSite, *, expects: bool, keep: int | None, last: bool, unmerge: bool
+    ) -> None:
+        super().__init__(block, site.block)
+        self.signature, self.halves, self.key, self.bias = site.signature, site.halves, site.key, site.bias
+        self.tokens, self.prefix = site.layout.tokens, site.layout.prefix
+        self.expects, self.keep, self.last, self.unmerge = expects, keep, last, unmerge
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block.
+
+        Raises:
+            CountError: where tokens arrive without the sizes that an earlier site gave them.
+            UnsupportedBlock: where it is called with other arguments than in the proven call.
+        """
+        block = self.block
+        if self.mode == "original":
+            return self.original(*args, **kwargs)
+        tokens, followers = self.signature.split(self.name, args, kwargs)
+        if self.mode == "identity":
+            halves = self.halves[block.training, False]
+            return halves.tail(block, halves.head(block, tokens, None, followers)[0])
+        carried = carried_by(tokens)
+        if carried is None:
+            self._check_fresh()
+        elif carried.sizes.shape[1] != tokens.shape[1]:
+            raise CountError(
+                f"block {self.name!r} received {tokens.shape[1]} tokens that carry {carried.sizes.shape[1]} sizes"
+            )
+        bias: Tensor | None = None
+        if carried is not None and self.bias is not None:
+            bias = carried.sizes.log()[:, None, None, :].to(tokens.dtype)
+        if carried is not None and followers:
+            at = positions(carried.steps)
+            whole = carried.steps[0].assignment.count
+            followers = tuple(gather_rows(value, whole, at) for value in followers)
+        halves = self.halves[block.training, bias is not None]
+        stream, inner = halves.head(block, tokens, bias, followers)
+        mask = block._modules.get(CHILD)
+        if mask is not None:
+            sizes = None if carried is None else carried.sizes
+            key = self.key.mean_map(block) if mask.wants_key else None
+            stream, new_sizes, step = mask(inner, stream, sizes, key)
+            carried = Carried(new_sizes, (*(carried.steps if carried else ()), step))
+        if self.keep is not None:
+            stream = stream[:, : self.keep]
+        out = halves.tail(block, stream)
+        if self.last and carried is not None:
+            if self.unmerge:
+                out = unmerge_all(out, carried.steps)
+            carried = carried._replace(sizes=out.new_ones(out.shape[:2]))  # only the trace still looks at it
+        return carry(out, carried)
+
+    def _check_fresh(self) -> None:
+        """Check tokens that carry nothing."""
+        if self.expects:
+            raise CountError(
+                f"block {self.name!r} received tokens without the sizes that earlier merges gave them: something "
+                "between the blocks made a new tensor (reentrant gradient checkpointing, an FSDP wrapper that copies "
+                "inputs, an operation between blocks), or the block was called by itself. Use non-reentrant "
+                "checkpointing (use_reentrant=False), or `with ltm_retrofit.disabled(model):`"
+            )
