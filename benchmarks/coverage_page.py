@@ -68,7 +68,7 @@ def _totals(records: list[Record]) -> dict[str, int]:
 def _page(header: Record, merged: list[Record], enough: float) -> str:
     parts = ["# Which architectures can be converted\n", _intro(header, enough)]
     for group, title in GROUPS.items():
-        parts.append(f"## {title[0].upper()}{title[1:]}\n\n{_table([r for r in merged if r['group'] == group])}")
+        parts.append(f"## {title}\n\n{_table([r for r in merged if r['group'] == group])}")
     parts.append("## Not converted, or not enough\n\n" + _failures(merged))
     parts.append("## Attention left out of models that are converted\n\n" + _left_out(merged))
     return "\n".join(parts)

@@ -14,7 +14,7 @@ from ltm_retrofit.interception.flow import BlockForward
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.plan import MergePlan
 
-__all__ = ["CHILD", "FINETUNED", "GRID_METHODS", "BlockForward", "Refusal", "Retrofit", "forwards_of"]
+__all__ = ["CHILD", "FINETUNED", "GRID_METHODS", "BlockForward", "Refusal", "Retrofit", "forwards_of", "masks_of"]
 
 #: mark that `finetune` leaves on a model, so that no report calls fine-tuned weights the original's
 FINETUNED = "ltm_finetuned"
@@ -69,3 +69,8 @@ def forwards_of(model: nn.Module) -> Iterator[Interceptor]:
         forward = module.__dict__.get("forward")
         if isinstance(forward, Interceptor):
             yield forward
+
+
+def masks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the mask of each site that merges, by the site's name."""
+    return {forward.name: forward.mask for forward in forwards_of(model) if forward.mask is not None}

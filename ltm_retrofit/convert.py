@@ -216,8 +216,11 @@ def _build(
 ) -> tuple[list[Interceptor], dict[nn.Module, nn.Module], Retrofit]:
     """Make every interceptor and mask; touch nothing."""
     device, _ = home(model)
-    if CHILD in model._modules or hasattr(model, CHILD):
-        raise UnsupportedBlock(f"this {type(model).__name__} has an attribute {CHILD!r} of its own, our name for masks")
+    own = [name for name, module in model.named_modules() if hasattr(module, CHILD)]
+    if own:
+        raise UnsupportedBlock(
+            f"{own[0] or type(model).__name__!r} of this model has an attribute {CHILD!r} of its own, our name for masks"
+        )
     rows = {(row.site, row.scope): row for row in plan.rows}
     forwards: list[Interceptor] = []
     masks: dict[nn.Module, nn.Module] = {}
@@ -244,10 +247,10 @@ def _build(
                 forwards.append(LocalForward(model.get_submodule(name), chain, host, first=first, last=last))
             masks[host] = local_mask(model, chain, row, plan)
     for module in (*masks, *(forward.block for forward in forwards)):
-        if hasattr(module, CHILD) or "forward" in module.__dict__:
+        if "forward" in module.__dict__:
             raise UnsupportedBlock(
-                f"a {type(module).__name__} has an attribute {CHILD!r} of its own, our name for its mask, or its forward "
-                "was replaced on the instance"
+                f"the forward of a {type(module).__name__} was replaced on the instance (a hook or a wrapper): remove "
+                "that first"
             )
     readout = None
     if plan.config.method == "ltm" and masks and plan.readouts:
@@ -257,9 +260,7 @@ def _build(
     return forwards, masks, kept.train(model.training)
 
 
-def _install(
-    model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module, nn.Module], kept: Retrofit
-) -> None:
+def _install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module, nn.Module], kept: Retrofit) -> None:
     model._modules[CHILD] = kept
     for name in GRID_METHODS:
         if callable(getattr(model, name, None)):

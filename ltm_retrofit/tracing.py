@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.blocks import CHILD, forwards_of
+from ltm_retrofit.blocks import forwards_of, masks_of
 from ltm_retrofit.convert import get_retrofit
 from ltm_retrofit.errors import DataError, TrainingError
+from ltm_retrofit.interception.flow import BlockForward
+from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging.ib import soft_targets
-from ltm_retrofit.merging.mask import MaskModule
 from ltm_retrofit.merging.tokens import Step, accumulated, carried_by
 
 
@@ -23,23 +24,36 @@ from ltm_retrofit.merging.tokens import Step, accumulated, carried_by
 class MergeTrace:
     """The latest forward pass of a converted model.
 
-    ``sites`` and ``steps`` go together, in depth order (the final slice is no step); ``features`` is what each module
-    of the classifier read, ``(B, D)`` each.
+    ``sites`` and ``steps`` go together, in the plan's order (the final slice is no step); ``features`` is what each
+    module of the classifier read, ``(B, D)`` each.
     """
 
     model: nn.Module
     sites: tuple[str, ...]
-    steps: tuple[Step, ...] = ()
+    scopes: tuple[str, ...]
+    by_site: dict[str, Step] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What each site did; empty before the first forward pass, and while merging is disabled."""
+        found = tuple(self.by_site[site] for site in self.sites if site in self.by_site)
+        return found if len(found) == len(self.sites) else ()
+
     def assignment(self, index: int) -> Tensor:
-        """Return W of all sites up to ``index``, accumulated: ``(B, N, P)``, rows summing to one.
+        """Return where tokens are after site ``index``: ``(B, N, P)``, rows summing to one.
+
+        In scope FLOW W of all FLOW sites so far, accumulated; in GRID this site's own; in LOCAL this site's own, of
+        each cell: ``(B · cells, tokens, kept)``.
 
         Raises:
             TrainingError: where no forward pass was traced yet.
         """
         self._check()
-        return accumulated(self.steps[: index + 1])
+        if self.scopes[index] != "FLOW":
+            return self.steps[index].assignment.dense()
+        flow = [step for step, scope in zip(self.steps[: index + 1], self.scopes, strict=False) if scope == "FLOW"]
+        return accumulated(tuple(flow))
 
     @property
     def feature(self) -> Tensor:
@@ -69,23 +83,35 @@ def trace(model: nn.Module) -> Iterator[MergeTrace]:
         NotRetrofitted: where the model is not converted.
     """
     plan = get_retrofit(model).plan
-    traced = MergeTrace(model, tuple(row.site for row in plan.rows if row.action == "merge"))
-    *_, last = forwards_of(model)
-    handles = [last.block.register_forward_hook(partial(_keep_steps, traced))]
+    rows = [row for row in plan.rows if row.action == "merge"]
+    traced = MergeTrace(model, tuple(row.site for row in rows), tuple(row.scope for row in rows))
+    forwards = list(forwards_of(model))
+    flow = [forward for forward in forwards if isinstance(forward, BlockForward)]
+    names = tuple(row.site for row in rows if row.scope == "FLOW")
+    handles = [forward.block.register_forward_hook(partial(_keep_steps, traced, names)) for forward in flow[-1:]]
     handles += [
         model.get_submodule(name).register_forward_pre_hook(partial(_keep_feature, traced, name))
         for name in plan.readouts
     ]
+    handles.append(model.register_forward_pre_hook(partial(_begin, traced)))
+    for forward in forwards:
+        forward.listener = traced.by_site.__setitem__
     try:
         yield traced
     finally:
         for handle in handles:
             handle.remove()
+        for forward in forwards:
+            forward.__dict__.pop("listener", None)
 
 
-def _keep_steps(traced: MergeTrace, block: nn.Module, args: Any, output: Any) -> None:
+def _begin(traced: MergeTrace, model: nn.Module, args: Any) -> None:
+    traced.by_site.clear()
+
+
+def _keep_steps(traced: MergeTrace, names: tuple[str, ...], block: nn.Module, args: Any, output: Any) -> None:
     carried = carried_by(output) if isinstance(output, Tensor) else None
-    traced.steps = carried.steps if carried is not None else ()
+    traced.by_site.update(zip(names, carried.steps if carried is not None else (), strict=False))
 
 
 def _keep_feature(traced: MergeTrace, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -115,9 +141,10 @@ def bound_loss(traced: MergeTrace, labels: Tensor, *, sites: float = 0.0) -> Ten
     if len(targets) != len(feature):
         raise DataError(f"{len(targets)} labels for {len(feature)} traced images: trace the batch that they belong to")
     loss = kept.readout.bound(feature, targets)
-    masks = [traced.model.get_submodule(f"{name}.{CHILD}" if name else CHILD) for name in traced.sites]
-    for mask, step in zip(masks, traced.steps, strict=True):
-        assert isinstance(mask, MaskModule) and step.descriptor is not None
+    masks = masks_of(traced.model)
+    for name, step in zip(traced.sites, traced.steps, strict=True):
+        mask = masks[name]
+        assert isinstance(mask, LEARNABLE) and step.descriptor is not None
         if sites:
             loss = loss + sites / len(masks) * mask.statistics.bound(step.descriptor, targets)
         if traced.model.training:

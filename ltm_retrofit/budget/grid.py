@@ -65,7 +65,9 @@ class GridBudget:
                 if row.tokens_in != present[0] * present[1]:
                     raise CountError(f"{site.block}: {present[0]}×{present[1]} tokens arrive, not {row.tokens_in}")
                 share = Fraction(row.grid[0], grid[0])
-                total += grid_macs(self.config.method, site.dim, site.key_dim, present, row.grid, self.classes, CLUSTERS)
+                total += grid_macs(
+                    self.config.method, site.dim, site.key_dim, present, row.grid, self.classes, CLUSTERS
+                )
                 present = row.grid
             if present not in site.segment:
                 raise CountError(

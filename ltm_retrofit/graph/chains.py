@@ -55,7 +55,10 @@ def as_tokens(x: Tensor, order: str) -> Tensor:
 
 def from_tokens(x: Tensor, order: str, spatial: tuple[int, ...]) -> Tensor:
     """Invert `as_tokens`; with other counts ``spatial`` is one row of as many tokens as there are."""
-    return x.transpose(1, 2).unflatten(2, spatial) if order == "BCHW" else x.unflatten(1, spatial)
+    rows, _, width = x.shape
+    if order == "BCHW":
+        return x.transpose(1, 2).reshape(rows, width, *spatial)
+    return x.reshape(rows, *spatial, width)
 
 
 def spatial_of(shape: tuple[int, ...], order: str) -> tuple[int, ...]:
@@ -103,9 +106,7 @@ def find_chains(model: nn.Module, example: Example, recording: Recording) -> dic
             ]
             for index, window in enumerate(windows)
         ]
-    return {
-        index: _choose(links[index], recording.attended[index], model) for index in range(len(recording.attended))
-    }
+    return {index: _choose(links[index], recording.attended[index], model) for index in range(len(recording.attended))}
 
 
 def _outermost(events: Iterable[Event], start: int, end: int) -> Iterator[Event]:
@@ -156,9 +157,7 @@ def _prove_pass(
             handle.remove()
 
 
-def _prove_link(
-    module: nn.Module, event: Event, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-) -> Link:
+def _prove_link(module: nn.Module, event: Event, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Link:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if len(tensors) != 1 or not args or args[0] is not tensors[0]:
         raise UnsupportedBlock("takes more than one tensor")

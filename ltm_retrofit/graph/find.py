@@ -21,7 +21,6 @@ from ltm_retrofit.graph.sites import AttentionSite, FlowSite, GridSite, LocalSit
 from ltm_retrofit.graph.twin import expand, is_empty, make_twin
 from ltm_retrofit.undisturbed import undisturbed
 
-
 #: MACs above which the twin of a model without numbers is cut short
 SHORTENED = 12e9
 
@@ -69,7 +68,9 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
         chains = find_chains(model, example, recording)
         total = _total(*full)
         flow = flow_sites(candidates, prefix, recording)
-        ending = find_ending(model, example, recording, candidates, prefix, count_macs_quick(lambda: run(model, example)))
+        ending = find_ending(
+            model, example, recording, candidates, prefix, count_macs_quick(lambda: run(model, example))
+        )
         points: list[MapPoint] = []
         no_grid = ""
         if any(len(event.shape_in) == 4 for event in recording.events):

@@ -97,9 +97,7 @@ def _fill(
     return ""
 
 
-def _points(
-    model: nn.Module, recording: Recording, chains: Mapping[int, Chain | str], level: int
-) -> list[MapPoint]:
+def _points(model: nn.Module, recording: Recording, chains: Mapping[int, Chain | str], level: int) -> list[MapPoint]:
     """Take the module around each attention that keeps its map: the innermost at level 0, else one further out."""
     events: dict[str, list[Event]] = {}
     for event in recording.events:
@@ -190,9 +188,7 @@ def _sliced(model: nn.Module, point: MapPoint, share: Fraction) -> Callable[...,
     return forward
 
 
-def _prove(
-    model: nn.Module, example: Example, point: MapPoint, share: Fraction, shapes: list[torch.Size]
-) -> None:
+def _prove(model: nn.Module, example: Example, point: MapPoint, share: Fraction, shapes: list[torch.Size]) -> None:
     """(c) the rest of the network takes a smaller grid: same output shapes, finite values."""
     with replaced({model.get_submodule(point.name): _sliced(model, point, share)}):
         outputs = tensors_of(run(model, example))

@@ -17,10 +17,12 @@ FEWEST = 4  # tokens that are worth merging
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def local_sites(model: nn.Module, recording: Recording, chains: Mapping[int, Chain | str]) -> dict[int, LocalSite | str]:
+def local_sites(
+    model: nn.Module, recording: Recording, chains: Mapping[int, Chain | str]
+) -> dict[int, LocalSite | str]:
     """Make a site of each chain, by the attention's number; a string says why not."""
-    maps = {shape[2:] for shape in (event.shape_out for event in recording.events) if len(shape) == 4}
-    maps |= {shape[1:3] for shape in (event.shape_out for event in recording.events) if len(shape) == 4}
+    shapes = [event.shape_out for event in recording.events if len(event.shape_out) == 4]
+    maps = {(shape[2], shape[3]) for shape in shapes} | {(shape[1], shape[2]) for shape in shapes}
     found: dict[int, LocalSite | str] = {}
     names: set[str] = set()
     for number, chain in chains.items():
@@ -35,7 +37,7 @@ def local_sites(model: nn.Module, recording: Recording, chains: Mapping[int, Cha
 
 
 def _site(
-    model: nn.Module, recording: Recording, number: int, chain: Chain, maps: set[tuple[int, ...]], taken: set[str]
+    model: nn.Module, recording: Recording, number: int, chain: Chain, maps: set[Grid], taken: set[str]
 ) -> LocalSite | str:
     first, last = chain.links[0], chain.links[-1]
     owner = recording.attended[number].chain[-1]
@@ -46,9 +48,9 @@ def _site(
     lead = trail = 0
     if order == "BNC":
         lead, trail = recording.joined.get(tokens, (0, 0))
-        known = [tuple(grid) for grid in maps if prod(grid) == tokens - lead - trail]
+        known = [grid for grid in maps if prod(grid) == tokens - lead - trail]
         if not known and lead == trail == 0:  # a class token that was taken apart and joined again
-            known = [tuple(grid) for grid in maps if prod(grid) == tokens - 1 and min(grid) > 1]
+            known = [grid for grid in maps if prod(grid) == tokens - 1 and min(grid) > 1]
             lead = int(bool(known))
         side = round((tokens - lead - trail) ** 0.5)
         patches = tokens - lead - trail

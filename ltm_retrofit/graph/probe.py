@@ -17,6 +17,7 @@ from ltm_retrofit.graph.attention import AttentionMode, Found
 from ltm_retrofit.graph.example import Example, floats_of, run
 from ltm_retrofit.undisturbed import undisturbed
 
+
 @dataclass
 class Call:
     """One recorded call of a module that attends somewhere inside."""

@@ -125,9 +125,7 @@ def measure_cost(piece: Piece, call: Call, stream: Tensor) -> Cost:
     if not small:
         raise UnsupportedBlock(f"proof (d): {full} tokens leave nothing to merge")
     try:
-        head = polynomial(
-            lambda x: piece.head(x, followers, torch.arange(x.shape[1], device=x.device), full), tokens
-        )
+        head = polynomial(lambda x: piece.head(x, followers, torch.arange(x.shape[1], device=x.device), full), tokens)
         tail = polynomial(piece.tail, stream)
     except RuntimeError as error:
         raise UnsupportedBlock(f"proof (c): it does not accept fewer tokens: {error}") from error
@@ -298,9 +296,7 @@ def _same_set(plain: Tensor, shuffled: Tensor) -> bool:
     return close(shuffled.sum(1), plain.sum(1)) and close(shuffled.square().sum(1), plain.square().sum(1))
 
 
-def prove_prefix_only(
-    model: nn.Module, example: Example, last: Piece, prefix: int, expected: Any
-) -> int | None:
+def prove_prefix_only(model: nn.Module, example: Example, last: Piece, prefix: int, expected: Any) -> int | None:
     """Prove that the output depends on the last block's prefix tokens only, and does not mind the others gone.
 
     Patch rows are poisoned with NaN (the output must not change a bit), then cut off (it must not change at all but

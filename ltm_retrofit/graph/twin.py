@@ -60,7 +60,7 @@ def fill(model: nn.Module, seed: int = 0) -> None:
         if tensor.ndim <= 1:
             return (1 + 0.1 * noise.clamp(-3, 3) if positive else 0.1 * noise).to(tensor.dtype)
         fan = max(1, tensor[0].numel())
-        return (noise * min(0.08, fan**-0.5)).to(tensor.dtype)
+        return (noise * float(min(0.08, fan**-0.5))).to(tensor.dtype)
 
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -36,6 +36,16 @@ class Interceptor:
         """The host's own, for whoever inspects ``block.forward``."""
         return inspect.signature(type(self.block).forward.__get__(self.block))
 
+    @property
+    def host(self) -> nn.Module:
+        """The module on which the site's mask is registered."""
+        return self.block
+
+    @property
+    def mask(self) -> nn.Module | None:
+        """The site's mask; None where the site only slices or hands on."""
+        return self.host._modules.get(CHILD)
+
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host's own forward."""
         return type(self.block).forward(self.block, *args, **kwargs)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.graph.cut import gather_rows
 from ltm_retrofit.graph.sites import FlowSite
-from ltm_retrofit.interception.base import CHILD, Interceptor
+from ltm_retrofit.interception.base import Interceptor
 from ltm_retrofit.merging.tokens import Carried, carried_by, carry, positions, unmerge_all
 
 
@@ -59,11 +59,11 @@ class BlockForward(Interceptor):
             bias = carried.sizes.log()[:, None, None, :].to(tokens.dtype)
         if carried is not None and followers:
             at = positions(carried.steps)
-            whole = carried.steps[0].assignment.count
+            whole = carried.steps[0].assignment.whole
             followers = tuple(gather_rows(value, whole, at) for value in followers)
         halves = self.halves[block.training, bias is not None]
         stream, inner = halves.head(block, tokens, bias, followers)
-        mask = block._modules.get(CHILD)
+        mask = self.mask
         if mask is not None:
             sizes = None if carried is None else carried.sizes
             key = self.key.mean_map(block) if mask.wants_key else None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.graph.chains import as_tokens, from_tokens, spatial_of
 from ltm_retrofit.graph.sites import GridSite
-from ltm_retrofit.interception.base import CHILD, Interceptor
+from ltm_retrofit.interception.base import Interceptor
 
 
 class GridForward(Interceptor):
@@ -34,7 +34,7 @@ class GridForward(Interceptor):
     def merge(self, x: Tensor) -> Tensor:
         """Merge a map into a smaller one."""
         rows, columns = spatial_of(tuple(x.shape), self.order)
-        mask = self.block._modules[CHILD]
+        mask = self.mask
         assert mask is not None
         merged, grid, step = mask(as_tokens(x, self.order), (rows, columns))
         if self.listener is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ltm_retrofit.graph.chains import as_tokens, from_tokens, spatial_of
 from ltm_retrofit.graph.local import choose_cell
 from ltm_retrofit.graph.sites import LocalSite
-from ltm_retrofit.interception.base import CHILD, Interceptor
+from ltm_retrofit.interception.base import Interceptor
 from ltm_retrofit.merging.tokens import Assignment, DenseAssignment, GridAssignment
 
 Grid = tuple[int, int]
@@ -29,14 +29,20 @@ class Cells:
         """Return the number of cells of one sequence."""
         return self.patches // (self.cell[0] * self.cell[1])
 
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take leading tokens, those that are in cells, and the rest apart."""
+        stop = x.shape[1] - self.rest
+        return x[:, : self.lead], x[:, self.lead : stop], x[:, stop:]
+
     def apart(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take leading tokens, cells and the rest apart."""
-        lead, middle, rest = x.split([self.lead, x.shape[1] - self.lead - self.rest, self.rest], dim=1)
+        lead, middle, rest = self.ends(x)
         (rows, columns), (h, w) = self.grid, self.cell
         if h == 1 and (columns % w or rows * columns != middle.shape[1]):
             cells = middle.reshape(-1, w, x.shape[-1])
         else:
-            cells = middle.unflatten(1, (rows // h, h, columns // w, w)).transpose(2, 3).reshape(-1, h * w, x.shape[-1])
+            tiles = middle.reshape(x.shape[0], rows // h, h, columns // w, w, x.shape[-1])
+            cells = tiles.transpose(2, 3).reshape(-1, h * w, x.shape[-1])
         return lead, cells, rest
 
     def together(self, lead: Tensor, cells: Tensor, rest: Tensor) -> Tensor:
@@ -73,8 +79,13 @@ class LocalForward(Interceptor):
 
     def __init__(self, block: nn.Module, site: LocalSite, host: nn.Module, *, first: bool, last: bool) -> None:
         super().__init__(block, site.block)
-        self.host, self.first, self.last = host, first, last
+        self.keeper, self.first, self.last = host, first, last
         self.order, self.layout, self.cell, self.dim = site.layout.order, site.layout, site.cell, site.dim
+
+    @property
+    def host(self) -> nn.Module:
+        """The first module of the chain, or one in it where that is a container."""
+        return self.keeper
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the module on merged tokens."""
@@ -114,7 +125,7 @@ class LocalForward(Interceptor):
         if cells.per_row < 1 or cells.cell[0] * cells.cell[1] < 2:
             return x, None
         lead, middle, rest = cells.apart(tokens)
-        mask = self.host._modules[CHILD]
+        mask = self.mask
         assert mask is not None
         groups = cells.per_row * self.layout.rows
         groups = groups if middle.shape[0] % groups == 0 else 1
@@ -130,9 +141,6 @@ class LocalForward(Interceptor):
         """Give every token its group's result."""
         tokens = as_tokens(out, self.order)
         cells = opened.cells
-        lead, middle, rest = tokens.split(
-            [cells.lead, tokens.shape[1] - cells.lead - cells.rest, cells.rest], dim=1
-        )
+        lead, middle, rest = cells.ends(tokens)
         middle = opened.assignment.unmerge(middle.reshape(-1, middle.shape[1] // cells.per_row, middle.shape[2]))
         return from_tokens(cells.together(lead, middle, rest), self.order, opened.shape)
-

@@ -16,6 +16,7 @@ from ltm_retrofit.merging.mask import MaskModule
 from ltm_retrofit.plan import MergePlan
 
 MASKS = (MaskModule, ToMeMask, PoolMask, SliceMask, PoolGrid)
+LEARNABLE = (MaskModule, GridMask)
 
 
 def flow_mask(block: nn.Module, site: FlowSite, row: Row, plan: MergePlan) -> nn.Module:

@@ -125,5 +125,7 @@ def _pooling(tokens_in: int, tokens_out: int, prefix: int) -> Tensor:
     """Return W ``(N, P)`` of average pooling: rows sum to one, prefix tokens stay."""
     index, share = overlaps(tokens_in - prefix, tokens_out - prefix)
     patches = torch.zeros(tokens_out - prefix, tokens_in - prefix, dtype=share.dtype).scatter_add(1, index, share).T
-    matrix = torch.block_diag(torch.eye(prefix, dtype=share.dtype), patches / patches.sum(dim=1, keepdim=True))
-    return matrix.float()
+    matrix = torch.zeros(tokens_in, tokens_out)
+    matrix[:prefix, :prefix] = torch.eye(prefix)
+    matrix[prefix:, prefix:] = patches / patches.sum(dim=1, keepdim=True)
+    return matrix

@@ -87,7 +87,7 @@ class CropGrid(PoolGrid):
     def forward(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Grid, Step]:
         """Crop ``(B, H·W, D)`` tokens that lie row by row on ``grid``."""
         index, share, kept = self.boxes(tokens, grid)
-        cropped = tokens.unflatten(1, grid)[:, : kept[0], : kept[1]].flatten(1, 2)
+        cropped = tokens.view(len(tokens), *grid, self.dim)[:, : kept[0], : kept[1]].flatten(1, 2)
         return cropped, kept, Step(GridAssignment(index, share.expand(len(tokens), -1, -1), tokens.shape[1]), None)
 
 

@@ -269,7 +269,7 @@ class MaskModule(SimilarityMask):
             descriptors.append(total - (scaled * mean).sum(dim=1, keepdim=True))
             halves.append((half, mean, inverse))
         descriptor = (descriptors[0] + descriptors[1]) / remain
-        descriptor = descriptor.unflatten(0, (-1, groups)).mean(dim=1) if groups > 1 else descriptor
+        descriptor = descriptor.view(-1, groups, self.dim).mean(dim=1) if groups > 1 else descriptor
         gradient = self.statistics.step_direction(descriptor).to(descriptor.dtype)
         gradient = gradient.repeat_interleave(groups, dim=0) if groups > 1 else gradient
         lean = gradient.sum(dim=-1, keepdim=True)

@@ -26,8 +26,8 @@ class Assignment(NamedTuple):
     weights: Tensor  # (B, N − P, destinations)
 
     @property
-    def count(self) -> int:
-        """N."""
+    def whole(self) -> int:
+        """N, how many tokens went in."""
         return self.kept.shape[1] + self.merged.shape[1]
 
     def unmerge(self, tokens: Tensor) -> Tensor:
@@ -51,8 +51,8 @@ class DenseAssignment(NamedTuple):
     matrix: Tensor  # (N, P), rows summing to one
 
     @property
-    def count(self) -> int:
-        """N."""
+    def whole(self) -> int:
+        """N, how many tokens went in."""
         return self.matrix.shape[0]
 
     def unmerge(self, tokens: Tensor) -> Tensor:
@@ -65,19 +65,19 @@ class DenseAssignment(NamedTuple):
 
 
 class GridAssignment(NamedTuple):
-    """The few entries of a mask on a grid: output token p gathers ``index[p]`` of N tokens with weights ``mask[b, p]``.
+    """The few entries of a mask on a grid: output token p gathers ``near[p]`` of N tokens with weights ``mask[b, p]``.
 
     W is that mask with its rows scaled to one.
     """
 
-    index: Tensor  # (P, k) int64
+    near: Tensor  # (P, k) int64
     mask: Tensor  # (B, P, k)
-    count: int  # N
+    whole: int  # N
 
     def dense(self) -> Tensor:
         """Return W as a dense ``(B, N, P)`` matrix."""
-        matrix = self.mask.new_zeros(len(self.mask), len(self.index), self.count)
-        matrix = matrix.scatter_add(2, self.index.expand(len(self.mask), -1, -1), self.mask).transpose(1, 2)
+        matrix = self.mask.new_zeros(len(self.mask), len(self.near), self.whole)
+        matrix = matrix.scatter_add(2, self.near.expand(len(self.mask), -1, -1), self.mask).transpose(1, 2)
         return matrix / matrix.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
     def unmerge(self, tokens: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class GridAssignment(NamedTuple):
     @property
     def kept(self) -> Tensor:
         """The input position ``(B, P)`` that weighs most in each output token."""
-        return self.index.expand(len(self.mask), -1, -1).gather(2, self.mask.argmax(-1, keepdim=True)).squeeze(2)
+        return self.near.expand(len(self.mask), -1, -1).gather(2, self.mask.argmax(-1, keepdim=True)).squeeze(2)
 
 
 class Step(NamedTuple):

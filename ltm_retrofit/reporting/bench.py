@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.blocks import CHILD
+from ltm_retrofit.blocks import masks_of
 from ltm_retrofit.convert import disabled, is_retrofitted
 from ltm_retrofit.graph.example import Example, home, run
 from ltm_retrofit.undisturbed import undisturbed
@@ -83,11 +83,9 @@ def _merging_share(model: nn.Module, example: Example, rounds: int) -> float:
     def end(*_: Any) -> None:
         spent[0] += time.perf_counter() - started[0]
 
-    masks = [block._modules[CHILD] for block in model.modules() if CHILD in block._modules and block is not model]
     handles = [
         handle
-        for mask in masks
-        if mask is not None
+        for mask in masks_of(model).values()
         for handle in (mask.register_forward_pre_hook(begin), mask.register_forward_hook(end))
     ]
     try:

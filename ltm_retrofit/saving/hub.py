@@ -114,7 +114,7 @@ def from_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
         )
     state = _read_weights(folder, config["sha256"])
     model = rebuild_base(config["base"]) if base is None else base
-    own = {key: value for key, value in state.items() if not is_ours(key, plan)}
+    own = {key: value for key, value in state.items() if not is_ours(key)}
     if differences := differing(own, model.state_dict()):
         more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
         raise BaseMismatch(

@@ -20,6 +20,8 @@ from ltm_retrofit.blocks import CHILD, FINETUNED
 from ltm_retrofit.convert import get_retrofit, is_retrofitted, mark_finetuned
 from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.graph.example import home, logits_of, run
+from ltm_retrofit.interception.masks import LEARNABLE
+from ltm_retrofit.merging.grid import GridMask
 from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.merging.mask import MaskModule
 from ltm_retrofit.merging.statistics import Statistics
@@ -206,10 +208,11 @@ class _Run:
         return {
             name.removesuffix(CHILD).rstrip("."): {
                 "eta": module.eta.item(),
-                "temperature": math.exp(-module.log_scale.item()),
+                **({"temperature": math.exp(-module.log_scale.item())} if isinstance(module, MaskModule) else {}),
+                **({"alpha": module.alpha.item()} if isinstance(module, GridMask) else {}),
             }
             for name, module in self.model.named_modules()
-            if isinstance(module, MaskModule)
+            if isinstance(module, LEARNABLE)
         }
 
 
@@ -220,7 +223,7 @@ def _kept_state(model: nn.Module, train: str) -> Iterator[None]:
     flags = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     if train == "masks":
-        masks = {p for module in model.modules() if isinstance(module, MaskModule) for p in module.parameters()}
+        masks = {p for module in model.modules() if isinstance(module, LEARNABLE) for p in module.parameters()}
         if not masks:
             raise TrainingError("train='masks' finds no mask: convert the model with method='ltm' first")
         for parameter in wanted:

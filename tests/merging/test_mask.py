@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.merging.baselines import SliceMask, ToMeMask
 from ltm_retrofit.merging.ib import soft_targets
-from ltm_retrofit.merging.mask import MaskModule, Merged, merge_macs, partition, unmerge_macs
+from ltm_retrofit.merging.mask import MaskModule, Merged, merge_macs, partition, split, unmerge_macs
 from ltm_retrofit.merging.tokens import Assignment, Carried, accumulated, carried_by, carry, unmerge_all
 
 torch.set_num_threads(1)
@@ -221,12 +221,12 @@ def test_epsilon_is_the_standardised_step_down_the_bound(n, p, prefix):
     mask, tokens, sizes, merged = run_soft(n, p, prefix, fit=True, eta=0.7)
     with torch.no_grad():
         want = naive(mask, tokens, sizes, merged.step.assignment.dense())
-        source, destination = mask.split(tokens[:, prefix:])
+        source, destination = split(tokens[:, prefix:], mask.counts(tokens))
         places = torch.arange(n).expand(BATCH, n)[:, prefix:]
         share = uniform_share(sizes, merged.step.assignment.dense())[:, prefix:]
-        shares = mask.split(share)
+        shares = split(share, mask.counts(tokens))
         _, of_sources, of_destinations = mask.descend(source, destination, *shares)
-        positions = torch.cat(mask.split(places), dim=1)
+        positions = torch.cat(split(places, mask.counts(tokens)), dim=1)
     torch.testing.assert_close(
         torch.cat([of_sources, of_destinations], dim=1), want["epsilon"].gather(1, positions), rtol=1e-5, atol=1e-5
     )
