@@ -43,7 +43,7 @@ def test_the_halves_are_the_block_bit_for_bit(found, training):
         block, x = model.get_submodule(site.block), tokens_of(site)
         halves = site.halves[training, False]
         torch.manual_seed(0)
-        stream, _ = halves.head(block, x, None)
+        stream, _ = halves.head(block, x, None, ())
         ours = halves.tail(block, stream)
         torch.manual_seed(0)
         assert torch.equal(ours, whole(site, block, x))
@@ -61,7 +61,7 @@ def test_in_training_mode_dropout_and_drop_path_draw_the_same_numbers(build):
         block, x = model.get_submodule(site.block), tokens_of(site, 8)
         halves = site.halves[True, False]
         torch.manual_seed(0)
-        ours = halves.tail(block, halves.head(block, x, None)[0])
+        ours = halves.tail(block, halves.head(block, x, None, ())[0])
         torch.manual_seed(0)
         theirs = block(x)
         assert torch.equal(ours, theirs)
@@ -89,7 +89,7 @@ def test_halves_look_everything_up_on_the_block_they_are_given(found):
             parameter.mul_(1.5)
         x = tokens_of(site)
         halves = site.halves[False, False]
-        assert torch.equal(halves.tail(other, halves.head(other, x, None)[0]), whole(site, other, x))
+        assert torch.equal(halves.tail(other, halves.head(other, x, None, ())[0]), whole(site, other, x))
 
 
 def test_halves_pickle_and_copy(found):
@@ -101,8 +101,8 @@ def test_halves_pickle_and_copy(found):
     with torch.no_grad():
         for key, halves in site.halves.items():
             bias = torch.zeros(1, 1, 1, x.shape[1]) if key[1] else None
-            ours = [half for half in halves.head(block, x, bias)]
-            theirs = again[key].head(block, x, bias)
+            ours = [half for half in halves.head(block, x, bias, ())]
+            theirs = again[key].head(block, x, bias, ())
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
             assert torch.equal(halves.tail(block, ours[0]), again[key].tail(block, ours[0]))
 
@@ -174,6 +174,8 @@ def test_a_signature_remembers_defaults_and_recorded_values():
     x = torch.zeros(1, 3, 4)
     signature = Signature.of(Takes(), "b", (x,), {"flag": True})
     assert signature.tokens == "x" and dict(signature.others) == {"flag": True, "table": None}
-    assert signature.split("b", (x, True), {}) is x and signature.split("b", (), {"x": x}) is x
+    for args, kwargs in (((x, True), {}), ((), {"x": x})):
+        tokens, followers = signature.split("b", args, kwargs)
+        assert tokens is x and followers == ()
     with pytest.raises(UnsupportedBlock, match="flag=False; the cut was proven for flag=True"):
         signature.split("b", (x, False), {})

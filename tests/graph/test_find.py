@@ -155,7 +155,7 @@ def test_h_is_the_attentions_own_input(found, images):
     with torch.no_grad():
         model(images)
         tokens, given = seen
-        _, inner = site.halves[False, False].head(block, tokens, None)
+        _, inner = site.halves[False, False].head(block, tokens, None, ())
     for handle in handles:
         handle.remove()
     assert torch.equal(inner, given)
@@ -171,8 +171,8 @@ def test_the_bias_argument_is_proportional_attention(found, training):
     repeated = tokens.repeat_interleave(sizes, dim=1)
     first = sizes.cumsum(0) - sizes
     with torch.no_grad():
-        expected, _ = site.halves[training, False].head(block, repeated, None)
-        got, _ = site.halves[training, True].head(block, tokens, sizes.float().log()[None, None, None])
+        expected, _ = site.halves[training, False].head(block, repeated, None, ())
+        got, _ = site.halves[training, True].head(block, tokens, sizes.float().log()[None, None, None], ())
     torch.testing.assert_close(got, expected[:, first], rtol=1e-4, atol=1e-5)
 
 
@@ -373,76 +373,106 @@ def test_a_hand_written_model_converts_and_restores():
         pytest.param("branches", "cannot be traced", id="untraceable"),
     ],
 )
-def test_what_cannot_be_cut_is_left_out_with_its_reason(kind, reason):
+def test_what_cannot_be_cut_is_local_at_most_and_says_why(kind, reason):
     model = forest("plain", kind, "plain", pool=True)
     before = snapshot(model)
     sites = ltm.find_sites(model, EXAMPLE)
     assert snapshot(model) == before
-    assert "pack.1" not in [site.block for site in sites]
-    text = "; ".join(value for key, value in sites.excluded.items() if key.startswith("pack.1"))
+    assert "pack.1" not in [site.block for site in sites.flow]
+    assert [(site.block, site.scope) for site in sites][:2] == [("pack.0", Scope.LOCAL), ("pack.1", Scope.LOCAL)]
+    assert sites.excluded == {} and sites.attentions == 3
+    text = "; ".join(value for key, value in sites.narrowed.items() if key.startswith("pack.1"))
     assert re.search(reason, text), text
 
 
 @pytest.mark.parametrize("pool", [False, True], ids=["class-token-head", "mean-head"])
 def test_tokens_are_never_merged_before_an_attention_that_is_left_out(pool):
     sites = ltm.find_sites(forest("plain", "conv", "plain", "plain", pool=pool), EXAMPLE)
-    assert not {"pack.0", "pack.1"} & {site.block for site in sites}
-    assert any(key.startswith("pack.0") for key in sites.excluded)
+    assert not {"pack.0", "pack.1"} & {site.block for site in sites.flow}
+    assert any(key.startswith("pack.0") for key in sites.narrowed)
 
 
 def test_blocks_after_one_that_is_left_out_can_still_merge_with_the_class_token_in_place():
     sites = ltm.find_sites(forest("plain", "conv", "plain", "plain"), EXAMPLE)
-    assert [(site.block, site.layout.prefix) for site in sites] == [("pack.2", 1), ("pack.3", 1)]
+    assert [(site.block, site.layout.prefix) for site in sites.flow] == [("pack.2", 1), ("pack.3", 1)]
 
 
 def test_tokens_may_merge_after_the_last_attention_that_minds_positions_but_not_before():
     sites = ltm.find_sites(forest("plain", "rope", "plain", pool=True), EXAMPLE)
-    assert [site.block for site in sites] == ["pack.1", "pack.2"]  # rope acts in pack.1's head, before its mask
-    assert "proof (c)" in sites.excluded["pack.0"] and "Wolf" in sites.excluded["pack.0"]
+    assert [site.block for site in sites.flow] == ["pack.1", "pack.2"]  # rope acts in pack.1's head, before its mask
+    assert "proof (c)" in sites.narrowed["pack.0"] and "Wolf" in sites.narrowed["pack.0"]
 
 
 def test_rotary_positions_in_every_block_leave_at_most_the_last():
     sites = ltm.find_sites(forest(*["rope"] * 3), EXAMPLE)
-    assert [site.block for site in sites] in ([], ["pack.2"])
-    assert all("proof (c)" in sites.excluded[name] for name in ("pack.0", "pack.1"))
+    assert [site.block for site in sites.flow] in ([], ["pack.2"])
+    assert all("proof (c)" in sites.narrowed[name] for name in ("pack.0", "pack.1"))
 
 
 def test_where_no_block_can_be_cut_the_plan_names_the_reasons():
     sites = ltm.find_sites(forest(*["parallel"] * 2), EXAMPLE)
-    assert len(sites) == 0 and len(sites.excluded) == 2
-    with pytest.raises(UnsupportedBlock, match="tail reads the block's input"):
+    assert {site.scope for site in sites} == {Scope.LOCAL} and len(sites.narrowed) == 2
+    with pytest.raises(UnsupportedBlock, match=r"scopes that are: LOCAL.* tail reads the block's input"):
+        ltm.make_plan(sites, ltm.LTMConfig(flops=0.9, scope="FLOW"))
+    assert {row.scope for row in ltm.make_plan(sites, ltm.LTMConfig(flops=0.9)).rows} == {"LOCAL"}
+
+
+def test_where_nothing_can_be_merged_the_plan_names_the_reasons():
+    """Attention without an MLP behind it: there is nothing to save on in any scope."""
+    model = forest("plain", "plain")
+    for wolf in model.pack:
+        wolf.tail = nn.Identity()
+    sites = ltm.find_sites(model, EXAMPLE)
+    assert len(sites) == 0 and len(sites.excluded) == 2 and all(sites.excluded.values())
+    with pytest.raises(UnsupportedBlock, match=r"no block of this model can be cut: pack\.0\.eye: "):
         ltm.make_plan(sites, ltm.LTMConfig(flops=0.7))
 
 
-def test_trailing_prefix_tokens_are_refused_by_reason():
+def test_trailing_prefix_tokens_keep_merging_local_and_stay_out_of_it():
     sites = ltm.find_sites(forest("plain", "plain", reverse=True), EXAMPLE)
-    assert len(sites) == 0
-    assert all("do not lead" in reason for reason in sites.excluded.values())
+    assert sites.flow == () and len(sites) == len(sites.narrowed) == 2
+    assert all("do not lead" in reason for reason in sites.narrowed.values())
+    for site in sites:
+        assert site.scope is Scope.LOCAL and (site.layout.prefix, site.layout.trail) == (0, 1)
 
 
 @pytest.mark.parametrize(
-    "name, options",
+    "name, options, scopes",
     [
         pytest.param(
             "swin_tiny_patch4_window7_224",
             {"img_size": 32, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 2)},
+            {"LOCAL"},
             id="swin",
         ),
-        pytest.param("mobilevitv2_050", {"img_size": 64}, id="mobilevitv2"),
+        pytest.param("mobilevitv2_050", {}, {"GRID", "LOCAL"}, id="mobilevitv2"),
         pytest.param(
             "eva02_tiny_patch14_224",
             {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3},
+            {"FLOW", "LOCAL"},
             id="eva02-rope",
         ),
     ],
 )
-def test_unsupported_architectures_are_refused_by_name_not_by_a_crash(name, options):
-    if name.startswith("mobilevit"):
-        options = {}
+def test_other_architectures_convert_in_their_scopes_and_are_refused_by_name_in_others(name, options, scopes):
     model = timm.create_model(name, num_classes=7, **options).eval()
     example = torch.randn(1, 3, options.get("img_size", 64), options.get("img_size", 64))
+    with torch.no_grad():
+        expected = model(example)
     before = snapshot(model)
-    with pytest.raises((UnsupportedBlock, NoAttentionError)) as error:
-        ltm.retrofit(model, ltm.LTMConfig(flops=0.7), example)
-    assert snapshot(model) == before
-    assert len(str(error.value)) > 40 and any(kind.__name__ in str(error.value) for kind in map(type, model.modules()))
+    for scope in ("FLOW", "GRID", "LOCAL"):
+        config = ltm.LTMConfig(flops=0.9, scope=scope)
+        if scope in scopes:
+            with torch.no_grad():
+                assert ltm.retrofit(model, config, example)(example).shape == expected.shape
+            assert {row.scope for row in ltm.get_plan(model).rows} == {scope}
+            ltm.restore(model)
+        else:
+            with pytest.raises(UnsupportedBlock) as error:
+                ltm.retrofit(model, config, example)
+            named = [kind.__name__ for kind in map(type, model.modules())]
+            if scope == "FLOW":  # where no map of tokens is in the model, GRID has nothing to name
+                assert len(str(error.value)) > 40 and any(name in str(error.value) for name in named)
+        assert snapshot(model) == before
+    with torch.no_grad():
+        assert torch.equal(model(example), expected)

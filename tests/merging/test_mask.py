@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ltm_retrofit.errors import CountError
-from ltm_retrofit.merging.baselines import SliceMask, ToMeMask
+from ltm_retrofit.merging.baselines import PoolMask, SliceMask, ToMeMask
 from ltm_retrofit.merging.ib import soft_targets
-from ltm_retrofit.merging.mask import MaskModule, Merged, merge_macs, partition, split, unmerge_macs
+from ltm_retrofit.merging.mask import MaskModule, Merged, kept_at, merge_macs, partition, split, unmerge_macs
 from ltm_retrofit.merging.tokens import Assignment, Carried, accumulated, carried_by, carry, unmerge_all
 
 torch.set_num_threads(1)
@@ -225,7 +225,7 @@ def test_epsilon_is_the_standardised_step_down_the_bound(n, p, prefix):
         places = torch.arange(n).expand(BATCH, n)[:, prefix:]
         share = uniform_share(sizes, merged.step.assignment.dense())[:, prefix:]
         shares = split(share, mask.counts(tokens))
-        _, of_sources, of_destinations = mask.descend(source, destination, *shares)
+        _, of_sources, of_destinations = mask.descend(source, destination, *shares, p - prefix, 1)
         positions = torch.cat(split(places, mask.counts(tokens)), dim=1)
     torch.testing.assert_close(
         torch.cat([of_sources, of_destinations], dim=1), want["epsilon"].gather(1, positions), rtol=1e-5, atol=1e-5
@@ -454,14 +454,33 @@ def test_impossible_counts_are_refused_with_the_range(n, p, prefix, make):
         make(DIM, n, p, prefix)
 
 
-@pytest.mark.parametrize("kind", ["ltm", "tome", "slice"])
-def test_another_count_than_planned_is_refused(kind):
-    mask = soft(17, 12, 1)
-    key = (mask.key.weight.detach(), mask.key.bias.detach())
-    mask = {"ltm": mask, "tome": ToMeMask(DIM, 17, 12, 1), "slice": SliceMask(17, 12)}[kind]
-    inner, tokens, _ = double_inputs(16, DIM, 0, False)
-    with pytest.raises(CountError, match="planned for 17 tokens and received 16"):
-        mask(inner, tokens, None, key)
+@pytest.mark.parametrize("kind", ["ltm", "tome", "pool", "slice"])
+@pytest.mark.parametrize("count", [16, 17, 18, 33, 65])
+def test_another_count_than_planned_keeps_the_same_share(kind, count):
+    """At another size a mask does what one that was planned for that size would do."""
+    given_mask = soft(17, 12, 1)
+    key = (given_mask.key.weight.detach(), given_mask.key.bias.detach())
+    kept = round(count * 12 / 17) if kind == "slice" else 1 + round((count - 1) * 11 / 16)
+    assert kept_at(count, 17, 12, 0 if kind == "slice" else 1) == kept and (count != 17 or kept == 12)
+    make = {
+        "ltm": lambda n, p: soft(n, p, 1),
+        "tome": lambda n, p: ToMeMask(DIM, n, p, 1),
+        "pool": lambda n, p: PoolMask(n, p, 1),
+        "slice": SliceMask,
+    }[kind]
+    inner, tokens, _ = double_inputs(count, DIM, 0, False)
+    one, other = (mask(inner, tokens, None, key) for mask in (make(17, 12), make(count, kept)))
+    assert one.tokens.shape == (BATCH, kept, DIM)
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.sizes, other.sizes)
+    assert torch.equal(one.step.assignment.dense(), other.step.assignment.dense())
+
+
+@pytest.mark.parametrize("make", [ToMeMask, lambda *a: MaskModule(a[0], KEY, *a[1:], CLASSES)], ids=["tome", "ltm"])
+def test_prefix_tokens_alone_are_refused(make):
+    mask = make(DIM, 17, 12, 1)
+    inner, tokens, _ = double_inputs(1, DIM, 0, False)
+    with pytest.raises(CountError):
+        mask(inner, tokens, None, (torch.zeros(KEY, DIM).double(), None))
 
 
 def test_a_slice_keeps_the_first_tokens_and_gives_the_lost_ones_the_last():
