@@ -48,8 +48,8 @@ def test_a_mixing_tail_is_seen_in_every_precision(build, dtype) -> None:
     for index, block in enumerate(model.blocks):
         model.blocks[index] = MixingTail(block)
     sites = ltm.find_sites(model.eval().to(dtype))
-    assert len(sites) == 0
-    assert all("proof (b)" in reason for reason in sites.excluded.values())
+    assert sites.flow == () and len(sites.narrowed) == 6
+    assert all("proof (b)" in reason for reason in sites.narrowed.values())
 
 
 def test_a_block_with_a_forward_of_its_own_is_left_alone(build, images) -> None:
@@ -59,7 +59,7 @@ def test_a_block_with_a_forward_of_its_own_is_left_alone(build, images) -> None:
     block.forward = own = lambda x, attn_mask=None: inner(x) + 1
     expected = model(images)
     sites = ltm.find_sites(model)
-    assert "blocks.3" not in [site.block for site in sites] and "instance" in " ".join(sites.excluded.values())
+    assert "blocks.3" not in [site.block for site in sites.flow] and "instance" in " ".join(sites.narrowed.values())
     ltm.restore(ltm.retrofit(model, ltm.LTMConfig(flops=0.8)))
     assert block.forward is own and torch.equal(model(images), expected)
 
