@@ -18,11 +18,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from ltm_retrofit.blocks import forwards_of
 from ltm_retrofit.convert import get_plan
-from ltm_retrofit.errors import CountError, DataError, ExampleError
+from ltm_retrofit.errors import DataError, ExampleError
 from ltm_retrofit.graph.example import home, run
-from ltm_retrofit.merging.tokens import Step, accumulated
+from ltm_retrofit.reporting.groups import FEW, Panel, panels_of, patches_before
 from ltm_retrofit.tracing import trace
 from ltm_retrofit.tuning.data import Preprocessing, make_transform, preprocessing_of
 from ltm_retrofit.undisturbed import undisturbed
@@ -43,8 +42,9 @@ class MergeFigure(Figure):
 def show_merges(model: nn.Module, image: Image.Image | Tensor, *, index: int = 0) -> Figure:
     """Draw which patches became one token, at each merging site, over the image.
 
-    Each group of patches has one colour and one number, the same in every panel; single patches stay as they are. The
-    model is run once in eval mode and left as it was.
+    Each group of patches has one colour and one number, the same in every panel of scope FLOW; single patches stay as
+    they are. Of more than six sites in scope LOCAL six are drawn. The model is run once in eval mode, and
+    left as it was.
 
     Args:
         model: a converted model.
@@ -66,93 +66,25 @@ def show_merges(model: nn.Module, image: Image.Image | Tensor, *, index: int = 0
     pixels = _pixels(image, index, shape[1:], wanted).to(*home(model))
     with undisturbed(model), torch.no_grad(), trace(model) as traced:
         run(model, {name: pixels} if name else pixels)
-    rows = [row for row in plan.rows if row.action == "merge"]
-    if len(traced.steps) != len(rows):
-        raise CountError(
-            f"the plan merges at {len(rows)} sites and {len(traced.steps)} did: merging is disabled at the moment. "
-            "Call show_merges outside `with ltm_retrofit.disabled(model):`"
-        )
     shown = _shown(pixels[0], wanted)
-    prefix = next(forwards_of(model)).prefix
-    patches = (plan.rows[0].tokens_in if plan.rows else prefix) - prefix
-    grid = patch_grid(patches, *shown.shape[:2])
+    panels = panels_of(model, traced, *shown.shape[:2])
+    patches, prefix = patches_before(model)
+
+    figure, axes = _panels(len(panels) + 1)
+    _draw_image(axes[0], shown, panels[0].groups.shape if panels else (1, 1))
+    count = f" · {patches} patches" + (f" + {prefix} prefix" if prefix else "") if patches else ""
+    axes[0].set_title("input" + count)
     dropping = plan.config.method == "slice"
-    groups = [groups_of(traced.steps[: site + 1], prefix) for site in range(len(rows))]
-    kept = [survivors(traced.steps[: site + 1], prefix) for site in range(len(rows))]
-    names = [] if dropping else names_of(groups)
-
-    figure, axes = _panels(len(rows) + 1)
-    _draw_image(axes[0], shown, grid)
-    axes[0].set_title(f"input · {patches} patches" + (f" + {prefix} prefix" if prefix else ""))
-    for ax, row, labels, alive in zip(axes[1:], rows, groups, kept, strict=True):
-        _draw_image(ax, shown, grid)
-        ax.set_title(f"{row.site} · {row.tokens_in} → {row.tokens_out} tokens")
+    for ax, panel in zip(axes[1:], panels, strict=True):
+        _draw_image(ax, shown if panel.placed else np.full_like(shown, 0.75), panel.groups.shape)
+        ax.set_title(panel.title, fontsize=min(11.0, 11 * 40 / max(map(len, panel.title.split("\n")))))
         if dropping:
-            _draw_dropped(ax, ~alive.reshape(grid))
+            _draw_dropped(ax, ~panel.alive)
         else:
-            _draw_groups(ax, labels.reshape(grid), names)
-    share = accumulated(traced.steps)[0, prefix:].amax(dim=-1).cpu().numpy() if rows else np.ones(patches)
-    caption = "\n".join(textwrap.wrap(_caption(dropping, len(rows), share), int(figure.get_figwidth() * 11)))
-    figure.supxlabel(caption, fontsize=11)
+            _draw_groups(ax, panel.groups, panel.names)
+    text = _caption(panels, sum(row.scope == "LOCAL" for row in plan.rows), dropping)
+    figure.supxlabel("\n".join(textwrap.wrap(text, int(figure.get_figwidth() * 11))), fontsize=11)
     return figure
-
-
-def survivors(steps: Sequence[Step], prefix: int) -> np.ndarray:
-    """Return which patches still are where their own token is, not moved into another one: ``(patches,)`` bool."""
-    kept = _origins(steps)
-    alive = np.zeros(_count(steps), dtype=bool)
-    alive[kept] = True
-    return alive[prefix:]
-
-
-def groups_of(steps: Sequence[Step], prefix: int) -> np.ndarray:
-    """Return the group of each patch after these sites, for the first image: ``(patches,)`` integers.
-
-    A patch belongs to the token that gets most of it. A group is named after the one of its patches that the token
-    stands for, so the name is the same after every site.
-    """
-    strongest = accumulated(tuple(steps))[0, prefix:].argmax(dim=-1).cpu().numpy()
-    return np.asarray(_origins(steps)[strongest] - prefix)
-
-
-def names_of(groups: Sequence[np.ndarray]) -> list[int]:
-    """Return every group that holds more than one patch after some site, in raster order."""
-    merged: set[int] = set()
-    for labels in groups:
-        values, counts = np.unique(labels, return_counts=True)
-        merged |= set(values[counts > 1].tolist())
-    return sorted(merged)
-
-
-def patch_grid(patches: int, height: int, width: int) -> tuple[int, int]:
-    """Return rows and columns of the patches of an image.
-
-    Raises:
-        CountError: where square patches do not divide the image into so many, and the number is no square.
-    """
-    for size in range(1, min(height, width) + 1):
-        if height % size == width % size == 0 and (height // size) * (width // size) == patches:
-            return height // size, width // size
-    side = round(patches**0.5)
-    if patches < 1 or side * side != patches:
-        raise CountError(
-            f"{patches} patches of a {height}×{width} image make no grid: expected (height / p) × (width / p) for a "
-            "whole p, or a square number. Merging can only be drawn where patches lie in a grid"
-        )
-    return side, side
-
-
-def _count(steps: Sequence[Step]) -> int:
-    first = steps[0].assignment
-    return first.kept.shape[1] + first.merged.shape[1]
-
-
-def _origins(steps: Sequence[Step]) -> np.ndarray:
-    """Return for each present token of the first image the original position that it never left, ``(P,)``."""
-    origins = torch.arange(_count(steps), device=steps[0].assignment.kept.device)
-    for step in steps:
-        origins = origins[step.assignment.kept[0]]
-    return np.asarray(origins.cpu().numpy())
 
 
 def _preprocessing(model: nn.Module, size: Sequence[int]) -> Preprocessing:
@@ -276,14 +208,26 @@ def _colour(place: int) -> tuple[float, float, float]:
     return colorsys.hsv_to_rgb(place * 0.618034 % 1.0, saturation, value)
 
 
-def _caption(dropping: bool, sites: int, share: np.ndarray) -> str:
-    if not sites:
+def _caption(panels: Sequence[Panel], local: int, dropping: bool) -> str:
+    if not panels:
         return "This plan merges no patches."
     if dropping:
-        return "Crossed out in grey = dropped by slicing. Nothing is merged; all other patches stay."
-    text = "Same colour and number = one token, also where the patches do not touch. Untinted = a token of its own."
+        text = "Crossed out in grey = dropped by slicing. Nothing is merged; all other patches stay."
+    else:
+        text = "Same colour and number = one token, also where the patches do not touch. Untinted = a token of its own."
+    if local:
+        text += " In scope LOCAL a site merges for its MLP only and starts anew: each of its groups lies in one cell."
+        if local > FEW:
+            text += f" Drawn: {FEW} of {local} such sites, the first, the last and evenly between."
+    if not all(panel.placed for panel in panels):
+        text += " On plain grey: one of several sequences, whose places in the image are not known."
+    if any(panel.scope == "GRID" for panel in panels) and not dropping:
+        text += " In scope GRID the map goes on smaller; its places are drawn with the output token that takes most."
+    flow = [panel for panel in panels if panel.scope == "FLOW"]  # the last one holds all that happened before it
+    others = [panel for panel in panels if panel.scope != "FLOW"]
+    share = np.concatenate([panel.share.ravel() for panel in (*flow[-1:], *others)])
     soft = share[share < 0.999]
-    if len(soft):
+    if len(soft) and not dropping:
         text += (
             f" Merging is soft: a patch is drawn with the token that gets most of it, here {soft.mean():.0%} of it on "
             "average."

@@ -13,11 +13,14 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
+from zoo import ZOO
 
 import ltm_retrofit as ltm
-from ltm_retrofit.errors import CountError, ExampleError, NotRetrofitted
+from ltm_retrofit.blocks import forwards_of
+from ltm_retrofit.config import METHODS
+from ltm_retrofit.errors import BudgetError, CountError, ExampleError, NotRetrofitted
 from ltm_retrofit.graph.example import run
-from ltm_retrofit.reporting import pictures
+from ltm_retrofit.reporting import groups, pictures
 
 Build = Callable[..., nn.Module]
 SHARE = 0.75
@@ -50,7 +53,7 @@ def test_every_family_has_one_panel_for_each_site(family: str, build: Build, ima
         assert titles(figure)[1:] == expected
 
 
-@pytest.mark.parametrize("method", ["ltm", "tome"])
+@pytest.mark.parametrize("method", ["ltm", "tome", "pool"])
 @pytest.mark.parametrize("family", ["timm-vit", "hf-dinov2"])
 def test_groups_are_a_partition_with_one_group_for_each_token(
     family: str, method: str, build: Build, images: Tensor
@@ -58,16 +61,16 @@ def test_groups_are_a_partition_with_one_group_for_each_token(
     model = converted(build, family, method)
     with torch.no_grad(), ltm.trace(model) as traced:
         run(model, images)
-    prefix = next(pictures.forwards_of(model)).prefix
+    _, prefix = groups.patches_before(model)
     rows = merges(model)
     for site, row in enumerate(rows):
-        labels = pictures.groups_of(traced.steps[: site + 1], prefix)
+        labels = groups.groups_of(traced.steps[: site + 1], prefix)
         assert labels.shape == (rows[0].tokens_in - prefix,)
         names = np.unique(labels)
         assert len(names) == row.tokens_out - prefix
-        # a group is named after a patch of its own
-        np.testing.assert_array_equal(labels[names], names)
-        np.testing.assert_array_equal(np.flatnonzero(pictures.survivors(traced.steps[: site + 1], prefix)), names)
+        if method != "pool":  # a group is named after a patch of its own; boxes in boxes share their patches
+            np.testing.assert_array_equal(labels[names], names)
+        np.testing.assert_array_equal(np.flatnonzero(groups.survivors(traced.steps[: site + 1], prefix)), names)
 
 
 def test_slicing_shows_what_it_drops(build: Build, images: Tensor) -> None:
@@ -75,7 +78,7 @@ def test_slicing_shows_what_it_drops(build: Build, images: Tensor) -> None:
     with torch.no_grad(), ltm.trace(model) as traced:
         model(images)
     for site, row in enumerate(merges(model)):
-        alive = pictures.survivors(traced.steps[: site + 1], prefix=1)
+        alive = groups.survivors(traced.steps[: site + 1], prefix=1)
         np.testing.assert_array_equal(alive, np.arange(64) < row.tokens_out - 1)
     figure = ltm.show_merges(model, images)
     assert "dropped" in figure.get_supxlabel()
@@ -94,9 +97,9 @@ def test_a_group_keeps_its_number_and_every_merged_patch_has_one(build: Build, i
     model = converted(build)
     with torch.no_grad(), ltm.trace(model) as traced:
         model(images[:1])
-    groups = [pictures.groups_of(traced.steps[: site + 1], 1) for site in range(len(traced.steps))]
-    names = pictures.names_of(groups)
-    for labels, ax in zip(groups, ltm.show_merges(model, images).axes[1:], strict=True):
+    labelled = [groups.groups_of(traced.steps[: site + 1], 1) for site in range(len(traced.steps))]
+    names = groups.names_of(labelled)
+    for labels, ax in zip(labelled, ltm.show_merges(model, images).axes[1:], strict=True):
         counts = np.bincount(labels, minlength=64)
         expected = {
             (place % 8, place // 8): str(names.index(label) + 1)
@@ -116,11 +119,117 @@ def test_boundaries_lie_between_different_groups_only() -> None:
 
 
 def test_the_grid_of_patches() -> None:
-    assert pictures.patch_grid(64, 64, 64) == (8, 8)
-    assert pictures.patch_grid(8, 32, 64) == (2, 4)
-    assert pictures.patch_grid(9, 32, 32) == (3, 3)  # a stem that leaves a margin
+    assert groups.patch_grid(64, 64, 64) == (8, 8)
+    assert groups.patch_grid(8, 32, 64) == (2, 4)
+    assert groups.patch_grid(9, 32, 32) == (3, 3)  # a stem that leaves a margin
     with pytest.raises(CountError, match="10 patches of a 32×32 image"):
-        pictures.patch_grid(10, 32, 32)
+        groups.patch_grid(10, 32, 32)
+
+
+# ---------------------------------------------------------------------------------------------- scopes GRID and LOCAL
+
+
+def of_zoo(name: str, method: str, scope: str, share: float = 0.8) -> tuple[nn.Module, Tensor]:
+    model, example = ZOO[name]()
+    assert isinstance(example, Tensor)
+    sites = ltm.find_sites(model, example)
+    try:
+        plan = ltm.make_plan(sites, ltm.LTMConfig(flops=share, method=method, scope=scope))
+    except BudgetError as error:
+        plan = ltm.make_plan(sites, ltm.LTMConfig(flops=error.nearest, method=method, scope=scope))
+    return ltm.retrofit(model, example=example, plan=plan), example
+
+
+def drawn(model: nn.Module, image: Tensor) -> list[groups.Panel]:
+    with torch.no_grad(), ltm.trace(model) as traced:
+        run(model, image)
+    return groups.panels_of(model, traced, *image.shape[-2:])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_local_groups_lie_in_cells_with_one_group_for_each_token(method: str) -> None:
+    model, image = of_zoo("timm-swin", method, "LOCAL")
+    rows, panels = merges(model), drawn(model, image)
+    assert {row.scope for row in rows} == {"LOCAL"} and 2 <= len(panels) == min(len(rows), groups.FEW)
+    for panel in panels:
+        row = next(row for row in rows if panel.title.startswith(f"{row.site} ·"))
+        forward = next(f for f in forwards_of(model) if f.name == row.site)
+        height, width = panel.groups.shape
+        assert forward.layout.grid == (height, width) and height * width == row.tokens_in
+        names = np.unique(panel.groups)
+        assert panel.alive.sum() == row.tokens_out
+        assert len(names) == row.tokens_out
+        np.testing.assert_array_equal(panel.groups.ravel()[names], names)  # a group is named after a patch of its own
+        cell = forward.cell
+        place = np.indices((height, width)).reshape(2, -1)
+        cells = place[0] // cell[0] * (width // cell[1]) + place[1] // cell[1]
+        np.testing.assert_array_equal(cells, cells[panel.groups.ravel()])  # nothing merges across cells
+    figure = ltm.show_merges(model, image)
+    assert titles(figure)[1:] == [panel.title for panel in panels]
+    assert ("dropped" in figure.get_supxlabel()) == (method == "slice") and "LOCAL" in figure.get_supxlabel()
+
+
+def test_cells_are_drawn_where_their_tokens_lie() -> None:
+    """Two tokens of one cell that the trace says were merged have one colour, read off the assignment one by one."""
+    model, image = of_zoo("timm-swin", "tome", "LOCAL")
+    with torch.no_grad(), ltm.trace(model) as traced:
+        model(image)
+    panel, row = drawn(model, image)[0], merges(model)[0]
+    forward = next(f for f in forwards_of(model) if f.name == row.site)
+    (h, w), (rows, columns) = forward.cell, panel.groups.shape
+    dense = traced.by_site[row.site].assignment.dense()
+    for number, matrix in enumerate(dense):
+        top, left = number // (columns // w) * h, number % (columns // w) * w
+        inside = panel.groups[top : top + h, left : left + w].ravel()
+        together = matrix.argmax(dim=1)
+        np.testing.assert_array_equal(inside[:, None] == inside, (together[:, None] == together).numpy())
+    assert len(dense) == rows * columns // (h * w)
+
+
+def test_few_of_many_local_sites_are_drawn(build: Build, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ltm.retrofit(build("timm-vit"), ltm.LTMConfig(flops=0.8, scope="LOCAL"))
+    sites = [row.site for row in merges(model)]
+    assert len(sites) == 6 and len(ltm.show_merges(model, images).axes) == 7
+    for module in (groups, pictures):
+        monkeypatch.setattr(module, "FEW", 3)
+    figure = ltm.show_merges(model, images)
+    assert [title.partition(" ·")[0] for title in titles(figure)[1:]] == [sites[0], sites[2], sites[5]]
+    assert "3 of 6 such sites" in " ".join(figure.get_supxlabel().split())
+
+
+@pytest.mark.parametrize("method", ["ltm", "pool", "slice"])
+def test_a_smaller_grid_is_drawn_by_who_takes_most_of_each_place(method: str) -> None:
+    model, image = of_zoo("timm-efficientvit-mit-b", method, "GRID")
+    rows, panels = merges(model), drawn(model, image)
+    assert len(rows) == len(panels) > 0 and {row.scope for row in rows} == {"GRID"}
+    for row, panel in zip(rows, panels, strict=True):
+        height, width = panel.groups.shape
+        assert height * width == row.tokens_in and row.grid is not None
+        assert panel.title == f"{row.site} · {height}×{width} → {row.grid[0]}×{row.grid[1]} tokens"
+        if method == "slice":
+            assert panel.alive[: row.grid[0], : row.grid[1]].all() and panel.alive.sum() == row.tokens_out
+            continue
+        assert panel.alive.all() and len(np.unique(panel.groups)) == row.tokens_out
+        if method == "pool":  # boxes side by side: each place belongs to the box that covers most of it
+            for axis, (size, kept) in enumerate(zip((height, width), row.grid, strict=True)):
+                line = panel.groups[:, 0] if axis == 0 else panel.groups[0]
+                cover = np.array([[min((p + 1) * size, (j + 1) * kept) - max(p * size, j * kept) for p in range(kept)]
+                                  for j in range(size)])
+                boxes = cover.argmax(axis=1)
+                np.testing.assert_array_equal(line[1:] == line[:-1], boxes[1:] == boxes[:-1])
+    figure = ltm.show_merges(model, image)
+    assert titles(figure)[1:] == [panel.title for panel in panels]
+    assert ("dropped" if method == "slice" else "GRID") in figure.get_supxlabel()
+
+
+def test_sequences_whose_place_is_not_known_are_drawn_without_the_image() -> None:
+    model, image = of_zoo("timm-mobilevit", "tome", "LOCAL", 0.95)
+    panels = drawn(model, image)
+    assert not any(panel.placed for panel in panels)
+    figure = ltm.show_merges(model, image)
+    assert all(title.endswith("\nthe first of 4 sequences") for title in titles(figure)[1:])
+    assert "plain grey" in " ".join(figure.get_supxlabel().split())
+    assert np.unique(figure.axes[1].images[0].get_array()).tolist() == [0.75]
 
 
 def test_grey_and_oblong_images(build: Build) -> None:
