@@ -58,6 +58,10 @@ class Retrofit(nn.Module):
         self.plan, self.readout = plan, readout
         self.register_buffer("finetuned", torch.tensor(finetuned))
 
+    def forward(self, x: Any) -> Any:
+        """Hand on what comes: a model that is an `nn.Sequential` calls every child of its own, this one last."""
+        return x
+
     def extra_repr(self) -> str:
         """Say what was planned in a printed model."""
         return f"{self.plan.config.method}, tokens {', '.join(map(str, self.plan.tokens))}"

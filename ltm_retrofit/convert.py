@@ -262,9 +262,10 @@ def _build(
 
 def _install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module, nn.Module], kept: Retrofit) -> None:
     model._modules[CHILD] = kept
-    for name in GRID_METHODS:
-        if callable(getattr(model, name, None)):
-            model.__dict__[name] = Refusal(model, name)
+    if any(row.scope != "LOCAL" for row in kept.plan.rows):  # LOCAL blocks give every token back
+        for name in GRID_METHODS:
+            if callable(getattr(model, name, None)):
+                model.__dict__[name] = Refusal(model, name)
     for forward in forwards:
         forward.block.__dict__["forward"] = forward
     for host, mask in masks.items():

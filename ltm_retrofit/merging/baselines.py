@@ -78,7 +78,7 @@ class SliceMask(nn.Module):
         groups: int = 1,
     ) -> Merged:
         """Keep the first P tokens; unmerging gives every lost token the last kept one."""
-        batch, count = tokens.shape[:2]
+        batch, count = tokens.shape[0], int(tokens.shape[1])
         stay = self.tokens_out if count == self.tokens_in else kept_at(count, self.tokens_in, self.tokens_out, 0)
         kept = tokens[:, :stay]
         places = torch.arange(count, device=tokens.device).expand(batch, -1)
@@ -107,7 +107,7 @@ class PoolMask(nn.Module):
         groups: int = 1,
     ) -> Merged:
         """Pool; every output token stands for as many as it holds."""
-        batch, count = tokens.shape[:2]
+        batch, count = tokens.shape[0], int(tokens.shape[1])
         matrix = self.matrix
         if count != self.tokens_in:
             matrix = _pooling(count, kept_at(count, self.tokens_in, self.tokens_out, self.prefix), self.prefix)

@@ -67,11 +67,14 @@ def merge_macs(
 ) -> int:
     """Return the multiply-adds of one mask for one image.
 
-    Keys and similarities for all but ``"slice"``; ToMe's merging is a scatter and counts nothing; a learnable mask
-    adds a dense product over the destinations and the information-bottleneck step, ``2AD + 2AC + 2ND``.
+    Keys and similarities for all but ``"slice"`` and ``"pool"``; ToMe's merging is a scatter and counts nothing; a
+    learnable mask adds a dense product over the destinations and the information-bottleneck step,
+    ``2AD + 2AC + 2ND``.
     """
     if method == "slice":
         return 0
+    if method == "pool":  # a dense matrix, for tokens and sizes
+        return tokens_in * tokens_out * (dim + 1)
     patches, (_, _, sources, destinations) = tokens_in - prefix, partition(tokens_in, tokens_out, prefix)
     similarity = (patches * dim + sources * destinations) * key_dim
     if method == "tome":
@@ -82,6 +85,8 @@ def merge_macs(
 
 def unmerge_macs(method: str, dim: int, tokens_in: int, tokens_out: int, prefix: int) -> int:
     """Return the multiply-adds of bringing ``tokens_out`` back to ``tokens_in`` for one image."""
+    if method == "pool":
+        return tokens_in * tokens_out * dim
     destinations = 1 if method == "slice" else partition(tokens_in, tokens_out, prefix).destinations
     return (tokens_in - tokens_out) * destinations * dim
 
@@ -125,7 +130,7 @@ class SimilarityMask(nn.Module):
         Raises:
             CountError: where there is no patch token.
         """
-        count = tokens.shape[1]
+        count = int(tokens.shape[1])  # a tensor while it is traced
         if count == self.tokens_in:
             return Counts(count, self.tokens_out, self.partition, self.source_positions)
         kept = kept_at(count, self.tokens_in, self.tokens_out, self.prefix)

@@ -1,0 +1,79 @@
+"""Converted models of the zoo, for the tests of hosts and scopes: found once, copied for each test."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zoo import ZOO, Example, randomise
+
+import ltm_retrofit as ltm
+from ltm_retrofit.graph.example import tensors_of
+
+#: readable name → (zoo name, options of `LTMConfig` beside the budget); each scope twice and more
+HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "timm-vit-flow": ("timm-vit", {}),
+    "timm-dinov3-flow": ("timm-eva-dinov3", {}),
+    "timm-vit-local": ("timm-vit", {"scope": "LOCAL"}),
+    "timm-swin-local": ("timm-swin", {}),
+    "timm-efficientvit-grid": ("timm-efficientvit-mit-b", {"scope": "GRID"}),
+    "hf-vit-flow": ("hf-vit", {}),
+    "hf-dinov3-flow": ("hf-dinov3", {}),
+    "hf-swin-local": ("hf-swin", {}),
+}
+_KEPT: dict[str, tuple[nn.Module, Example]] = {}
+
+__all__ = ["HOSTS", "batch", "call", "convert", "converted", "equal", "near", "randomise", "scopes"]
+
+
+def convert(model: nn.Module, example: Example | None = None, flops: float = 0.8, **options: Any) -> nn.Module:
+    """Convert to a share of MACs, or to the nearest one that can be had."""
+    try:
+        return ltm.retrofit(model, ltm.LTMConfig(flops=flops, **options), example)
+    except ltm.BudgetError as error:
+        return ltm.retrofit(model, ltm.LTMConfig(flops=error.nearest, **options), example)
+
+
+def converted(name: str) -> tuple[nn.Module, nn.Module, Example]:
+    """Return a converted model of `HOSTS`, its original, and an example."""
+    row, options = HOSTS[name]
+    original, example = ZOO[row]()
+    if name not in _KEPT:
+        _KEPT[name] = convert(copy.deepcopy(original), example, **options), example
+    return copy.deepcopy(_KEPT[name][0]), original, example
+
+
+def scopes(model: nn.Module) -> set[str]:
+    """Return the scopes that a converted model merges in."""
+    return {row.scope for row in ltm.get_plan(model).rows}
+
+
+def batch(example: Example, count: int = 2, seed: int = 5) -> Example:
+    """Return other inputs of the example's shapes, more of them; whole numbers are repeated."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def more(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value.repeat(count, *[1] * (value.ndim - 1))
+        return torch.randn(count, *value.shape[1:], generator=generator)
+
+    return more(example) if isinstance(example, Tensor) else {key: more(value) for key, value in example.items()}
+
+
+def call(model: Any, inputs: Example, **options: Any) -> list[Tensor]:
+    """Return the tensors of a call."""
+    return tensors_of(model(inputs, **options) if isinstance(inputs, Tensor) else model(**inputs, **options))
+
+
+def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Say whether two calls gave the same, bit for bit."""
+    return len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def near(ours: list[Tensor], theirs: list[Tensor], rtol: float = 1e-4, atol: float = 1e-5) -> None:
+    """Check that two calls gave the same but for rounding."""
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)

@@ -1,0 +1,360 @@
+"""A converted host's uses: each works, or is refused by name and works within `disabled`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conversions import HOSTS, batch, call, convert, converted, equal, near, randomise, scopes
+from torch import Tensor, nn
+from zoo import ZOO, picture
+
+import ltm_retrofit as ltm
+from ltm_retrofit.graph.example import tensors_of
+
+torch.set_num_threads(1)
+TIMM = [name for name in HOSTS if name.startswith("timm")]
+HF = [name for name in HOSTS if name.startswith("hf")]
+
+
+@pytest.fixture(params=list(HOSTS))
+def host(request: pytest.FixtureRequest) -> str:
+    """Go through all hosts."""
+    return str(request.param)
+
+
+def shapes(values: object) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors_of(values)]
+
+
+# ----------------------------------------------------------------------------------------------------- timm's methods
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_features_and_head_make_the_output(name):
+    model, _, example = converted(name)
+    inputs = batch(example)
+    with torch.no_grad():
+        assert torch.equal(model.forward_head(model.forward_features(inputs)), model(inputs))
+
+
+@pytest.mark.parametrize("name", [name for name in TIMM if "local" in name])
+def test_features_of_local_hosts_have_the_original_shapes(name):
+    model, original, example = converted(name)
+    with torch.no_grad():
+        assert model.forward_features(example).shape == original.forward_features(example).shape
+
+
+@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("method", ["forward_intermediates", "get_intermediate_layers"])
+def test_intermediate_maps_have_the_original_shapes_or_are_refused_by_name(name, method):
+    model, original, example = converted(name)
+    if not hasattr(original, method):
+        pytest.skip(f"{type(original).__name__} has no {method}")
+    with torch.no_grad():
+        expected = getattr(original, method)(example)
+        if scopes(model) == {"LOCAL"}:
+            given = getattr(model, method)(example)
+            assert shapes(given) == shapes(expected) and not equal(tensors_of(given), tensors_of(expected))
+        else:
+            with pytest.raises(ltm.UnsupportedBlock, match=method):
+                getattr(model, method)(example)
+        with ltm.disabled(model):
+            assert equal(tensors_of(getattr(model, method)(example)), tensors_of(expected))
+        ltm.restore(model)
+        assert equal(tensors_of(getattr(model, method)(example)), tensors_of(expected))
+
+
+FEATURES = {
+    "vit": ("vit_tiny_patch16_224", 32, {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3}),
+    "dinov3": (
+        "vit_small_patch16_dinov3",
+        32,
+        {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3},
+    ),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        64,
+        {"img_size": 64, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (1, 2, 2, 1),
+         "num_heads": (1, 2, 4, 8)},
+    ),
+    "efficientvit": (
+        "efficientvit_b0",
+        128,
+        {"widths": (8, 8, 16, 32, 32), "depths": (1, 1, 1, 2, 2), "head_dim": 8, "head_widths": (32, 32)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_only_keeps_the_pyramid_or_is_refused_by_name(name):
+    architecture, side, changes = FEATURES[name]
+    model = randomise(timm.create_model(architecture, features_only=True, **changes))
+    example = picture(side)
+    with torch.no_grad():
+        expected = model(example)
+    try:
+        convert(model, example)
+    except ltm.UnsupportedBlock as error:
+        assert "LOCAL" in str(error) or "block" in str(error)
+        return
+    assert scopes(model) == {"LOCAL"}
+    with torch.no_grad():
+        given = model(example)
+    assert shapes(given) == shapes(expected) and not equal(tensors_of(given), tensors_of(expected))
+    assert shapes(model(batch(example, 3))) == [(3, *shape[1:]) for shape in shapes(expected)]
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_another_head_fits(name):
+    model, _, example = converted(name)
+    model.reset_classifier(11)
+    out = model(batch(example))
+    assert out.shape == (2, 11)
+    out.square().sum().backward()
+    model.reset_classifier(0)
+    assert model.eval()(batch(example)).ndim == 2
+
+
+@pytest.mark.parametrize("name", ["timm-vit-local", "timm-swin-local"])
+def test_set_input_size_makes_a_local_host_run_at_another_size(name):
+    model, original, example = converted(name)
+    side = 2 * example.shape[-1]
+    for one in (model, original):
+        one.set_input_size(img_size=(side, side))
+    with torch.no_grad():
+        given, expected = model.forward_features(picture(side)), original.forward_features(picture(side))
+        assert given.shape == expected.shape and bool(torch.isfinite(given).all())
+        assert not torch.equal(given, expected)
+        assert model(picture(side)).shape == (1, 7)
+    ltm.restore(model)
+    with torch.no_grad():
+        assert torch.equal(model.forward_features(picture(side)), expected)
+
+
+@pytest.mark.parametrize("name", ["timm-vit-flow", "timm-dinov3-flow"])
+def test_set_input_size_makes_a_flow_host_run_at_another_size_or_is_refused_by_count(name):
+    model, _, example = converted(name)
+    side = 2 * example.shape[-1]
+    model.set_input_size(img_size=(side, side))
+    try:
+        out = model(picture(side))
+    except ltm.CountError as error:
+        assert "tokens" in str(error)
+    else:
+        assert out.shape == (1, 7) and bool(torch.isfinite(out).all())
+
+
+# --------------------------------------------------------------------------------------------- Hugging Face's options
+
+
+@pytest.mark.parametrize("name", HF)
+@pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions"])
+def test_recorded_states_have_the_original_shapes_or_are_refused_by_name(name, option):
+    model, original, example = converted(name)
+    for one in (model, original):
+        one.set_attn_implementation("eager")
+    inputs = batch(example)
+    record = option.removeprefix("output_")
+    with torch.no_grad():
+        expected = original(inputs, **{option: True})
+        if scopes(model) == {"LOCAL"}:
+            given = model(inputs, **{option: True})
+            assert shapes(given) == shapes(expected) and len(given[record]) == len(expected[record]) > 0
+        else:
+            try:
+                given = model(inputs, **{option: True})
+            except ltm.UnsupportedBlock as error:
+                assert option in str(error) and "disabled" in str(error)
+            else:
+                assert len(given[record]) == len(expected[record]) > 0
+        with ltm.disabled(model):
+            assert equal(tensors_of(model(inputs, **{option: True})), tensors_of(expected))
+        assert shapes(model(inputs)) == shapes(original(inputs))
+
+
+@pytest.mark.parametrize("name", [name for name in HF])
+def test_attention_implementations_agree(name):
+    model, _, example = converted(name)
+    inputs = batch(example)
+    found = {}
+    with torch.no_grad():
+        for implementation in ("sdpa", "eager"):
+            try:
+                model.set_attn_implementation(implementation)
+            except ValueError:  # no such implementation of this model
+                continue
+            found[implementation] = call(model, inputs)
+    assert "eager" in found
+    for other in found.values():
+        near(other, found["eager"])
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def gradients(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(0)
+    call(model, inputs)[0].square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradient_checkpointing_gives_equal_gradients(host):
+    model, _, example = converted(host)
+    model.train()
+    for module in model.modules():  # a second pass would see other statistics
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    inputs = batch(example)
+    plain = gradients(model, inputs)
+    if host.startswith("timm"):
+        model.set_grad_checkpointing(True)
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed = gradients(model, inputs)
+    assert plain.keys() == checkpointed.keys() and any(".ltm." in name for name in plain)
+    near(list(checkpointed.values()), list(plain.values()))
+
+
+def test_autocast_runs_forward_and_backward(host):
+    model, _, example = converted(host)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = call(model, batch(example))
+    torch.stack([t.float().square().mean() for t in outputs]).sum().backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+
+
+def test_bfloat16_follows_the_model(host):
+    model, _, example = converted(host)
+    model.to(torch.bfloat16)
+    for tensor in call(model, batch(example).bfloat16()):
+        assert tensor.dtype == torch.bfloat16 and bool(torch.isfinite(tensor).all())
+
+
+@pytest.mark.parametrize("host", ["timm-swin-local", "timm-efficientvit-grid"])
+def test_a_bfloat16_model_converts(host):
+    model, example = ZOO[HOSTS[host][0]]()
+    convert(model.bfloat16(), example.bfloat16())
+    assert all(t.dtype == torch.bfloat16 for t in call(model, example.bfloat16()))
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_training_gives_equal_gradients(host, group):
+    model, _, example = converted(host)
+    twin = copy.deepcopy(model)
+    inputs = batch(example)
+    plain = gradients(model, inputs)
+    wrapped = nn.parallel.DistributedDataParallel(twin, find_unused_parameters=True)
+    parallel = gradients(wrapped, inputs)
+    assert plain.keys() == {name.removeprefix("module.") for name in parallel}
+    near([parallel[f"module.{name}"] for name in plain], list(plain.values()))
+    with torch.no_grad():
+        assert equal(call(wrapped.eval(), inputs), call(model.eval(), inputs))
+
+
+# ---------------------------------------------------------------------------------------------------- copies and files
+
+
+def test_a_deepcopy_is_independent(host):
+    model, _, example = converted(host)
+    inputs = batch(example)
+    with torch.no_grad():
+        before, twin = call(model, inputs), copy.deepcopy(model)
+        assert equal(call(twin, inputs), before)
+        for parameter in twin.parameters():
+            parameter.mul_(0.5)
+        assert equal(call(model, inputs), before) and not equal(call(twin, inputs), before)
+        with ltm.disabled(twin):
+            assert equal(call(model, inputs), before)
+        ltm.restore(twin)
+        assert ltm.is_retrofitted(model) and equal(call(model, inputs), before)
+
+
+def test_pickle_round_trip(host):
+    model, _, example = converted(host)
+    again = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert equal(call(again, batch(example)), call(model, batch(example)))
+    assert ltm.get_plan(again) == ltm.get_plan(model)
+    ltm.restore(again)
+
+
+# --------------------------------------------------------------------------------------------------- compile and export
+
+
+def test_compiling_gives_equal_results(host):
+    model, _, example = converted(host)
+    inputs = batch(example)
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+        expected = call(model, inputs)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        near(call(compiled, inputs), expected)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert equal(call(model, inputs), expected)
+
+
+def test_exporting_gives_equal_results_and_leaves_the_model_alone(host):
+    model, _, example = converted(host)
+    inputs = batch(example)
+    with torch.no_grad():
+        expected = call(model, inputs)
+        program = torch.export.export(model, (inputs,), strict=False).module()
+        near(call(program, inputs), expected)
+        assert equal(call(model, inputs), expected)
+
+
+@pytest.mark.slow
+def test_exporting_with_a_dynamic_batch(host):
+    model, _, example = converted(host)
+    inputs, more = batch(example), batch(example, 3, seed=6)
+    shape = ({0: torch.export.Dim("batch", min=2, max=16)},)
+    with torch.no_grad():
+        program = torch.export.export(model, (inputs,), dynamic_shapes=shape, strict=False).module()
+        near(call(program, more), call(model, more))
+
+
+@pytest.mark.slow
+def test_onnx_gives_equal_results(host, tmp_path: Path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model, _, example = converted(host)
+    inputs = batch(example)
+    with torch.no_grad():
+        expected = call(model, inputs)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (inputs,), path, dynamo=True, verbose=False)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    given = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    near([torch.from_numpy(array) for array in given], expected, rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ saved folders
+
+
+def test_a_saved_folder_gives_equal_results(host, tmp_path: Path):
+    model, original, example = converted(host)
+    inputs = batch(example)
+    with torch.no_grad():
+        for number, mask in enumerate(p for n, p in model.named_parameters() if ".ltm." in n):
+            mask.add_(0.01 * (number % 5))
+        expected = call(model, inputs)
+    ltm.save_pretrained(model, tmp_path)
+    again = ltm.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert equal(call(again, inputs), expected)
+    assert ltm.get_plan(again).rows == ltm.get_plan(model).rows
+    del original
