@@ -19,7 +19,7 @@ from ltm_retrofit.errors import DataError, RecipeError, TrainingError
 from ltm_retrofit.tuning.evaluate import count_classes, evaluate, predictions
 from ltm_retrofit.tuning.settings import TrainConfig
 
-METHODS = ("ltm", "tome", "slice")
+METHODS = ("ltm", "tome", "pool", "slice")
 
 
 def batches(count: int, size: int = 7, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
