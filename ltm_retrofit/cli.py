@@ -131,9 +131,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.graph.find import find_sites
 
     sites = find_sites(_load(arguments))
-    values = {"macs": sites.total_macs, "sites": sites.rows(), "excluded": sites.excluded}
+    values = {"macs": sites.total_macs, "sites": sites.rows(), "excluded": sites.excluded, "narrowed": sites.narrowed}
+    narrowed = "".join(f"\nno better scope: {name}: {reason}" for name, reason in sites.narrowed.items())
     ending = "prefix tokens only, so the last block may drop the others" if sites.ending.prefix_only else "all tokens"
-    _show(arguments, f"{sites}\n{sites.total_macs / 1e9:.3f} GMACs; the head reads {ending}", values)
+    _show(arguments, f"{sites}{narrowed}\n{sites.total_macs / 1e9:.3f} GMACs; the head reads {ending}", values)
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -123,7 +123,7 @@ def test_inspect_gives_the_reason_of_what_is_left_out(monkeypatch, build, capsys
         "Odd", (type(block),), {"forward": lambda self, x: plain(self, x) if float(x.sum()) < 1e9 else x}
     )
     sites = ltm.find_sites(model)
-    assert any(name.startswith("blocks.3") and "cannot be traced" in why for name, why in sites.excluded.items())
+    assert any(name.startswith("blocks.3") and "cannot be traced" in why for name, why in sites.narrowed.items())
 
     class Loaded:
         origin = "made here"
@@ -132,9 +132,10 @@ def test_inspect_gives_the_reason_of_what_is_left_out(monkeypatch, build, capsys
     monkeypatch.setattr("ltm_retrofit.saving.load.load_model", lambda name: Loaded)
     assert cli.main(["inspect", "odd"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown and reason in shown for name, reason in sites.excluded.items())
+    assert all(name in shown and reason in shown for name, reason in sites.narrowed.items())
     assert cli.main(["inspect", "odd", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["excluded"] == sites.excluded
+    values = json.loads(capsys.readouterr().out)
+    assert values["excluded"] == sites.excluded and values["narrowed"] == sites.narrowed
 
 
 # ----------------------------------------------------------------------------------------------------------- the chain
