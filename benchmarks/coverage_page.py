@@ -15,11 +15,12 @@ COMMAND = "make coverage"
 Record = dict[str, Any]
 
 
-def verdict(record: Record, enough: float, proofs: str) -> str:
+def verdict(record: Record, enough: float, proofs: dict[str, str]) -> str:
     """Return one word for a row; only ``yes`` counts."""
     if record["status"] != "converted":
         return str(record["status"])
-    if not record["proofs"] or any(set(proofs) - set(proof) for proof in record["proofs"]):
+    passed = [proof.split(":") for proof in record["proofs"]]
+    if not passed or any(set(proofs[scope]) - set(letters) for scope, letters in passed):
         return "unproven"
     return "yes" if record["share"] <= enough else "too little"
 
@@ -30,7 +31,7 @@ def write(
     records: dict[str, Record],
     target: float,
     enough: float,
-    proofs: str,
+    proofs: dict[str, str],
 ) -> None:
     """Merge what was run with the list of rows: a row that never ran stays on it, and counts against the rate."""
     merged = []

@@ -52,12 +52,14 @@ class Row:
 
         try:
             with init_empty_weights(include_buffers=False):
-                return self.make().eval()
+                model = self.make().eval()
+            if not any(buffer.is_meta for buffer in model.buffers()):
+                return model
         except RuntimeError as error:
             if "meta" not in str(error):
                 raise
-        # Swin v2 and mixed RoPE compute buffers on their parameters' device, hybrids run their stem to see its size:
-        # build normally, then drop the numbers
+        # Swin and mixed RoPE compute buffers on their parameters' device, hybrids run their stem to see its size: build
+        # normally, then drop the numbers
         with _Unfilled():
             return _drop_numbers(self.make().eval())
 
@@ -72,10 +74,10 @@ class Row:
 
 
 class _Unfilled(TorchDispatchMode):
-    """Skip in-place operations on large tensors: initialisation. What is never written takes no memory."""
+    """Skip what fills large parameters: what is never written takes no memory."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._schema.name.endswith("_") and args[0].numel() > 1_000_000:
+        if func._schema.name.endswith("_") and isinstance(args[0], nn.Parameter) and args[0].numel() > 100_000:
             return args[0]
         return func(*args, **(kwargs or {}))
 

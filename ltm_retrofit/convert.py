@@ -74,13 +74,13 @@ def retrofit(
     else:
         _check_fits(plan, sites)
     with torch.random.fork_rng(devices=[]):  # masks draw random weights before they get the pretrained ones
-        conversion = _build(model, sites, plan)
+        conversion = build(model, sites, plan)
     with undisturbed(model), torch.no_grad():
         expected = run(model, example)
-    _install(model, *conversion)
+    install(model, *conversion)
     try:
         with undisturbed(model), torch.no_grad():
-            _prove_installed(model, example, expected)
+            prove_installed(model, example, expected)
     except BaseException:
         restore(model)
         raise
@@ -211,7 +211,7 @@ def _check_fits(plan: MergePlan, sites: Sites) -> None:
         )
 
 
-def _build(
+def build(
     model: nn.Module, sites: Sites, plan: MergePlan
 ) -> tuple[list[Interceptor], dict[nn.Module, nn.Module], Retrofit]:
     """Make every interceptor and mask; touch nothing."""
@@ -219,7 +219,8 @@ def _build(
     own = [name for name, module in model.named_modules() if hasattr(module, CHILD)]
     if own:
         raise UnsupportedBlock(
-            f"{own[0] or type(model).__name__!r} of this model has an attribute {CHILD!r} of its own, our name for masks"
+            f"{own[0] or type(model).__name__!r} of this model has an attribute {CHILD!r} of its own, which is our "
+            "name for masks"
         )
     rows = {(row.site, row.scope): row for row in plan.rows}
     forwards: list[Interceptor] = []
@@ -260,7 +261,8 @@ def _build(
     return forwards, masks, kept.train(model.training)
 
 
-def _install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module, nn.Module], kept: Retrofit) -> None:
+def install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module, nn.Module], kept: Retrofit) -> None:
+    """Put everything in place."""
     model._modules[CHILD] = kept
     if any(row.scope != "LOCAL" for row in kept.plan.rows):  # LOCAL blocks give every token back
         for name in GRID_METHODS:
@@ -272,7 +274,7 @@ def _install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Modul
         host._modules[CHILD] = mask
 
 
-def _prove_installed(model: nn.Module, example: Example, expected: Any) -> None:
+def prove_installed(model: nn.Module, example: Example, expected: Any) -> None:
     """(e) with P = N the converted model is the original bit for bit; and with merging it runs, shapes kept."""
     with _mode(model, "identity"):
         if not all_equal(run(model, example), expected):

@@ -107,7 +107,7 @@ def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
     """
     _check(sites, config)
     if config.tokens is not None:
-        scope, budget = next(iter(_budgets(sites, config).items()))
+        budget = next(iter(_budgets(sites, config).values()))
         return _finish(sites, config, budget.from_tokens(config.tokens))
     assert config.flops is not None
     return _finish(sites, config, _from_budget(sites, config, config.flops))
@@ -186,9 +186,9 @@ def _from_budget(sites: Sites, config: LTMConfig, target: float) -> tuple[Row, .
         reached.update(dict(batch))
         below = [(macs, rows) for rows, macs in reached.items() if total + macs <= target * total * (1 + 1e-12)]
         if below:
-            macs, rows = max(below, key=lambda entry: entry[0])
-            if total + macs >= (target - TOLERANCE) * total:
-                return rows
+            fits = [entry for entry in below if total + entry[0] >= (target - TOLERANCE) * total]
+            if fits:
+                return max(fits, key=_gentle if _is_grid(fits[0][1]) else _macs)[1]
     nearest = total + (max(macs for macs, _ in below) if below else min(reached.values(), default=0))
     lowest, highest = (total + pick(reached.values(), default=0) for pick in (min, max))
     raise BudgetError(
@@ -197,6 +197,19 @@ def _from_budget(sites: Sites, config: LTMConfig, target: float) -> tuple[Row, .
         + (" or name more sites" if config.sites is not None else ""),
         nearest / total,
     )
+
+
+def _is_grid(rows: Sequence[Row]) -> bool:
+    return any(row.grid is not None for row in rows)
+
+
+def _macs(entry: tuple[int, tuple[Row, ...]]) -> Any:
+    return entry[0]
+
+
+def _gentle(entry: tuple[int, tuple[Row, ...]]) -> Any:
+    """Prefer a mild step early to a harsh one late: a map of 4×4 that becomes 2×2 has lost what it had to say."""
+    return min(row.tokens_out / row.tokens_in for row in entry[1]), entry[0]
 
 
 def _batches(sites: Sites, config: LTMConfig, change: int) -> Iterator[list[Option]]:

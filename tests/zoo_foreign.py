@@ -134,7 +134,7 @@ class EinsumBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = torch.einsum("bnc,shcd->sbhnd", self.norm1(x), self.qkv)
         weights = torch.einsum("bhid,bhjd->bhij", q, k).mul(q.shape[-1] ** -0.5).softmax(dim=-1)
-        x = x + torch.einsum("bhij,bhjd,hdc->bic", weights, v, self.out)
+        x = x + torch.einsum("bihd,hdc->bic", torch.einsum("bhij,bhjd->bihd", weights, v), self.out)
         return x + self.mlp(self.norm2(x))
 
 

@@ -15,6 +15,7 @@ PRODUCTS = ("matmul", "bmm", "__matmul__", "einsum")
 SOFTMAXES = ("softmax",)
 TIMES = ("mul", "__mul__", "multiply", "mul_")
 SUMS = ("sum", "mean")
+PASSIVE = ("__get__", "size", "dim", "stride", "is_floating_point", "numel", "__len__", "ndimension")
 SHAPED = (
     "expand expand_as repeat repeat_interleave unsqueeze squeeze view view_as reshape contiguous transpose permute "
     "flatten unflatten to type_as broadcast_to"
@@ -50,13 +51,18 @@ class AttentionMode(TorchFunctionMode):
         linear: may replace the result of every linear map, to follow where keys come from.
         data: the tensors that the image is in; what depends on them is data. Without it, kernelised and additive
             attention (products of data with sums over products of data) is not looked for.
+        used: called with every tensor that a function is called with.
     """
 
     def __init__(
-        self, found: Callable[[Found], None], linear: Linear | None = None, data: Iterable[Tensor] = ()
+        self,
+        found: Callable[[Found], None],
+        linear: Linear | None = None,
+        data: Iterable[Tensor] = (),
+        used: Callable[[Tensor], None] | None = None,
     ) -> None:
         super().__init__()
-        self.found, self.linear = found, linear
+        self.found, self.linear, self.used = found, linear, used
         #: token count → (constant tokens joined at the front, at the end)
         self.joined: dict[int, tuple[int, int]] = {}
         self.keys_of_logits, self.keys_of_weights = WeakIdKeyDictionary(), WeakIdKeyDictionary()
@@ -71,6 +77,9 @@ class AttentionMode(TorchFunctionMode):
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         operands = [value for value in _flat((*args, *kwargs.values())) if isinstance(value, Tensor)]
         product = name in PRODUCTS and len(operands) == 2
+        if self.used is not None and name not in PASSIVE:
+            for operand in operands:
+                self.used(operand)
         if func is F.scaled_dot_product_attention:
             self.found(Found("fused", args[1] if len(args) > 1 else kwargs["key"]))
         elif func is F.multi_head_attention_forward:
@@ -121,7 +130,9 @@ class AttentionMode(TorchFunctionMode):
         if name in ("cat", "concat") and result.ndim == 3:
             self._join(operands, result)
         for source in operands:
-            if source.shape == result.shape:
+            # talking heads mix logits by a linear map over the heads; shapes change, the number of entries does not
+            talking = name in ("linear", "permute", "conv2d", "transpose") and source.ndim == result.ndim == 4
+            if source.shape == result.shape or (talking and source.numel() == result.numel()):
                 if source in self.keys_of_logits:
                     # through scaling and masking; a softmax turns logits into weights
                     table = self.keys_of_weights if name in SOFTMAXES else self.keys_of_logits

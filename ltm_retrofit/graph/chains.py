@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.flops import count_macs_quick
 from ltm_retrofit.graph.example import Example, run
-from ltm_retrofit.graph.probe import Attended, Event, Recording
+from ltm_retrofit.graph.probe import Event, Recording
 from ltm_retrofit.graph.prove import close
 
 ROUNDS = 5  # how deep below the outermost module behind an attention an MLP is looked for
@@ -72,8 +72,10 @@ def some_tokens(x: Tensor, order: str, index: Tensor) -> Tensor:
     return from_tokens(as_tokens(x, order)[:, index], order, (*[1] * (ranks - 1), len(index)))
 
 
-def find_chains(model: nn.Module, example: Example, recording: Recording) -> dict[int, Chain | str]:
+def find_chains(model: nn.Module, example: Example, recording: Recording) -> dict[int, list[Chain] | str]:
     """Find the MLP behind each attention, by number; a string says why there is none.
+
+    Where a convolution inside an MLP mixes tokens, the weight matrices before and behind it are chains of their own.
 
     Runs the model a few times, proving (b) for what lies between one attention and the next.
     """
@@ -81,8 +83,10 @@ def find_chains(model: nn.Module, example: Example, recording: Recording) -> dic
     for event in recording.events:
         calls[event.name] = calls.get(event.name, 0) + 1
     times = [attended.time for attended in recording.attended]
+    owners = [attended.chain[-1] for attended in recording.attended]
     windows = [
-        list(_outermost(recording.events, start, end)) for start, end in zip(times, [*times[1:], 1 << 62], strict=True)
+        list(_outermost((e for e in recording.events if not _below(e.name, following, own)), start, end))
+        for start, end, own, following in zip(times, [*times[1:], 1 << 62], owners, [*owners[1:], ""], strict=True)
     ]
     links: dict[int, dict[str, Link]] = {index: {} for index in range(len(windows))}
     for _ in range(ROUNDS):
@@ -106,7 +110,12 @@ def find_chains(model: nn.Module, example: Example, recording: Recording) -> dic
             ]
             for index, window in enumerate(windows)
         ]
-    return {index: _choose(links[index], recording.attended[index], model) for index in range(len(recording.attended))}
+    return {index: _choose(links[index], recording, index, model) for index in range(len(recording.attended))}
+
+
+def _below(name: str, owner: str, before: str) -> bool:
+    """Say whether a module belongs to the next attention: its queries are made before it attends."""
+    return bool(owner) and owner != before and (name == owner or name.startswith(owner + "."))
 
 
 def _outermost(events: Iterable[Event], start: int, end: int) -> Iterator[Event]:
@@ -168,21 +177,21 @@ def _prove_link(module: nn.Module, event: Event, args: tuple[Any, ...], kwargs: 
         count = prod(spatial_of(tuple(given.shape), order))
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: max(1, count * 2 // 3)]
         part = some_tokens(given, order, chosen.to(given.device))
+        outs: list[Any] = []
         try:
-            out = module(part, *args[1:], **kwargs)
+            fewer = count_macs_quick(lambda part=part, outs=outs: outs.append(module(part, *args[1:], **kwargs)))  # type: ignore[misc]
+        except CountError as error:
+            raise UnsupportedBlock(str(error)) from error
         except Exception:  # another layout, or not token-wise
             continue
+        out = outs[0]
         if not isinstance(out, Tensor) or not close(out, some_tokens(output, order, chosen.to(given.device))):
             continue
-        macs = per_token = 0
-        if weights:
-            try:
-                macs, fewer = (count_macs_quick(partial(module, x, *args[1:], **kwargs)) for x in (given, part))
-            except CountError as error:
-                raise UnsupportedBlock(str(error)) from error
-            per_token = (macs - fewer) // max(1, count - len(chosen))
+        per_token, fixed = divmod(fewer, len(chosen))
+        if fixed:
+            raise UnsupportedBlock("its MACs are no multiple of its token count")
         order = "BHWC" if order == "BNC" and given.ndim > 3 else order
-        return Link(event, order, macs, per_token, len(weights))
+        return Link(event, order, per_token * count, per_token, len(weights))
     raise UnsupportedBlock("mixes tokens")
 
 
@@ -192,12 +201,12 @@ def _fits(given: Tensor, output: Tensor, order: str) -> bool:
     return given.shape[:-1] == output.shape[:-1]
 
 
-def _choose(links: dict[str, Link], attended: Attended, model: nn.Module) -> Chain | str:
-    """Join the links behind one attention to chains, and take the first that holds an MLP, else the heaviest."""
+def _choose(links: dict[str, Link], recording: Recording, index: int, model: nn.Module) -> list[Chain] | str:
+    """Join the links behind one attention to chains; take the first that holds an MLP, else all outside of it."""
     chains: list[Chain] = []
     for link in sorted(links.values(), key=lambda link: link.event.start):
         last = chains[-1].links[-1] if chains else None
-        if last is not None and last.event.result == link.event.source and last.order == link.order:
+        if last is not None and _hands_on(recording, last, link):
             chains[-1].links.append(link)
         else:
             chains.append(Chain([link]))
@@ -206,9 +215,18 @@ def _choose(links: dict[str, Link], attended: Attended, model: nn.Module) -> Cha
             chain.links.pop(0)
         while chain.links and not chain.links[-1].weights:
             chain.links.pop()
-    owner = attended.chain[-1]
-    chains = [chain for chain in chains if chain.links and chain.weights >= 2]
-    if not chains:
+    owner = recording.attended[index].chain[-1]
+    whole = [chain for chain in chains if chain.links and chain.weights >= 2]
+    single = [chain for chain in chains if chain.links and not chain.names[0].startswith(owner + ".")]
+    if not whole and not single:
         kind = type(model.get_submodule(owner)).__name__
         return f"{owner or 'the model'} ({kind}): no module behind its attention is an MLP that treats each token alone"
-    return chains[0]
+    return whole[:1] or single
+
+
+def _hands_on(recording: Recording, one: Link, other: Link) -> bool:
+    """Say whether one module's result goes to the other and nowhere else."""
+    if one.event.result != other.event.source or one.order != other.order or one.event.result is None:
+        return False
+    users = recording.used.get(one.event.result, set())
+    return all(user == other.event.name or user.startswith(other.event.name + ".") for user in users)

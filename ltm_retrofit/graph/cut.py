@@ -70,7 +70,7 @@ def _load_code(source: str, names: dict[str, Any], modules: Iterable[str]) -> Co
 
 @dataclass(frozen=True)
 class Halves:
-    """``head(block, x, bias, followers) -> (z, h)`` and ``tail(block, z)``: z the stream after attention, h its input."""
+    """``head(block, x, bias, followers) -> (z, h)`` and ``tail(block, z)``: z the stream, h attention's input."""
 
     head: Code
     tail: Code
@@ -262,7 +262,9 @@ def cut_block(block: nn.Module, attention: str, signature: Signature, *, trainin
         raise UnsupportedBlock(f"it returns a {type(output).__name__}, not one tensor")
     if output is total:
         raise UnsupportedBlock("nothing follows its attention: there is no tail to save on")
-    inner = next((node for node in _argument_nodes(first) if node in stream and node is not bias_node), None)
+    inner = _inner(block, first, stream, tokens, bias_node) if not attention else None
+    if inner is None:
+        inner = next((node for node in _argument_nodes(first) if node in stream and node is not bias_node), None)
     if inner is None:
         raise UnsupportedBlock("its attention takes no tokens from the graph")
 
@@ -281,6 +283,21 @@ def cut_block(block: nn.Module, attention: str, signature: Signature, *, trainin
         ),
         _write(nodes, back - {total}, [total], output),
     )
+
+
+def _inner(block: nn.Module, first: fx.Node, stream: set[fx.Node], tokens: fx.Node, bias: fx.Node) -> fx.Node | None:
+    """Find the tokens that a block which attends by itself projects: what goes into the first linear map before it."""
+    before = _ancestors(first, stop=set())
+    for node in first.graph.nodes:
+        if node not in before or node not in stream or node is tokens:
+            continue
+        linear = node.op == "call_function" and node.target is F.linear
+        if node.op == "call_module":
+            linear = isinstance(block.get_submodule(str(node.target)), nn.Linear)
+        if linear:
+            given = next((argument for argument in _argument_nodes(node) if argument in stream), None)
+            return given if given is not bias else None
+    return None
 
 
 def _attends(node: fx.Node, attention: str) -> bool:

@@ -9,20 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.errors import NoAttentionError
+from ltm_retrofit.errors import CountError, ExampleError, NoAttentionError
 from ltm_retrofit.flops import count_macs, count_macs_quick
 from ltm_retrofit.graph.chains import find_chains
 from ltm_retrofit.graph.example import Example, home, in_float, prepare_example, run
 from ltm_retrofit.graph.flow import find_ending, find_flow, flow_sites
-from ltm_retrofit.graph.grids import MapPoint, find_grids, on_meta
+from ltm_retrofit.graph.grids import MapPoint, find_grids, maps_around, on_meta
 from ltm_retrofit.graph.local import local_sites
 from ltm_retrofit.graph.probe import Recording, record
 from ltm_retrofit.graph.sites import AttentionSite, FlowSite, GridSite, LocalSite, Scope, Sites, TokenLayout
-from ltm_retrofit.graph.twin import expand, is_empty, make_twin
+from ltm_retrofit.graph.twin import expand, is_empty, kept_of, make_twin
 from ltm_retrofit.undisturbed import undisturbed
 
 #: MACs above which the twin of a model without numbers is cut short
-SHORTENED = 12e9
+SHORTENED = 3e9
+#: MACs above which it is cut short in any case, and then has no sites in scope GRID
+WHOLE = 20e9
 
 
 def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
@@ -49,14 +51,17 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
         else {key: tuple(value.shape) for key, value in example.items() if isinstance(value, Tensor)}
     )
     base, full, removed = identify(model), (model, example), dict[str, str]()
+    recording: Recording | None = None
+    total = 0
     if is_empty(model):
-        model, example, removed = make_twin(model, example, shorten=_total(*full) > SHORTENED)
+        total = _total(*full)
+        model, example, removed, recording = _record_twin(*full, total)
     elif home(model)[1] in (torch.float16, torch.bfloat16):
         # rounding in half precision is as large as what the proofs look for; sites hold names and code, no modules
         model, example = copy.deepcopy(model).float(), in_float(example)
         full = model, example
     with undisturbed(model), torch.no_grad():
-        recording = record(model, example)
+        recording = recording or record(model, example)
         if not recording.attended:
             raise NoAttentionError(
                 f"{type(model).__name__} attends nowhere: no scaled dot-product, no softmax of a product and no "
@@ -66,18 +71,16 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
         narrowed: dict[str, str] = {}
         candidates, prefix = find_flow(model, example, recording, narrowed)
         chains = find_chains(model, example, recording)
-        total = _total(*full)
+        total = total or _total(*full)
         flow = flow_sites(candidates, prefix, recording)
-        ending = find_ending(
-            model, example, recording, candidates, prefix, count_macs_quick(lambda: run(model, example))
-        )
+        ending = find_ending(model, example, recording, candidates, prefix)
         points: list[MapPoint] = []
         no_grid = ""
         if any(len(event.shape_in) == 4 for event in recording.events):
             with undisturbed(full[0]):
                 points, no_grid = find_grids(model, on_meta(*full), example, recording, chains, removed)
     local = local_sites(model, recording, chains)
-    grid = [_grid_site(model, recording, point) for point in points]
+    grid = {point.number: _grid_site(model, recording, point) for point in points}
     best, other, excluded = _best(recording, flow, grid, local, narrowed, no_grid)
     attentions = len(recording.attended)
     if removed:
@@ -98,12 +101,40 @@ def identify(model: nn.Module) -> dict[str, str]:
     return named
 
 
+def _record_twin(
+    model: nn.Module, example: Example, total: int
+) -> tuple[nn.Module, Example, dict[str, str], Recording]:
+    """Make a twin that runs, as short as may be, and record it."""
+    kept = kept_of(total) if total > SHORTENED else None
+    twin, inputs, removed = make_twin(model, example, kept=kept)
+    try:
+        with undisturbed(twin), torch.no_grad():
+            recording = record(twin, inputs)
+            whole = removed and total < WHOLE and maps_around(twin, recording)
+    except ExampleError:  # something counts its blocks
+        whole = bool(removed)
+        if not removed:
+            raise
+    if whole:  # grids are found in models that are whole
+        twin, inputs, removed = make_twin(model, example, kept=None)
+        with undisturbed(twin), torch.no_grad():
+            recording = record(twin, inputs)
+    return twin, inputs, removed, recording
+
+
 def _total(model: nn.Module, example: Example) -> int:
     if not is_empty(model):
         return count_macs(model, example).total
     empty, inputs = on_meta(model, example)
-    with undisturbed(empty), torch.no_grad():
-        return count_macs_quick(lambda: run(empty, inputs))
+    try:
+        with undisturbed(empty), torch.no_grad():
+            return count_macs_quick(lambda: run(empty, inputs))
+    except CountError:
+        raise
+    except Exception:  # something looks at values, which the meta device has none of
+        twin, numbers, _ = make_twin(model, example, kept=None)
+        with undisturbed(twin), torch.no_grad():
+            return count_macs_quick(lambda: run(twin, numbers))
 
 
 def _grid_site(model: nn.Module, recording: Recording, point: MapPoint) -> GridSite:
@@ -126,8 +157,8 @@ def _grid_site(model: nn.Module, recording: Recording, point: MapPoint) -> GridS
 def _best(
     recording: Recording,
     flow: Sequence[FlowSite],
-    grid: Sequence[GridSite],
-    local: Mapping[int, LocalSite | str],
+    grid: Mapping[int, GridSite],
+    local: Mapping[int, list[LocalSite] | str],
     narrowed: dict[str, str],
     no_grid: str,
 ) -> tuple[list[AttentionSite], list[AttentionSite], dict[str, str]]:
@@ -137,13 +168,15 @@ def _best(
     excluded: dict[str, str] = {}
     for number, attended in enumerate(recording.attended):
         own: list[Any] = [site for site in flow if site.block in attended.chain]
-        own += [site for site in grid if site.block in attended.chain]
+        # the map that an attention reads is the last one that was put out before it, or around it
+        own += [grid[max(place for place in grid if place <= number)]] if grid and number >= min(grid) else []
         mine = local[number]
-        if isinstance(mine, LocalSite):
-            own.append(mine)
         if own:
             best += [own[0]] if own[0] not in best else []
-            other += [site for site in own[1:] if site not in other]
+            other += [site for site in (*own[1:], *(mine if isinstance(mine, list) else ())) if site not in other]
+            continue
+        if isinstance(mine, list):
+            best += mine
             continue
         name = attended.chain[-1]
         reason = next((narrowed[n] for n in reversed(attended.chain) if n in narrowed), "")

@@ -41,7 +41,7 @@ class Candidate:
     def prove_alone(self) -> None:
         """Proofs (a), (b) and (d), and all that is read off the block for later."""
         stream, inner = prove.prove_cut(self.piece, self.call)
-        prove.prove_tokenwise(self.piece, stream)
+        prove.prove_tokenwise(self.piece, stream, self.call.output)
         self.cost = prove.measure_cost(self.piece, self.call, stream)
         prove.prove_saving(self.cost, stream.shape[1])
         self.key, self.heads, self.key_dim = prove.trace_keys(self.module, self.call, inner)
@@ -196,8 +196,9 @@ def _prove_rest(
 
 
 def find_ending(
-    model: nn.Module, example: Example, recording: Recording, candidates: list[Candidate], prefix: int, total: int
+    model: nn.Module, example: Example, recording: Recording, candidates: list[Candidate], prefix: int
 ) -> Ending:
+    """Find out who reads the tokens after the blocks, and what the rest costs where only prefix tokens are left."""
     logits = logits_of(recording.output)
     classes = 0 if logits is None else logits.shape[1]
     readouts = recording.readouts(classes) if classes else ()
@@ -210,7 +211,7 @@ def find_ending(
         return Ending(False, 0, readouts, classes)
     tokens = last.call.output.shape[1]
     saved = last.cost(tokens, tokens) - last.cost(tokens, prefix)
-    return Ending(True, macs - (total - saved), readouts, classes)
+    return Ending(True, macs - (recording.macs - saved), readouts, classes)
 
 
 def _layout(candidate: Candidate, prefix: int, recording: Recording) -> TokenLayout:

@@ -1,4 +1,4 @@
-"""Where a token map may go on smaller (scope GRID): found by running the rest of the network on fewer rows and columns."""
+"""Where a token map may go on smaller (scope GRID): found by running the rest of the network on a smaller one."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ Grid = tuple[int, int]
 SMALLEST = 3  # rows and columns of a map that is worth merging
 SHARES = 6  # how many smaller sizes are tried
 LEVELS = 4  # how far around an attention a map is looked for
+BEFORE = 6  # how many of the maps that were put out before it
 
 
 @dataclass
@@ -36,6 +37,7 @@ class MapPoint:
     dim: int
     weight: str
     segment: dict[Grid, int] = field(default_factory=dict)
+    sound: bool = True
 
 
 def find_grids(
@@ -43,7 +45,7 @@ def find_grids(
     counted: tuple[nn.Module, Example],
     example: Example,
     recording: Recording,
-    chains: Mapping[int, Chain | str],
+    chains: Mapping[int, list[Chain] | str],
     removed: Mapping[str, str],
 ) -> tuple[list[MapPoint], str]:
     """Find the points after which the network takes a smaller grid, with their costs; and why not more.
@@ -60,7 +62,7 @@ def find_grids(
         return [], "grids are looked for in models that are whole"
     shapes, reason = [tensor.shape for tensor in tensors_of(recording.output)], ""
     tried: list[list[str]] = [[]]
-    for level in range(LEVELS):
+    for level in range(LEVELS + BEFORE):
         points = _points(model, recording, chains, level)
         while points:
             if [point.name for point in points] in tried:
@@ -79,7 +81,10 @@ def _fill(
     """Prove and measure smaller grids from the first point on; return why there are none."""
     costs: dict[Fraction, dict[str, tuple[Grid, int]]] = {}
     reason = "its grids have no common smaller size"
-    for share in _shares([point.grid for point in points]):
+    shares = _shares([point.grid for point in points])
+    for tried, share in enumerate(shares[-1:] + shares[:-1]):
+        if tried == 2 and not costs:
+            break  # neither the smallest nor the largest
         try:
             _prove(model, example, points[0], share, shapes)
             costs[share] = _measure(*counted, points, share)
@@ -89,6 +94,10 @@ def _fill(
             reason = f"proof (c): it does not take a smaller grid: {type(error).__name__}: {error}"[:300]
     if not costs:
         return reason
+    sound = _sound(model, example, points, min(costs), shapes)
+    if len(sound) < len(points):
+        points[:] = sound
+        costs = {share: _measure(*counted, points, share) for share in costs}
     costs[Fraction(1)] = _measure(*counted, points, Fraction(1))
     for cost in costs.values():
         for point in points:
@@ -97,14 +106,52 @@ def _fill(
     return ""
 
 
-def _points(model: nn.Module, recording: Recording, chains: Mapping[int, Chain | str], level: int) -> list[MapPoint]:
+def _sound(
+    model: nn.Module, example: Example, points: Sequence[MapPoint], share: Fraction, shapes: list[Any]
+) -> list[MapPoint]:
+    """Return the points after which a smaller grid is taken, tried once for each kind of place."""
+    holds: dict[Any, bool] = {}
+    for point in points:
+        path = point.name.split(".")
+        kind = (
+            type(model.get_submodule(point.name)),
+            type(model.get_submodule(".".join(path[:-1]))),
+            point.where,
+            "" if path[-1].isdigit() else path[-1],
+        )
+        if kind not in holds:
+            try:
+                _prove(model, example, point, share, shapes)
+                holds[kind] = True
+            except Exception:
+                holds[kind] = False
+        point.sound = holds[kind]
+    return [point for point in points if point.sound]
+
+
+def maps_around(model: nn.Module, recording: Recording) -> bool:
+    """Say whether any attention lies in a module that passes a map on."""
+    return bool(_points(model, recording, {}, 0))
+
+
+def _points(
+    model: nn.Module, recording: Recording, chains: Mapping[int, list[Chain] | str], level: int
+) -> list[MapPoint]:
     """Take the module around each attention that keeps its map: the innermost at level 0, else one further out."""
     events: dict[str, list[Event]] = {}
     for event in recording.events:
         events.setdefault(event.name, []).append(event)
     found: dict[str, MapPoint] = {}
+    nearest: list[str] = []
     for number, attended in enumerate(recording.attended):
-        point = _point(model, recording, events, number, attended, chains.get(number), level)
+        if level < LEVELS:
+            point = _point(model, recording, events, number, attended, chains.get(number), level)
+        else:
+            maps = _maps_before(recording, attended)
+            if not maps or maps[-1].name in nearest[-1:] or level - LEVELS >= len(maps):
+                continue  # the same map as for the attention before
+            nearest.append(maps[-1].name)
+            point = _before(model, recording, events, number, maps[LEVELS - level - 1])
         if point is not None and point.name not in found:
             found[point.name] = point
     return list(found.values())
@@ -116,7 +163,7 @@ def _point(
     events: Mapping[str, Sequence[Event]],
     number: int,
     attended: Attended,
-    chain: Chain | str | None,
+    chain: list[Chain] | str | None,
     level: int,
 ) -> MapPoint | None:
     point: MapPoint | None = None
@@ -126,7 +173,7 @@ def _point(
         (event,) = events[name]
         if len(event.shape_in) != 4 or event.shape_in != event.shape_out:
             continue
-        within = isinstance(chain, Chain) and chain.links[0].event.end <= event.end
+        within = isinstance(chain, list) and chain[0].links[0].event.end <= event.end
         where = "input" if within else "output"
         reader = _reader(model, recording, event, where)
         if reader is None:
@@ -143,6 +190,31 @@ def _point(
     return point
 
 
+def _maps_before(recording: Recording, attended: Attended) -> list[Event]:
+    """Return the calls that put out a map before an attention, those within others left out."""
+    maps: list[Event] = []
+    for event in recording.events:
+        if event.end < attended.time and len(event.shape_out) == 4 and event.result is not None:
+            if not (maps and event.end < maps[-1].end):
+                maps.append(event)
+    return maps
+
+
+def _before(
+    model: nn.Module, recording: Recording, events: Mapping[str, Sequence[Event]], number: int, event: Event
+) -> MapPoint | None:
+    """Take the output of a module that was called before the attention."""
+    reader = _reader(model, recording, event, "output")
+    if reader is None or len(events[event.name]) != 1:
+        return None
+    weight, order = reader
+    shape = event.shape_out
+    grid, dim = (shape[2:], shape[1]) if order == "BCHW" else (shape[1:3], shape[3])
+    if min(grid) < SMALLEST:
+        return None
+    return MapPoint(event.name, number, "output", order, (grid[0], grid[1]), dim, weight)
+
+
 def _reader(model: nn.Module, recording: Recording, event: Event, where: str) -> tuple[str, str] | None:
     """Find the weight that reads the map, within the module or behind it, and how the map lies."""
     start = event.start if where == "input" else event.end
@@ -150,9 +222,9 @@ def _reader(model: nn.Module, recording: Recording, event: Event, where: str) ->
         if other.start <= start or len(other.shape_in) != 4 or other.shape_in != event.shape_out:
             continue
         module = model.get_submodule(other.name)
-        if isinstance(module, nn.Conv2d) and module.in_channels == event.shape_in[1]:
+        if isinstance(module, nn.Conv2d) and module.in_channels == event.shape_out[1]:
             return f"{other.name}.weight", "BCHW"
-        if isinstance(module, nn.Linear) and module.in_features == event.shape_in[3]:
+        if isinstance(module, nn.Linear) and module.in_features == event.shape_out[3]:
             return f"{other.name}.weight", "BHWC"
     return None
 

@@ -18,21 +18,20 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def local_sites(
-    model: nn.Module, recording: Recording, chains: Mapping[int, Chain | str]
-) -> dict[int, LocalSite | str]:
-    """Make a site of each chain, by the attention's number; a string says why not."""
+    model: nn.Module, recording: Recording, chains: Mapping[int, list[Chain] | str]
+) -> dict[int, list[LocalSite] | str]:
+    """Make sites of the chains behind each attention, by the attention's number; a string says why not."""
     shapes = [event.shape_out for event in recording.events if len(event.shape_out) == 4]
     maps = {(shape[2], shape[3]) for shape in shapes} | {(shape[1], shape[2]) for shape in shapes}
-    found: dict[int, LocalSite | str] = {}
+    found: dict[int, list[LocalSite] | str] = {}
     names: set[str] = set()
-    for number, chain in chains.items():
-        if isinstance(chain, str):
-            found[number] = chain
+    for number, several in chains.items():
+        if isinstance(several, str):
+            found[number] = several
             continue
-        site = _site(model, recording, number, chain, maps, names)
-        if isinstance(site, LocalSite):
-            names |= {site.block, site.host}
-        found[number] = site
+        made = [_site(model, recording, number, chain, maps, names) for chain in several]
+        sites = [site for site in made if isinstance(site, LocalSite)]
+        found[number] = sites or "; ".join(reason for reason in made if isinstance(reason, str))
     return found
 
 
@@ -71,6 +70,7 @@ def _site(
     block = _common(owner, chain.names[-1])
     parts = [event.name for event in recording.events if event.name == block]
     block = name if block in taken or not block or len(parts) != 1 else block
+    taken |= {block, host}
     width = last.event.shape_out[1] if last.order == "BCHW" else last.event.shape_out[-1]
     return LocalSite(
         block=block,
@@ -139,6 +139,8 @@ def principal_keys(weight: Tensor, width: int) -> Tensor:
 
     Two tokens that are alike to the first weight matrix of an MLP get nearly the same update from it.
     """
+    if weight.is_meta:
+        return weight.new_zeros(width, weight.shape[1])
     matrix = weight.detach().float().flatten(2).sum(-1) if weight.ndim > 2 else weight.detach().float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ltm_retrofit.errors import ExampleError
+from ltm_retrofit.errors import CountError, ExampleError
+from ltm_retrofit.flops import counting
 from ltm_retrofit.graph.attention import AttentionMode, Found
 from ltm_retrofit.graph.example import Example, floats_of, run
 from ltm_retrofit.undisturbed import undisturbed
@@ -62,8 +63,10 @@ class Recording:
     """What one forward pass showed."""
 
     output: Any = None
+    macs: int = 0
     attended: list[Attended] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)  # of all modules, in the order in which they began
+    used: dict[int, set[str]] = field(default_factory=dict)  # tensor → the innermost modules that compute with it
     joined: dict[int, tuple[int, int]] = field(default_factory=dict)  # token count → constant tokens at front and end
     calls: dict[str, list[Call]] = field(default_factory=dict)
     maps: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # 4-d outputs before the first attention
@@ -118,6 +121,10 @@ class _Stack:
             if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == output.shape[1]:
                 self.recording.flat.append((name, output.shape[1], len(self.recording.attended)))
 
+    def used(self, tensor: Tensor) -> None:
+        if tensor in self.serials and self.open:
+            self.recording.used.setdefault(self.serials[tensor], set()).add(self.open[-1][0])
+
     def attended(self, found: Found) -> None:
         chain = tuple(name for name, *_ in self.open)
         self.recording.attended.append(Attended(found, chain, self.tick()))
@@ -136,9 +143,12 @@ def record(model: nn.Module, example: Example) -> Recording:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(partial(_enter, stack, name), with_kwargs=True))
             handles.append(module.register_forward_hook(partial(_leave, stack, name), with_kwargs=True))
-        with undisturbed(model), torch.no_grad(), AttentionMode(stack.attended, data=floats_of(example)) as mode:
+        with undisturbed(model), torch.no_grad(), counting() as counter, _watching(stack, example) as mode:
             recording.output = run(model, example)
+        recording.macs = int(counter.get_total_flops()) // 2
         recording.joined = mode.joined
+    except CountError:
+        raise
     except Exception as error:
         shown = example if isinstance(example, Mapping) else {"example": example}
         shapes = ", ".join(f"{k}: {tuple(v.shape)} {v.dtype}" for k, v in shown.items() if isinstance(v, Tensor))
@@ -150,6 +160,10 @@ def record(model: nn.Module, example: Example) -> Recording:
         for handle in handles:
             handle.remove()
     return recording
+
+
+def _watching(stack: _Stack, example: Example) -> AttentionMode:
+    return AttentionMode(stack.attended, data=floats_of(example), used=stack.used)
 
 
 def _enter(stack: _Stack, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

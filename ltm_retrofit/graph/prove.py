@@ -93,7 +93,7 @@ def prove_cut(piece: Piece, call: Call) -> tuple[Tensor, Tensor]:
     return stream, inner
 
 
-def prove_tokenwise(piece: Piece, stream: Tensor) -> None:
+def prove_tokenwise(piece: Piece, stream: Tensor, whole: Tensor) -> None:
     """(b) the tail accepts fewer tokens and treats each alone: ``tail(z[idx]) = tail(z)[idx]``."""
     count = stream.shape[1]
     generator = torch.Generator().manual_seed(0)
@@ -102,7 +102,7 @@ def prove_tokenwise(piece: Piece, stream: Tensor) -> None:
         part = piece.tail(stream[:, chosen])
     except Exception as error:
         raise UnsupportedBlock(f"proof (b): its tail does not accept fewer tokens: {error}") from error
-    if not close(part, piece.tail(stream)[:, chosen]):
+    if not close(part, whole[:, chosen]):
         raise UnsupportedBlock("proof (b): its tail mixes tokens")
 
 
@@ -206,9 +206,10 @@ def trace_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, 
 def _packed_keys(packed: Packed, names: dict[int, str], inner: Tensor) -> tuple[KeySource, int, int]:
     """Read the keys of `nn.MultiheadAttention` off its one packed weight: its second third."""
     weight = packed.weight
-    if weight is None or id(weight) not in names or packed.key.shape != inner.shape:
-        raise UnsupportedBlock("its keys are projected from another tensor than its queries")
-    if not torch.equal(packed.key, inner):
+    if weight is None or id(weight) not in names:
+        raise UnsupportedBlock("its keys are projected by another weight than its queries")
+    key = packed.key if packed.key.shape == inner.shape else packed.key.transpose(0, 1)  # batch_first=True
+    if key.shape != inner.shape or not torch.equal(key, inner):
         raise UnsupportedBlock("its keys are no affine map of the attention's input")
     dim, width = inner.shape[-1], inner.shape[-1] // packed.heads
     rows = dim + torch.arange(dim).view(packed.heads, width)

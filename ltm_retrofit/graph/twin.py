@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.graph.example import Example, run
+from ltm_retrofit.graph.example import Example
 from ltm_retrofit.graph.sites import AttentionSite
-from ltm_retrofit.undisturbed import undisturbed
 
-#: blocks that stay of each run of equal ones
-KEPT = 4
+
+def kept_of(macs: float) -> int:
+    """Return how many blocks stay of each run of equal ones: fewer where the model is large."""
+    return 4 if macs < 15e9 else 3 if macs < 50e9 else 2
 
 
 def is_empty(model: nn.Module) -> bool:
@@ -28,20 +29,17 @@ def is_empty(model: nn.Module) -> bool:
 
 
 def make_twin(
-    model: nn.Module, example: Example, *, shorten: bool, seed: int = 0
+    model: nn.Module, example: Example, *, kept: int | None, seed: int = 0
 ) -> tuple[nn.Module, Example, dict[str, str]]:
-    """Return the twin, its example, and for each block that was cut away the equal one that stands for it."""
-    twin, removed = _shorten(copy.deepcopy(model)) if shorten else (copy.deepcopy(model), dict[str, str]())
+    """Return the twin, its example, and for each block that was cut away the equal one that stands for it.
+
+    ``kept`` blocks stay of each run of equal ones, the last one among them; all where it is None.
+    """
+    twin, removed = copy.deepcopy(model), dict[str, str]()
+    if kept is not None:
+        _shorten(twin, kept, removed)
     fill(twin, seed)
     example = _with_numbers(example, seed)
-    try:
-        with undisturbed(twin), torch.no_grad():
-            run(twin, example)
-    except Exception:  # something counts its blocks: all of them then
-        if not removed:
-            raise
-        twin, removed = copy.deepcopy(model), {}
-        fill(twin, seed)
     return twin, example, removed
 
 
@@ -76,36 +74,18 @@ def fill(model: nn.Module, seed: int = 0) -> None:
                 module._buffers[name] = draw(buffer, name == "running_var")
 
 
-def _shorten(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
-    removed: dict[str, str] = {}
+def _shorten(model: nn.Module, kept: int, removed: dict[str, str]) -> None:
     for path, container in list(model.named_modules()):
-        if not isinstance(container, (nn.Sequential, nn.ModuleList)) or len(container) <= KEPT:
+        if not isinstance(container, (nn.Sequential, nn.ModuleList)) or len(container) <= kept:
             continue
         seen: dict[Any, list[str]] = {}
         for place, (name, child) in enumerate(container.named_children()):
             seen.setdefault(_signature(child, place), []).append(name)
         for names in seen.values():
-            for name in names[KEPT - 1 : -1]:
+            for name in names[kept - 1 : -1]:
                 full = f"{path}.{name}" if path else name
-                removed[full] = f"{path}.{names[KEPT - 2]}" if path else names[KEPT - 2]
+                removed[full] = f"{path}.{names[kept - 2]}" if path else names[kept - 2]
                 del container._modules[name]
-        if isinstance(container, nn.ModuleList):  # lists are indexed by position
-            _renumber(container, path, removed)
-    return model, removed
-
-
-def _renumber(container: nn.ModuleList, path: str, removed: dict[str, str]) -> None:
-    """Keep the names of what stays: a list finds its modules by number, so numbers close up."""
-    names = list(container._modules)
-    if [str(i) for i in range(len(names))] == names:
-        return
-    moved = {f"{path}.{name}": f"{path}.{place}" for place, name in enumerate(names)}
-    modules = list(container._modules.values())
-    container._modules.clear()
-    container._modules.update({str(place): module for place, module in enumerate(modules)})
-    for gone, stands in list(removed.items()):
-        removed[gone] = moved.get(stands, stands) if gone.rpartition(".")[0] == path else stands
-    removed.update({old: new for old, new in moved.items() if old != new})
 
 
 def _signature(module: nn.Module, place: int) -> Any:
@@ -145,27 +125,12 @@ def _with_numbers(example: Example, seed: int) -> Example:
 def expand(sites: Sequence[AttentionSite], removed: Mapping[str, str], model: nn.Module) -> list[AttentionSite]:
     """Give every block of the full model the site of the block that stands for it, in the order of the model."""
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    stands: dict[str, list[str]] = {}
-    for gone, kept in removed.items():
-        stands.setdefault(kept, []).append(gone)
-    full: list[AttentionSite] = []
-    for site in sites:
-        for old, new in _places(site.block, removed, stands):
-            full.append(_renamed(site, old, new))
+    full = list(sites)
+    for gone, stands in removed.items():
+        for site in sites:
+            if any(name == stands or name.startswith(stands + ".") for name in (site.block, site.attention)):
+                full.append(_renamed(site, stands, gone))
     return sorted(full, key=lambda site: order.get(site.block, 0))
-
-
-def _places(block: str, removed: Mapping[str, str], stands: Mapping[str, list[str]]) -> list[tuple[str, str]]:
-    """Return (name in the twin, name in the model) for all that this block stands for."""
-    parts = block.split(".")
-    for count in range(len(parts), 0, -1):
-        own = ".".join(parts[:count])
-        if own in stands:
-            names = list(stands[own])
-            if own not in removed:  # nothing of that name was moved away
-                names.insert(0, own)
-            return [(own, name) for name in names]
-    return [(block, block)]
 
 
 def _renamed(site: AttentionSite, old: str, new: str) -> AttentionSite:

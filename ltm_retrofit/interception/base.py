@@ -17,7 +17,7 @@ CHILD = "ltm"
 class Interceptor:
     """Stands in for one module's ``forward``.
 
-    A plain object in the module's ``__dict__``: it pickles and deep-copies with the module and then belongs to the copy.
+    A plain object in the module's ``__dict__``: it pickles and deep-copies with the module then it belongs to the copy.
 
     Args:
         block: the module it belongs to.

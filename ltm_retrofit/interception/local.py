@@ -17,7 +17,7 @@ Grid = tuple[int, int]
 
 
 class Cells:
-    """How the tokens of one tensor lie in cells: from ``(R, N, C)`` to ``(R · cells, tokens of a cell, C)`` and back."""
+    """How the tokens of one tensor lie in cells: ``(R, N, C)`` to ``(R · cells, tokens of a cell, C)`` and back."""
 
     def __init__(self, count: int, lead: int, trail: int, grid: Grid, cell: Grid) -> None:
         self.lead, self.grid, self.cell = lead, grid, cell

@@ -131,7 +131,6 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = model.state_dict()
     if not is_retrofitted(model):
         return state
-    plan = get_plan(model)
     return {key: value for key, value in state.items() if not is_ours(key)}
 
 

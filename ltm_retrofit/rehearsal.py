@@ -1,0 +1,60 @@
+"""What a conversion would cost and whether it holds, for a model without numbers: nothing of it is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from ltm_retrofit.convert import build, install, prove_installed
+from ltm_retrofit.errors import CountError
+from ltm_retrofit.flops import count_macs_quick
+from ltm_retrofit.graph.example import Example, run
+from ltm_retrofit.graph.find import SHORTENED
+from ltm_retrofit.graph.grids import on_meta
+from ltm_retrofit.graph.sites import AttentionSite, Sites
+from ltm_retrofit.graph.twin import make_twin
+from ltm_retrofit.plan import MergePlan
+from ltm_retrofit.undisturbed import undisturbed
+
+#: blocks of each run of equal ones that are converted for real
+KEPT = 2
+
+
+def rehearse(model: nn.Module, example: Example, sites: Sites, plan: MergePlan, *, kept: int | None = KEPT) -> int:
+    """Convert a twin as planned and prove it, (e); count the full model, converted, on the meta device.
+
+    Args:
+        model: with its parameters on the meta device.
+        example: an input.
+        sites: what `find_sites` found in it.
+        plan: what `make_plan` made of them.
+        kept: how many blocks of each run of equal ones the twin has; all where it is None.
+
+    Raises:
+        UnsupportedBlock: where proof (e) fails.
+        CountError: where the MACs that are counted are not those of the plan.
+    """
+    grid = any(row.scope == "GRID" for row in plan.rows)
+    kept = None if grid or sites.total_macs < SHORTENED else kept
+    twin, inputs, _ = make_twin(model, example, kept=kept)
+    present = {name for name, _ in twin.named_modules()}
+
+    def there(found: tuple[AttentionSite, ...]) -> tuple[AttentionSite, ...]:
+        return tuple(site for site in found if site.block in present and site.attention in present)
+
+    part = dataclasses.replace(sites, found=there(sites.found), alternatives=there(sites.alternatives))
+    rows = tuple(row for row in plan.rows if row.site in {s.block for s in (*part.found, *part.alternatives)})
+    with undisturbed(twin), torch.no_grad():
+        expected = run(twin, inputs)
+        if rows:
+            install(twin, *build(twin, part, dataclasses.replace(plan, rows=rows)))
+            prove_installed(twin, inputs, expected)
+    empty, hollow = on_meta(model, example)
+    install(empty, *build(empty, sites, plan))
+    with undisturbed(empty), torch.no_grad():
+        macs = count_macs_quick(lambda: run(empty, hollow))
+    if macs != plan.macs:
+        raise CountError(f"the plan says {plan.macs:,} MACs, and {macs:,} are counted")
+    return macs
