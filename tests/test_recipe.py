@@ -65,7 +65,7 @@ def written(path: Path, text: str) -> Path:
         ("ltm: {flops: '0.7'}", r"between 0 and 1, got '0.7'"),
         ("ltm: {tokens: 50}", r"tokens must be a sequence with something in it, got 50"),
         ("ltm: {tokens: [20, 30]}", r"cannot grow from site to site"),
-        ("ltm: {flops: 0.7, method: tomme}", r"method must be one of 'ltm', 'tome', 'slice', got 'tomme'"),
+        ("ltm: {flops: 0.7, method: tomme}", r"method must be one of 'ltm', 'tome', 'pool', 'slice', got 'tomme'"),
         ("train: {epochs: 2", r"is not YAML"),
         ("train: *nowhere", r"is not YAML"),
         ("5: {epochs: 2}", r"unknown key 5"),
