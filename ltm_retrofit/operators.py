@@ -238,6 +238,8 @@ def dispatch_handles() -> dict[Any, Callable[..., int]]:
         "_scaled_dot_product_fused_attention_overrideable": times(attention),
         "_scaled_dot_product_attention_math_for_mps": times(attention),
     }
+    # torch's counter would take each of these apart, on the meta device in Python, only to find nothing
+    handles |= {name: times(lambda *_: 0) for name in FREE_OPS.split() if name not in handles}
     handles |= {name: refuse(name) for name in _HEAVY_OPS.split()}
     # Not every torch has every operator.
     return {getattr(aten, name): handle for name, handle in handles.items() if hasattr(aten, name)}

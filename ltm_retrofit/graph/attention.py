@@ -40,6 +40,7 @@ class Found:
 
     kind: str  # "fused", "softmax", "packed", "linear" (kernelised) or "additive"
     keys: Tensor | None = None
+    padded: bool = False  # its mask depends on an input that is no image: some tokens only fill up
     packed: Packed | None = None
 
 
@@ -52,6 +53,7 @@ class AttentionMode(TorchFunctionMode):
         data: the tensors that the image is in; what depends on them is data. Without it, kernelised and additive
             attention (products of data with sums over products of data) is not looked for.
         used: called with every tensor that a function is called with.
+        flags: inputs that are no images, such as which tokens are valid.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class AttentionMode(TorchFunctionMode):
         linear: Linear | None = None,
         data: Iterable[Tensor] = (),
         used: Callable[[Tensor], None] | None = None,
+        flags: Iterable[Tensor] = (),
     ) -> None:
         super().__init__()
         self.found, self.linear, self.used = found, linear, used
@@ -67,8 +70,10 @@ class AttentionMode(TorchFunctionMode):
         self.joined: dict[int, tuple[int, int]] = {}
         self.keys_of_logits, self.keys_of_weights = WeakIdKeyDictionary(), WeakIdKeyDictionary()
         self.data, self.summed, self.multiplied = WeakIdKeyDictionary(), WeakIdKeyDictionary(), WeakIdKeyDictionary()
-        for tensor in data:
-            self.data[tensor] = True
+        self.flags = WeakIdKeyDictionary()
+        for table, tensors in ((self.data, data), (self.flags, flags)):
+            for tensor in tensors:
+                table[tensor] = True
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -81,13 +86,16 @@ class AttentionMode(TorchFunctionMode):
             for operand in operands:
                 self.used(operand)
         if func is F.scaled_dot_product_attention:
-            self.found(Found("fused", args[1] if len(args) > 1 else kwargs["key"]))
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            padded = mask is not None and mask in self.flags
+            self.found(Found("fused", args[1] if len(args) > 1 else kwargs["key"], padded))
         elif func is F.multi_head_attention_forward:
             given = dict(zip(_PACKED, args, strict=False)) | kwargs
             packed = Packed(given["key"], given["in_proj_weight"], given["in_proj_bias"], given["num_heads"])
             self.found(Found("packed", packed=packed))
         elif product and operands[0] in self.keys_of_weights:
-            self.found(Found("softmax", self.keys_of_weights[operands[0]]))
+            padded = operands[0] in self.flags
+            self.found(Found("softmax", self.keys_of_weights[operands[0]], padded))
         elif product and self._twice(operands):
             self.found(Found("linear"))
         elif name in TIMES and len(operands) == 2 and all(x in self.data for x in operands):
@@ -105,12 +113,13 @@ class AttentionMode(TorchFunctionMode):
         return all(x in self.data for x in operands) and sum(x in self.multiplied for x in operands) == 1
 
     def _follow(self, name: str, operands: list[Tensor], args: tuple[Any, ...], result: Any, product: bool) -> None:
-        touched = any(x in self.data for x in operands)
-        for out in _flat((result,)):
-            if touched and isinstance(out, Tensor):
-                self.data[out] = True
-        if name == "__setitem__" and touched:
-            self.data[operands[0]] = True
+        for table in (self.data, self.flags):
+            touched = any(x in table for x in operands)
+            for out in _flat((result,)):
+                if touched and isinstance(out, Tensor):
+                    table[out] = True
+            if name == "__setitem__" and touched:
+                table[operands[0]] = True
         if not isinstance(result, Tensor):
             return
         if product and all(x.ndim >= 3 for x in operands):

@@ -118,8 +118,10 @@ class Signature:
         others = {key: value for key, value in {**defaults, **others}.items() if key not in follow}
         return cls(tensors[0], names, tuple(others.items()), follow)
 
-    def split(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...]]:
-        """Return the tokens of a call, and the arguments that follow them.
+    def split(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], padding: str | None = None
+    ) -> tuple[Tensor, tuple[Any, ...], Tensor | None]:
+        """Return the tokens of a call, the arguments that follow them, and what argument ``padding`` masks.
 
         Raises:
             UnsupportedBlock: where any other argument differs from the recorded call, for which the cut was proven.
@@ -128,6 +130,7 @@ class Signature:
         expected = dict(self.others)
         tokens = given.pop(self.tokens)
         followers = tuple(given.pop(key, None) for key in self.follow)
+        mask = given.pop(padding, None) if padding is not None and not torch.compiler.is_exporting() else None
         for key, value in given.items():
             wanted = expected.get(key)
             if key in RECORDING_FLAGS and key not in self.names:
@@ -144,7 +147,7 @@ class Signature:
                     "only. Call the model as in the example, or use `with ltm_retrofit.disabled(model):`"
                 )
         assert isinstance(tokens, Tensor)
-        return tokens, followers
+        return tokens, followers, mask
 
 
 #: the most tokens (class, distillation, registers) that positions have no rows for

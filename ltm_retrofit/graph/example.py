@@ -97,6 +97,12 @@ def floats_of(example: Example) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
+def flags_of(example: Example) -> list[Tensor]:
+    """Return the other tensors of an example: masks, counts, identifiers."""
+    values = example.values() if isinstance(example, Mapping) else [example]
+    return [value for value in values if isinstance(value, Tensor) and not value.is_floating_point()]
+
+
 def in_float(example: Example) -> Example:
     """Return the same example with its floating tensors in float32."""
     if isinstance(example, Mapping):

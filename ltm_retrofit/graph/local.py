@@ -13,6 +13,10 @@ from ltm_retrofit.graph.probe import Recording
 from ltm_retrofit.graph.sites import LocalSite, Scope, TokenLayout
 
 Grid = tuple[int, int]
+PADDED = (
+    "its attention mask depends on the input, so some tokens only fill up, and nothing tells an MLP which: pass an "
+    "example without a mask"
+)
 FEWEST = 4  # tokens that are worth merging
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -26,6 +30,8 @@ def local_sites(
     found: dict[int, list[LocalSite] | str] = {}
     names: set[str] = set()
     for number, several in chains.items():
+        if recording.attended[number].found.padded:
+            several = f"{recording.attended[number].chain[-1]}: {PADDED}"
         if isinstance(several, str):
             found[number] = several
             continue

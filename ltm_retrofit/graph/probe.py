@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ltm_retrofit.errors import CountError, ExampleError
 from ltm_retrofit.flops import counting
 from ltm_retrofit.graph.attention import AttentionMode, Found
-from ltm_retrofit.graph.example import Example, floats_of, run
+from ltm_retrofit.graph.example import Example, flags_of, floats_of, run
 from ltm_retrofit.undisturbed import undisturbed
 
 
@@ -163,7 +163,7 @@ def record(model: nn.Module, example: Example) -> Recording:
 
 
 def _watching(stack: _Stack, example: Example) -> AttentionMode:
-    return AttentionMode(stack.attended, data=floats_of(example), used=stack.used)
+    return AttentionMode(stack.attended, data=floats_of(example), used=stack.used, flags=flags_of(example))
 
 
 def _enter(stack: _Stack, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -49,7 +49,7 @@ class Piece:
 
     def split(self, *args: Any, **kwargs: Any) -> tuple[Tensor, tuple[Any, ...]]:
         """Return tokens and followers of a call."""
-        return self.signature.split("", args, kwargs)
+        return self.signature.split("", args, kwargs)[:2]
 
     def head(
         self, tokens: Tensor, followers: tuple[Any, ...], at: Tensor | None = None, of: int = 0, bias: Any = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.errors import CountError
+from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.graph.cut import gather_rows
 from ltm_retrofit.graph.sites import FlowSite
 from ltm_retrofit.interception.base import Interceptor
@@ -43,13 +44,15 @@ class BlockForward(Interceptor):
         block = self.block
         if self.mode == "original":
             return self.original(*args, **kwargs)
-        tokens, followers = self.signature.split(self.name, args, kwargs)
+        tokens, followers, padding = self.signature.split(self.name, args, kwargs, self.bias)
         if self.mode == "identity":
-            halves = self.halves[block.training, False]
-            return halves.tail(block, halves.head(block, tokens, None, followers)[0])
+            halves = self.halves[block.training, padding is not None]
+            return halves.tail(block, halves.head(block, tokens, padding, followers)[0])
         carried = carried_by(tokens)
         if carried is None:
             self._check_fresh()
+            if padding is not None:  # a token that only fills up stands for none: it weighs nothing in any merge
+                carried = Carried(self.valid(padding, tokens).to(tokens.dtype), ())
         elif carried.sizes.shape[1] != tokens.shape[1]:
             raise CountError(
                 f"block {self.name!r} received {tokens.shape[1]} tokens that carry {carried.sizes.shape[1]} sizes"
@@ -57,7 +60,7 @@ class BlockForward(Interceptor):
         bias: Tensor | None = None
         if carried is not None and self.bias is not None:
             bias = carried.sizes.log()[:, None, None, :].to(tokens.dtype)
-        if carried is not None and followers:
+        if carried is not None and carried.steps and followers:
             at = positions(carried.steps)
             whole = carried.steps[0].assignment.whole
             followers = tuple(gather_rows(value, whole, at) for value in followers)
@@ -77,6 +80,24 @@ class BlockForward(Interceptor):
                 out = unmerge_all(out, carried.steps)
             carried = carried._replace(sizes=out.new_ones(out.shape[:2]))  # only the trace still looks at it
         return carry(out, carried)
+
+    def valid(self, padding: Tensor, tokens: Tensor) -> Tensor:
+        """Read off an attention mask ``(B, 1, 1 or N, N)`` which tokens are more than filling: ``(B, N)`` bool.
+
+        Raises:
+            UnsupportedBlock: where valid tokens see different others, which merged tokens could not.
+        """
+        seen = padding if padding.dtype == torch.bool else padding > torch.finfo(padding.dtype).min / 2
+        seen = seen.expand(tokens.shape[0], -1, -1, -1).any(dim=1)
+        valid = seen.any(dim=1)
+        if not torch.compiler.is_compiling():
+            rows = seen if seen.shape[1] > 1 else seen.expand(-1, tokens.shape[1], -1)
+            if not bool(((rows == valid[:, None, :]) | ~valid[:, :, None]).all()):
+                raise UnsupportedBlock(
+                    f"converted block {self.name!r} was called with a mask {tuple(padding.shape)} by which tokens see "
+                    "different others: only padding, the same for all, is supported once tokens are merged"
+                )
+        return valid
 
     def _check_fresh(self) -> None:
         """Check tokens that carry nothing."""

@@ -74,7 +74,7 @@ def _baseline(
     method: str, dim: int, tokens_in: int, tokens_out: int, prefix: int, keys: torch.Tensor | None = None
 ) -> nn.Module:
     if method == "slice":
-        return SliceMask(tokens_in, tokens_out)
+        return SliceMask(tokens_in, tokens_out, prefix)
     if method == "pool":
         return PoolMask(tokens_in, tokens_out, prefix)
     return ToMeMask(dim, tokens_in, tokens_out, prefix, keys)

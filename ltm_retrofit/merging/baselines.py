@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltm_retrofit.merging.ib import full_precision
-from ltm_retrofit.merging.mask import Merged, SimilarityMask, kept_at, lifted, pick, split, take
+from ltm_retrofit.merging.mask import TINY, Merged, SimilarityMask, kept_at, lifted, pick, split, take
 from ltm_retrofit.merging.overlap import overlaps
 from ltm_retrofit.merging.tokens import Assignment, DenseAssignment, Step
 
@@ -53,7 +53,7 @@ class ToMeMask(SimilarityMask):
                 target.unsqueeze(-1).expand(-1, -1, self.dim),
                 take(source, leaving) * brought.unsqueeze(-1).to(tokens.dtype),
             )
-            merged = summed / new_size.unsqueeze(-1).to(tokens.dtype)
+            merged = summed / new_size.clamp_min(TINY).unsqueeze(-1).to(tokens.dtype)
             out = torch.cat([tokens[:, : self.prefix], take(source, staying), merged], dim=1)
             out_sizes = torch.cat([sizes[:, : self.prefix], pick(source_size, staying), new_size], dim=1)
             weights = F.one_hot(target, counts.partition.destinations).to(similarity.dtype)
@@ -65,9 +65,9 @@ class SliceMask(nn.Module):
 
     wants_key = False
 
-    def __init__(self, tokens_in: int, tokens_out: int) -> None:
+    def __init__(self, tokens_in: int, tokens_out: int, prefix: int = 0) -> None:
         super().__init__()
-        self.tokens_in, self.tokens_out = tokens_in, tokens_out
+        self.tokens_in, self.tokens_out, self.prefix = tokens_in, tokens_out, prefix
 
     def forward(
         self,
@@ -79,7 +79,7 @@ class SliceMask(nn.Module):
     ) -> Merged:
         """Keep the first P tokens; unmerging gives every lost token the last kept one."""
         batch, count = tokens.shape[0], int(tokens.shape[1])
-        stay = self.tokens_out if count == self.tokens_in else kept_at(count, self.tokens_in, self.tokens_out, 0)
+        stay = self.tokens_out if count == self.tokens_in else kept_at(count, self.tokens_in, self.tokens_out, self.prefix)
         kept = tokens[:, :stay]
         places = torch.arange(count, device=tokens.device).expand(batch, -1)
         weights = tokens.new_ones(batch, count - stay, 1)
@@ -114,7 +114,7 @@ class PoolMask(nn.Module):
             matrix = matrix.to(tokens.device)
         with full_precision(tokens):
             sizes = matrix.new_ones(batch, count) if sizes is None else sizes.to(matrix.dtype)
-            merged_sizes = torch.matmul(sizes, matrix)
+            merged_sizes = torch.matmul(sizes, matrix).clamp_min(TINY)
             weighted = (sizes.unsqueeze(-1) * matrix / merged_sizes.unsqueeze(1)).to(tokens.dtype)
             merged = torch.matmul(weighted.transpose(1, 2), tokens)
         kept = matrix.argmax(dim=0).expand(batch, -1)

@@ -21,6 +21,8 @@ from ltm_retrofit.merging.tokens import Assignment, Step
 
 #: temperature of the softmax over destinations in a freshly converted model
 INITIAL_TEMPERATURE = 0.05
+#: far below the size of any token, and no zero
+TINY = 1e-12
 
 
 class Merged(NamedTuple):
@@ -238,7 +240,8 @@ class MaskModule(SimilarityMask):
             source, destination = split(tokens[:, self.prefix :], counts)
             source_size, size = split(sizes[:, self.prefix :], counts)
             brought = pick(source_size, leaving).unsqueeze(-1) * weights  # s_a W_ab
-            new_size = size + brought.sum(dim=1)
+            # where nothing but padding meets, sizes are zero
+            new_size = (size + brought.sum(dim=1)).clamp_min(TINY)
 
             share = (brought / new_size.unsqueeze(1)).sum(dim=-1)  # Σ_p G⁰_jp of each source that leaves
             if leaving is not None:  # a source that stays is a column of its own
@@ -247,7 +250,7 @@ class MaskModule(SimilarityMask):
             descriptor, source_tilt, tilt = self.descend(source, destination, share, size / new_size, remain, groups)
             brought_tilted = pick(source_tilt, leaving).exp().unsqueeze(-1) * brought
             own = tilt.exp() * size
-            total = own + brought_tilted.sum(dim=1)
+            total = (own + brought_tilted.sum(dim=1)).clamp_min(TINY)
 
             added = torch.bmm(
                 (brought_tilted / total.unsqueeze(1)).transpose(1, 2).to(tokens.dtype), take(source, leaving)
