@@ -80,6 +80,8 @@ def _shorten(model: nn.Module, kept: int, removed: dict[str, str]) -> None:
             continue
         seen: dict[Any, list[str]] = {}
         for place, (name, child) in enumerate(container.named_children()):
+            if not any(parameter.ndim >= 2 for parameter in child.parameters()):
+                continue  # a list of dropouts runs beside a list of stages, and costs nothing
             seen.setdefault(_signature(child, place), []).append(name)
         for names in seen.values():
             for name in names[kept - 1 : -1]:
