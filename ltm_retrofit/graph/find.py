@@ -24,7 +24,7 @@ from ltm_retrofit.undisturbed import undisturbed
 #: MACs above which the twin of a model without numbers is cut short
 SHORTENED = 3e9
 #: MACs above which it is cut short in any case, and then has no sites in scope GRID
-WHOLE = 20e9
+WHOLE = 12e9
 
 
 def find_sites(model: nn.Module, example: Example | None = None) -> Sites:

@@ -22,6 +22,7 @@ Grid = tuple[int, int]
 SMALLEST = 3  # rows and columns of a map that is worth merging
 SHARES = 6  # how many smaller sizes are tried
 LEVELS = 4  # how far around an attention a map is looked for
+ATTEMPTS = 12  # how many of these are tried
 BEFORE = 6  # how many of the maps that were put out before it
 
 
@@ -62,16 +63,16 @@ def find_grids(
         return [], "grids are looked for in models that are whole"
     shapes, reason = [tensor.shape for tensor in tensors_of(recording.output)], ""
     tried: list[list[str]] = [[]]
-    for level in range(LEVELS + BEFORE):
-        points = _points(model, recording, chains, level)
-        while points:
-            if [point.name for point in points] in tried:
-                break
+    levels = [_points(model, recording, chains, level) for level in range(LEVELS + BEFORE)]
+    while any(levels):  # all maps first; then without those of the largest grid
+        for points in levels:
+            if [point.name for point in points] in tried or len(tried) > ATTEMPTS:
+                continue
             tried.append([point.name for point in points])
             reason = _fill(model, counted, example, points, shapes)
             if not reason:
                 return points, ""
-            points = [point for point in points[1:] if point.grid != points[0].grid]
+        levels = [[point for point in points if point.grid != points[0].grid] for points in levels]
     return [], reason or "no module around it passes a map (B, C, H, W) on"
 
 

@@ -79,7 +79,9 @@ class SliceMask(nn.Module):
     ) -> Merged:
         """Keep the first P tokens; unmerging gives every lost token the last kept one."""
         batch, count = tokens.shape[0], int(tokens.shape[1])
-        stay = self.tokens_out if count == self.tokens_in else kept_at(count, self.tokens_in, self.tokens_out, self.prefix)
+        stay = self.tokens_out
+        if count != self.tokens_in:
+            stay = kept_at(count, self.tokens_in, self.tokens_out, self.prefix)
         kept = tokens[:, :stay]
         places = torch.arange(count, device=tokens.device).expand(batch, -1)
         weights = tokens.new_ones(batch, count - stay, 1)
