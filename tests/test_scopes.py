@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from conversions import batch, call, convert, converted, near, randomise, scopes
-from torch import Tensor, nn
+from torch import nn
 from zoo import ZOO, picture
 
 import ltm_retrofit as ltm
@@ -197,8 +197,11 @@ def _vit(**changes: object) -> nn.Module:
 
 
 def _swin() -> nn.Module:
-    model = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=7, strict_img_size=False, **SWIN)
-    return model
+    return timm.create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=7, strict_img_size=False, **SWIN)
+
+
+def _efficientvit() -> nn.Module:
+    return timm.create_model("efficientvit_b0", num_classes=7, **EFFICIENT)
 
 
 SIZED: dict[str, tuple[Callable[[], nn.Module], int, dict]] = {
@@ -213,10 +216,8 @@ SIZED: dict[str, tuple[Callable[[], nn.Module], int, dict]] = {
         lambda: timm.create_model("vit_small_patch16_dinov3", **{**VIT, "dynamic_img_size": True}), 32, {},
     ),
     "swin-local": (_swin, 64, {}),
-    "efficientvit-grid": (lambda: timm.create_model("efficientvit_b0", num_classes=7, **EFFICIENT), 128, {"scope": "GRID"}),
-    "efficientvit-grid-pool": (
-        lambda: timm.create_model("efficientvit_b0", num_classes=7, **EFFICIENT), 128, {"method": "pool", "scope": "GRID"},
-    ),
+    "efficientvit-grid": (_efficientvit, 128, {"scope": "GRID"}),
+    "efficientvit-grid-pool": (_efficientvit, 128, {"method": "pool", "scope": "GRID"}),
 }  # fmt: skip
 # rows and columns of the input, as multiples of the example's
 SIZES = {"twice": (2.0, 2.0), "wide": (1.0, 1.5), "tall": (1.75, 0.75), "smaller": (0.5, 0.5), "odd": (1.25, 1.125)}

@@ -1,0 +1,41 @@
+"""Vision transformers of neither library: each converts, for at least 15 % fewer MACs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conversions import call, equal
+from zoo import ZOO
+from zoo_foreign import FOREIGN
+
+import ltm_retrofit as ltm
+from ltm_retrofit.flops import count_macs
+
+torch.set_num_threads(1)
+ASKED = {
+    "torchvision-vit", "torchvision-swin", "torchvision-swin-v2", "plain-multihead", "plain-encoder-prenorm",
+    "plain-encoder-postnorm", "plain-functional", "plain-lucid", "plain-einsum",
+}  # fmt: skip
+
+
+def test_the_zoo_has_all_that_was_asked_for():
+    assert set(FOREIGN) >= ASKED
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_model_converts(name):
+    model, example = ZOO[name]()
+    original = count_macs(model, example).total
+    with torch.no_grad():
+        before = call(model, example)
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.85), example)
+    plan = ltm.get_plan(model)
+    counted = count_macs(model, example).total
+    assert counted == plan.macs and plan.macs_original == original
+    assert counted <= 0.85 * original
+    with torch.no_grad():
+        after = call(model, example)
+        assert [t.shape for t in after] == [t.shape for t in before] and bool(torch.isfinite(after[0]).all())
+        assert not equal(after, before)
+        ltm.restore(model)
+        assert equal(call(model, example), before)

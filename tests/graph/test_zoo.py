@@ -1,0 +1,104 @@
+"""Every block structure of the zoo: sites are found, the conversion costs what was planned, trains, and goes away."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from conversions import batch, call, equal
+from torch import nn
+from zoo import ZOO, Example
+
+import ltm_retrofit as ltm
+from ltm_retrofit import convert
+from ltm_retrofit.blocks import masks_of
+from ltm_retrofit.flops import count_macs
+from ltm_retrofit.graph.example import tensors_of
+
+torch.set_num_threads(1)
+
+#: one of each block class, the cheapest of its structure
+FAST = (
+    "timm-vit timm-vit-siglip-map timm-vit-swiglu-packed timm-vit-respost timm-vit-parallel-things timm-vit-diff "
+    "timm-deit-distilled timm-beit timm-eva-postnorm timm-eva-dinov3 timm-eva02 timm-eva-rope-mixed timm-relpos-shared "
+    "timm-xcit timm-convit timm-sam timm-tnt timm-naflex-gap timm-qwen3 timm-gemma4 timm-pit timm-hybrid timm-swin "
+    "timm-nest timm-coatnet-rw timm-hiera timm-mvitv2 timm-twins-pcpvt timm-edgenext timm-lowformer timm-mobilevit "
+    "timm-visformer timm-volo hf-vit hf-deit-teacher hf-dinov2-registers hf-dinov3 hf-clip hf-siglip hf-swin hf-pvt "
+    "hf-hiera hf-imagegpt hf-internvl-vision hf-swiftformer torchvision-vit plain-multihead plain-lucid"
+).split()
+
+#: what cannot be converted, and the words that say why; whatever else of the zoo is refused is a fault
+REFUSED = {
+    "timm-vit-parallel-scaling": "its tail reads the block's input",
+    "timm-vit-diff-parallel": "nothing follows its attention",
+}
+
+
+def _slow(names: list[str]) -> list[object]:
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def _retrofit(model: nn.Module, example: Example, sites: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "find_sites", lambda *_: sites)  # sites hold no module: one search is enough
+        try:
+            ltm.retrofit(model, ltm.LTMConfig(flops=0.8), example)
+        except ltm.BudgetError as error:
+            ltm.retrofit(model, ltm.LTMConfig(flops=error.nearest), example)
+
+
+def _buffers(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_buffers() if ".ltm." not in f".{name}"]
+
+
+@pytest.mark.parametrize("name", _slow([name for name in ZOO if name not in REFUSED]))
+def test_a_model_converts_trains_and_comes_back(name, monkeypatch):
+    model, example = ZOO[name]()
+    keys, buffers = list(model.state_dict()), _buffers(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        before = call(model, example)
+    sites = ltm.find_sites(model, example)
+    assert len(sites) > 0 and sites.attentions >= len(sites)
+    _retrofit(model, example, sites, monkeypatch)
+
+    plan = ltm.get_plan(model)
+    assert plan.macs < plan.macs_original == sites.total_macs
+    assert count_macs(model, example).total == plan.macs
+    with torch.no_grad():
+        merged = call(model, example)
+    assert [t.shape for t in merged] == [t.shape for t in before] and not equal(merged, before)
+    assert all(bool(torch.isfinite(t).all()) for t in merged)
+
+    model.train()
+    torch.manual_seed(0)
+    outputs = [t for t in tensors_of(call(model, batch(example))) if t.is_floating_point()]
+    torch.stack([t.square().mean() for t in outputs]).sum().backward()
+    masks = masks_of(model)
+    assert set(masks) == {row.site for row in plan.rows if row.action == "merge"}
+    for site, mask in masks.items():
+        for key, parameter in mask.named_parameters():
+            assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), f"{site}: {key}"
+    assert _buffers(model) == buffers
+    model.eval()
+    with torch.no_grad():
+        call(model, example)
+
+    ltm.restore(model)
+    assert list(model.state_dict()) == keys and _buffers(model) == buffers
+    model.load_state_dict(state)  # BatchNorm has learned
+    with torch.no_grad():
+        assert equal(call(model, example), before)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_converted_says_why(name):
+    model, example = ZOO[name]()
+    with pytest.raises(ltm.RetrofitError, match=re.escape(REFUSED[name])):
+        ltm.retrofit(model, ltm.LTMConfig(flops=0.8), example)
+    assert not ltm.is_retrofitted(model)
+
+
+def test_the_tables_name_models_of_the_zoo():
+    assert set(FAST) <= set(ZOO) and set(REFUSED) <= set(ZOO) and not set(FAST) & set(REFUSED)
