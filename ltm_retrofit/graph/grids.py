@@ -22,7 +22,7 @@ Grid = tuple[int, int]
 SMALLEST = 3  # rows and columns of a map that is worth merging
 SHARES = 6  # how many smaller sizes are tried
 LEVELS = 4  # how far around an attention a map is looked for
-ATTEMPTS = 12  # how many of these are tried
+ATTEMPTS = 5  # how many of these are tried
 BEFORE = 6  # how many of the maps that were put out before it
 
 

@@ -155,7 +155,11 @@ class SimilarityMask(nn.Module):
         leave = counts.tokens_in - counts.tokens_out
         if leave == counts.partition.sources:
             return None, torch.zeros(keys.shape[0], 0, dtype=torch.int64, device=keys.device), similarity
-        order = similarity.amax(dim=-1).argsort(dim=-1, descending=True, stable=True)
+        most = similarity.amax(dim=-1)
+        if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort; its TopK takes the lower index first, as we do
+            order = most.topk(most.shape[-1], dim=-1).indices
+        else:
+            order = most.argsort(dim=-1, descending=True, stable=True)
         leaving, staying = order[:, :leave], order[:, leave:].sort(dim=-1).values
         return leaving, staying, take(similarity, leaving)
 
