@@ -122,7 +122,8 @@ def walk(name: str) -> dict[str, Any]:
 def _onnx(model: nn.Module, example: torch.Tensor, expected: torch.Tensor, path: Path) -> float:
     import onnxruntime
 
-    torch.onnx.export(model, (example,), str(path), dynamo=True, verbose=False)
+    with torch.no_grad():  # with gradients torch 2.15 exports a fused attention with a mask that it cannot convert
+        torch.onnx.export(model, (example,), str(path), dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (given, *_) = session.run(None, {session.get_inputs()[0].name: example.numpy()})
     return float((torch.from_numpy(given) - expected).abs().max())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.graph.cut import gather_rows
@@ -67,9 +65,7 @@ class BlockForward(Interceptor):
             whole = carried.steps[0].assignment.whole
             followers = tuple(gather_rows(value, whole, at) for value in followers)
         halves = self.halves[block.training, bias is not None]
-        # the fused kernel's output lies otherwise in memory than what the exporter makes of it
-        with sdpa_kernel(SDPBackend.MATH) if torch.onnx.is_in_onnx_export() else nullcontext():
-            stream, inner = halves.head(block, tokens, bias, followers)
+        stream, inner = halves.head(block, tokens, bias, followers)
         mask = self.mask
         if mask is not None:
             sizes = None if carried is None else carried.sizes
