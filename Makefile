@@ -1,6 +1,8 @@
 # make quickstart   install, then retrofit, tune and measure a small model
 # make test         what CI runs: lint, types, layers, tests
 # make test-slow    the heavier sweeps
+# make coverage     every architecture with attention, proven or refused (hours; goes on where it was stopped)
+# make hybrids      small Swin, MobileViT, EfficientViT and RoPE networks: trained, converted, tuned, compared
 # make bench        latency against the original model (ARGS="..." is passed on)
 # make clean        caches and build leftovers; .venv and runs/ stay
 
@@ -10,7 +12,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .NOTPARALLEL:
-.PHONY: quickstart test test-slow lint bench clean
+.PHONY: quickstart test test-slow lint bench coverage hybrids clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/ltm-retrofit run recipes/quickstart.yaml
@@ -28,6 +30,16 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/latency.py $(ARGS)
+
+coverage: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py run --shard 1/2 & \
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py run --shard 2/2; wait
+	$(BIN)/python benchmarks/coverage.py write
+
+hybrids: $(VENV)/.installed
+	$(BIN)/python benchmarks/hybrids.py train
+	$(BIN)/python benchmarks/hybrids.py compare
+	$(BIN)/python benchmarks/hybrids.py table
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -182,7 +182,7 @@ def _check_fits(plan: MergePlan, sites: Sites) -> None:
     for row in plan.rows:
         if (row.site, row.scope) not in known:
             names = ", ".join(dict.fromkeys(block for block, _ in known)) or "none"
-            reason = sites.excluded.get(row.site) or sites.narrowed.get(row.site) or f"blocks that can be cut: {names}"
+            reason = sites.why(row.site) or f"blocks that can be cut: {names}"
             raise BaseMismatch(f"the plan merges at {row.site!r} ({row.scope}), which this model cannot: {reason}")
     if not plan.rows or plan.macs_original != sites.total_macs:
         raise BaseMismatch(

@@ -135,7 +135,7 @@ def _check(sites: Sites, config: LTMConfig) -> None:
     known = [site.block for site in every]
     for name in config.sites or ():
         if name not in known:
-            reason = sites.excluded.get(name) or sites.narrowed.get(name)
+            reason = sites.why(name)
             close = get_close_matches(name, known, n=1)
             raise UnsupportedBlock(
                 f"sites names {name!r}, which cannot be cut: "

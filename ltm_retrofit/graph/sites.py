@@ -174,6 +174,11 @@ class Sites(Sequence[AttentionSite]):
         """The sites in scope GRID, alternatives included."""
         return tuple(site for site in (*self.found, *self.alternatives) if isinstance(site, GridSite))
 
+    def why(self, block: str) -> str | None:
+        """Return why a block, or the attention in it, is in no scope or in no better one."""
+        reasons = {**self.narrowed, **self.excluded}
+        return next((why for name, why in reasons.items() if name == block or name.startswith(f"{block}.")), None)
+
     def named(self, block: str) -> AttentionSite | None:
         """Return the site of this name: the best one, where there are several scopes."""
         return next((site for site in (*self.found, *self.alternatives) if site.block == block), None)
