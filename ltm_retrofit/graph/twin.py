@@ -20,7 +20,7 @@ from ltm_retrofit.graph.sites import AttentionSite
 
 def kept_of(macs: float) -> int:
     """Return how many blocks stay of each run of equal ones: fewer where the model is large."""
-    return 4 if macs < 15e9 else 3 if macs < 50e9 else 2
+    return 4 if macs < 5e9 else 2
 
 
 def is_empty(model: nn.Module) -> bool:
