@@ -87,6 +87,7 @@ class Signature:
     names: tuple[str, ...]
     others: tuple[tuple[str, Any], ...]
     follow: tuple[str, ...] = ()
+    by_image: tuple[bool, ...] = ()  # of those: whether the first of three dimensions is the image, not the head
 
     @classmethod
     def of(cls, block: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
@@ -116,7 +117,15 @@ class Signature:
                 )
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty and isinstance(p.default, plain)}
         others = {key: value for key, value in {**defaults, **others}.items() if key not in follow}
-        return cls(tensors[0], names, tuple(others.items()), follow)
+        by_image = tuple(_first_is_image(given[key]) for key in follow)
+        return cls(tensors[0], names, tuple(others.items()), follow, by_image)
+
+    def gather(self, followers: tuple[Any, ...], count: int, positions: Tensor) -> tuple[Any, ...]:
+        """Gather the rows of the tokens that are left, ``positions (B, P)`` of ``count``."""
+        return tuple(
+            gather_rows(value, count, positions, by_image)
+            for value, by_image in zip(followers, self.by_image, strict=True)
+        )
 
     def split(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], padding: str | None = None
@@ -163,20 +172,27 @@ def has_rows(value: Any, count: int) -> bool:
     return 0 <= count - value.shape[-2] <= MOST_PREFIX and value.shape[-2] > 1
 
 
-def gather_rows(value: Any, count: int, positions: Tensor, heads: bool = True) -> Any:
+def _first_is_image(value: Any) -> bool:
+    """Say whether a table, recorded with one image, has a row of its own for each image."""
+    if isinstance(value, (tuple, list)):
+        return _first_is_image(value[0])
+    return bool(value.ndim == 3 and value.shape[0] == 1)
+
+
+def gather_rows(value: Any, count: int, positions: Tensor, by_image: bool = False) -> Any:
     """Gather the rows ``(…, N, d)`` that belong to the tokens at ``positions (B, P)`` of ``count`` original ones.
 
     Tables without rows for prefix tokens start behind those. A table shared by images and heads becomes
-    ``(B, 1, P, d)``, one of each head ``(B, heads, P, d)``.
+    ``(B, 1, P, d)``, one of each head ``(B, heads, P, d)``, one of each image ``(B, P, d)``.
     """
     if isinstance(value, (tuple, list)):
-        return type(value)(gather_rows(entry, count, positions) for entry in value)
+        return type(value)(gather_rows(entry, count, positions, by_image) for entry in value)
     missing = count - value.shape[-2]
     rows = positions[:, missing:] - missing
     if value.ndim == 2:
         return value[rows].unsqueeze(1)
-    if value.ndim == 3 and value.shape[0] == 1:
-        return value[0][rows]
+    if value.ndim == 3 and by_image:
+        return value.expand(len(rows), -1, -1).gather(1, rows.unsqueeze(-1).expand(-1, -1, value.shape[-1]))
     if value.ndim == 3:
         return value[:, rows].transpose(0, 1)
     index = rows[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[-1])

@@ -19,6 +19,7 @@ from ltm_retrofit.graph.example import Example, run, tensors_of
 from ltm_retrofit.graph.probe import Attended, Event, Recording, replaced
 
 Grid = tuple[int, int]
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # they would call a mask as one of their own
 SMALLEST = 3  # rows and columns of a map that is worth merging
 SHARES = 6  # how many smaller sizes are tried
 LEVELS = 4  # how far around an attention a map is looked for
@@ -169,7 +170,7 @@ def _point(
 ) -> MapPoint | None:
     point: MapPoint | None = None
     for name in reversed(attended.chain):
-        if len(events[name]) != 1 or not name:
+        if len(events[name]) != 1 or not name or isinstance(model.get_submodule(name), CONTAINERS):
             continue
         (event,) = events[name]
         if len(event.shape_in) != 4 or event.shape_in != event.shape_out:
@@ -206,7 +207,7 @@ def _before(
 ) -> MapPoint | None:
     """Take the output of a module that was called before the attention."""
     reader = _reader(model, recording, event, "output")
-    if reader is None or len(events[event.name]) != 1:
+    if reader is None or len(events[event.name]) != 1 or isinstance(model.get_submodule(event.name), CONTAINERS):
         return None
     weight, order = reader
     shape = event.shape_out

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.graph.chains import Chain, spatial_of
+from ltm_retrofit.graph.grids import CONTAINERS
 from ltm_retrofit.graph.probe import Recording
 from ltm_retrofit.graph.sites import LocalSite, Scope, TokenLayout
 
@@ -18,7 +19,6 @@ PADDED = (
     "example without a mask"
 )
 FEWEST = 4  # tokens that are worth merging
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def local_sites(
@@ -75,7 +75,8 @@ def _site(
         return f"{name}: its MLP is shared with another attention"
     block = _common(owner, chain.names[-1])
     parts = [event.name for event in recording.events if event.name == block]
-    block = name if block in taken or not block or len(parts) != 1 else block
+    shared = not block or len(parts) != 1 or isinstance(model.get_submodule(block), CONTAINERS)
+    block = name if block in taken or shared else block
     taken |= {block, host}
     width = last.event.shape_out[1] if last.order == "BCHW" else last.event.shape_out[-1]
     return LocalSite(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.flops import count_macs_quick
 from ltm_retrofit.graph.attention import AttentionMode, Found, Packed
-from ltm_retrofit.graph.cut import MOST_PREFIX, Halves, Signature, gather_rows
+from ltm_retrofit.graph.cut import MOST_PREFIX, Halves, Signature
 from ltm_retrofit.graph.example import Example, run, tensors_of
 from ltm_retrofit.graph.probe import Call, replaced
 from ltm_retrofit.graph.sites import Cost, KeySource
@@ -56,7 +56,7 @@ class Piece:
     ) -> tuple[Tensor, Tensor]:
         """Run the head on tokens that stood at positions ``at (P,)`` of ``of`` original ones."""
         if at is not None:
-            followers = tuple(gather_rows(value, of, at.expand(len(tokens), -1)) for value in followers)
+            followers = self.signature.gather(followers, of, at.expand(len(tokens), -1))
         stream, inner = self.halves.head(self.block, tokens, bias, followers)
         return stream, inner
 

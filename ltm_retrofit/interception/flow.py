@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError, UnsupportedBlock
-from ltm_retrofit.graph.cut import gather_rows
 from ltm_retrofit.graph.sites import FlowSite
 from ltm_retrofit.interception.base import Interceptor
 from ltm_retrofit.merging.tokens import Carried, carried_by, carry, positions, unmerge_all
@@ -52,7 +51,7 @@ class BlockForward(Interceptor):
         if carried is None:
             self._check_fresh()
             if padding is not None:  # a token that only fills up stands for none: it weighs nothing in any merge
-                carried = Carried(self.valid(padding, tokens).to(tokens.dtype), ())
+                carried = Carried(self.valid(padding, tokens).to(tokens.dtype), (), padded=True)
         elif carried.sizes.shape[1] != tokens.shape[1]:
             raise CountError(
                 f"block {self.name!r} received {tokens.shape[1]} tokens that carry {carried.sizes.shape[1]} sizes"
@@ -63,15 +62,16 @@ class BlockForward(Interceptor):
         if carried is not None and carried.steps and followers:
             at = positions(carried.steps)
             whole = carried.steps[0].assignment.whole
-            followers = tuple(gather_rows(value, whole, at) for value in followers)
+            followers = self.signature.gather(followers, whole, at)
         halves = self.halves[block.training, bias is not None]
         stream, inner = halves.head(block, tokens, bias, followers)
         mask = self.mask
         if mask is not None:
             sizes = None if carried is None else carried.sizes
             key = self.key.mean_map(block) if mask.wants_key else None
-            stream, new_sizes, step = mask(inner, stream, sizes, key)
-            carried = Carried(new_sizes, (*(carried.steps if carried else ()), step))
+            padded = carried is not None and carried.padded
+            stream, new_sizes, step = mask(inner, stream, sizes, key, padded=padded)
+            carried = Carried(new_sizes, (*(carried.steps if carried else ()), step), padded)
         if self.keep is not None:
             stream = stream[:, : self.keep]
         out = halves.tail(block, stream)

@@ -33,7 +33,7 @@ class GridForward(Interceptor):
 
     def merge(self, x: Tensor) -> Tensor:
         """Merge a map into a smaller one."""
-        rows, columns = spatial_of(tuple(x.shape), self.order)
+        rows, columns = (int(size) for size in spatial_of(tuple(x.shape), self.order))  # a trace has tensors there
         mask = self.mask
         assert mask is not None
         merged, grid, step = mask(as_tokens(x, self.order), (rows, columns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -119,9 +120,9 @@ class LocalForward(Interceptor):
 
     def merge(self, x: Tensor) -> tuple[Tensor, Open | None]:
         """Merge within cells; fewer tokens than can be merged go through as they are."""
-        spatial = spatial_of(tuple(x.shape), self.order)
+        spatial = tuple(int(size) for size in spatial_of(tuple(x.shape), self.order))  # a trace has tensors there
         tokens = as_tokens(x, self.order)
-        cells = self.cells(tokens.shape[1], spatial)
+        cells = self.cells(prod(spatial), spatial)
         if cells.per_row < 1 or cells.cell[0] * cells.cell[1] < 2:
             return x, None
         lead, middle, rest = cells.apart(tokens)

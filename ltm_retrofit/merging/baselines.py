@@ -29,6 +29,7 @@ class ToMeMask(SimilarityMask):
         sizes: Tensor | None,
         key: tuple[Tensor, Tensor | None] | None = None,
         groups: int = 1,
+        padded: bool = False,
     ) -> Merged:
         """Merge as `MaskModule` does, by the block's present keys: ``key`` is their ``(weight, bias)``, head mean.
 
@@ -41,7 +42,7 @@ class ToMeMask(SimilarityMask):
         with full_precision(tokens):
             weight, bias = key
             keys = F.linear(inner[:, self.prefix :].to(weight.dtype), weight, bias)
-            leaving, staying, similarity = self.choose(lifted(keys), counts)
+            leaving, staying, similarity = self.choose(lifted(keys), counts, self.valid(sizes, padded))
             target = similarity.argmax(dim=-1)
             sizes = similarity.new_ones(tokens.shape[:2]) if sizes is None else sizes
             source, destination = split(tokens[:, self.prefix :], counts)
@@ -76,6 +77,7 @@ class SliceMask(nn.Module):
         sizes: Tensor | None,
         key: tuple[Tensor, Tensor | None] | None = None,
         groups: int = 1,
+        padded: bool = False,
     ) -> Merged:
         """Keep the first P tokens; unmerging gives every lost token the last kept one."""
         batch, count = tokens.shape[0], int(tokens.shape[1])
@@ -107,6 +109,7 @@ class PoolMask(nn.Module):
         sizes: Tensor | None,
         key: tuple[Tensor, Tensor | None] | None = None,
         groups: int = 1,
+        padded: bool = False,
     ) -> Merged:
         """Pool; every output token stands for as many as it holds."""
         batch, count = tokens.shape[0], int(tokens.shape[1])

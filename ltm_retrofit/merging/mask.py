@@ -23,6 +23,8 @@ from ltm_retrofit.merging.tokens import Assignment, Step
 INITIAL_TEMPERATURE = 0.05
 #: far below the size of any token, and no zero
 TINY = 1e-12
+#: above what nothing but filling adds up to
+FILLING = 1e-6
 
 
 class Merged(NamedTuple):
@@ -139,12 +141,13 @@ class SimilarityMask(nn.Module):
         split = partition(count, kept, self.prefix)
         return Counts(count, kept, split, _sources(count - self.prefix, split).to(tokens.device))
 
-    def choose(self, keys: Tensor, counts: Counts) -> tuple[Tensor | None, Tensor, Tensor]:
+    def choose(self, keys: Tensor, counts: Counts, valid: Tensor | None = None) -> tuple[Tensor | None, Tensor, Tensor]:
         """Choose the sources that leave.
 
         Args:
             keys: ``(B, patches, d)``, of any length.
             counts: what to do with this many tokens.
+            valid: ``(B, patches)`` bool, where some tokens only fill up: those leave first, and nobody joins them.
 
         Returns:
             positions among the sources of those that leave ``(B, r)``, or None where all leave; of those that stay,
@@ -152,6 +155,9 @@ class SimilarityMask(nn.Module):
         """
         source, destination = split(F.normalize(keys, dim=-1), counts)
         similarity = torch.bmm(source, destination.transpose(1, 2))
+        if valid is not None:
+            filled_source, filled = (~half for half in split(valid, counts))
+            similarity = similarity.masked_fill(filled.unsqueeze(1), -2.0).masked_fill(filled_source.unsqueeze(2), 2.0)
         leave = counts.tokens_in - counts.tokens_out
         if leave == counts.partition.sources:
             return None, torch.zeros(keys.shape[0], 0, dtype=torch.int64, device=keys.device), similarity
@@ -162,6 +168,10 @@ class SimilarityMask(nn.Module):
             order = most.argsort(dim=-1, descending=True, stable=True)
         leaving, staying = order[:, :leave], order[:, leave:].sort(dim=-1).values
         return leaving, staying, take(similarity, leaving)
+
+    def valid(self, sizes: Tensor | None, padded: bool) -> Tensor | None:
+        """Return which patch tokens are more than filling ``(B, patches)``; None where all are."""
+        return sizes[:, self.prefix :] > FILLING if padded and sizes is not None else None
 
     def assignment(self, leaving: Tensor | None, staying: Tensor, weights: Tensor, counts: Counts) -> Assignment:
         """Turn choices among the sources into an `Assignment` over all N tokens."""
@@ -222,6 +232,7 @@ class MaskModule(SimilarityMask):
         sizes: Tensor | None,
         key: tuple[Tensor, Tensor | None] | None = None,
         groups: int = 1,
+        padded: bool = False,
     ) -> Merged:
         """Merge.
 
@@ -231,6 +242,7 @@ class MaskModule(SimilarityMask):
             sizes: ``(B, N)`` how many original tokens each stands for; None before the first merge.
             key: the block's present key map, which a learnable mask has left behind and ignores.
             groups: consecutive entries of the batch that belong to one image and share its descriptor.
+            padded: whether tokens of size zero only fill up.
 
         Raises:
             CountError: where there is no patch token.
@@ -238,7 +250,7 @@ class MaskModule(SimilarityMask):
         counts = self.counts(tokens)
         with full_precision(tokens):
             keys = self.key(inner[:, self.prefix :].to(self.key.weight.dtype))
-            leaving, staying, similarity = self.choose(lifted(keys), counts)
+            leaving, staying, similarity = self.choose(lifted(keys), counts, self.valid(sizes, padded))
             weights = torch.softmax(similarity * self.log_scale.exp().to(similarity.dtype), dim=-1)
             sizes = similarity.new_ones(tokens.shape[:2]) if sizes is None else sizes
             source, destination = split(tokens[:, self.prefix :], counts)

@@ -98,10 +98,14 @@ class Step(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """What the tokens of one tensor know of their past: sizes ``(B, P)`` and one `Step` for each site passed."""
+    """What the tokens of one tensor know of their past: sizes ``(B, P)`` and one `Step` for each site passed.
+
+    Where they are ``padded``, a token that only fills up has size zero.
+    """
 
     sizes: Tensor
     steps: tuple[Step, ...]
+    padded: bool = False
 
 
 def carried_by(tokens: Tensor) -> Carried | None:
