@@ -45,7 +45,11 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
         NoAttentionError: where the model attends nowhere.
         ExampleError: where there is no example, or the model cannot be run on it.
     """
-    example = prepare_example(model, example)
+    return _find(model, prepare_example(model, example))
+
+
+def _find(model: nn.Module, example: Example, whole: bool = False) -> Sites:
+    """Walk; where there are no numbers on a twin that is ``whole``, or as short as may be."""
     shapes = (
         {"": tuple(example.shape)}
         if isinstance(example, Tensor)
@@ -56,7 +60,7 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
     total = 0
     if is_empty(model):
         total = _total(*full)
-        model, example, removed, recording = _record_twin(*full, total)
+        model, example, removed, recording = _record_twin(*full, total, whole)
     elif home(model)[1] in (torch.float16, torch.bfloat16):
         # rounding in half precision is as large as what the proofs look for; sites hold names and code, no modules
         model, example = copy.deepcopy(model).float(), in_float(example)
@@ -71,7 +75,10 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
             )
         narrowed: dict[str, str] = {}
         candidates, prefix = find_flow(model, example, recording, narrowed)
-        chains = find_chains(model, example, recording)
+        cut = {candidate.name for candidate in candidates}
+        every = all(cut & set(attended.chain) for attended in recording.attended)
+        # in large models without numbers, other scopes than the best one are not looked for
+        chains = {} if every and total > SHORTENED else find_chains(model, example, recording)
         total = total or _total(*full)
         flow = flow_sites(candidates, prefix, recording)
         ending = find_ending(model, example, recording, candidates, prefix)
@@ -81,6 +88,8 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
             with undisturbed(full[0]):
                 points, no_grid = find_grids(model, on_meta(*full), example, recording, chains, removed)
     local = local_sites(model, recording, chains)
+    if removed and any(_crosses(site, removed) for several in local.values() for site in several):
+        return _find(*full, whole=True)
     grid = {point.number: _grid_site(model, recording, point) for point in points}
     best, other, excluded = _best(recording, flow, grid, local, narrowed, no_grid)
     attentions = len(recording.attended)
@@ -103,15 +112,15 @@ def identify(model: nn.Module) -> dict[str, str]:
 
 
 def _record_twin(
-    model: nn.Module, example: Example, total: int
+    model: nn.Module, example: Example, total: int, whole: bool
 ) -> tuple[nn.Module, Example, dict[str, str], Recording]:
     """Make a twin that runs, as short as may be, and record it."""
-    kept = kept_of(total) if total > SHORTENED else None
+    kept = kept_of(total) if total > SHORTENED and not whole else None
     twin, inputs, removed = make_twin(model, example, kept=kept)
     try:
         with undisturbed(twin), torch.no_grad():
             recording = record(twin, inputs)
-            whole = removed and total < WHOLE and maps_around(twin, recording)
+            whole = bool(removed) and total < WHOLE and maps_around(twin, recording)
         whole = whole or (bool(removed) and not _faithful(model, example, recording, removed))
     except ExampleError:  # something counts its blocks
         whole = bool(removed)
@@ -147,6 +156,18 @@ def _faithful(model: nn.Module, example: Example, recording: Recording, removed:
     except Exception:  # something looks at values, which the meta device has none of
         return False
     return not differ
+
+
+def _crosses(site: LocalSite | str, removed: Mapping[str, str]) -> bool:
+    """Say whether a site spans several of the blocks that a twin was cut among: a copy of it would be of another."""
+    if isinstance(site, str):
+        return False
+    lists = {name.rpartition(".")[0] for name in removed}
+
+    def child(name: str) -> set[str]:
+        return {".".join(name.split(".")[: len(path.split(".")) + 1]) for path in lists if name.startswith(f"{path}.")}
+
+    return len({frozenset(child(name)) for name in (site.attention, *site.chain)}) > 1
 
 
 def _total(model: nn.Module, example: Example) -> int:
@@ -197,7 +218,7 @@ def _best(
         own: list[Any] = [site for site in flow if site.block in attended.chain]
         # the map that an attention reads is the last one that was put out before it, or around it
         own += [grid[max(place for place in grid if place <= number)]] if grid and number >= min(grid) else []
-        mine = local[number]
+        mine = local.get(number, [])
         if own:
             best += [own[0]] if own[0] not in best else []
             other += [site for site in (*own[1:], *(mine if isinstance(mine, list) else ())) if site not in other]
