@@ -16,7 +16,7 @@ from zoo import ZOO, picture
 import ltm_retrofit as ltm
 from ltm_retrofit.blocks import forwards_of, masks_of
 from ltm_retrofit.flops import count_macs
-from ltm_retrofit.graph.cut import gather_rows
+from ltm_retrofit.graph.signature import gather_rows
 from ltm_retrofit.interception.flow import BlockForward
 from ltm_retrofit.interception.grid import GridForward
 from ltm_retrofit.interception.local import LocalForward

@@ -10,7 +10,7 @@ from ltm_retrofit.budget.rows import CLUSTERS, Option, Row
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.graph.sites import FlowSite, Sites
-from ltm_retrofit.merging.mask import merge_macs, partition, unmerge_macs
+from ltm_retrofit.merging.partition import merge_macs, partition, unmerge_macs
 
 
 class FlowBudget:

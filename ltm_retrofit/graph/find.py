@@ -15,8 +15,9 @@ from ltm_retrofit.flops import count_macs, count_macs_quick
 from ltm_retrofit.graph.chains import find_chains
 from ltm_retrofit.graph.example import Example, home, in_float, prepare_example, run
 from ltm_retrofit.graph.flow import find_ending, find_flow, flow_sites
-from ltm_retrofit.graph.grids import MapPoint, find_grids, maps_around, on_meta
+from ltm_retrofit.graph.grids import find_grids, on_meta
 from ltm_retrofit.graph.local import local_sites
+from ltm_retrofit.graph.maps import MapPoint, maps_around
 from ltm_retrofit.graph.probe import Recording, record
 from ltm_retrofit.graph.sites import AttentionSite, FlowSite, GridSite, LocalSite, Scope, Sites, TokenLayout
 from ltm_retrofit.graph.twin import expand, is_empty, kept_of, make_twin

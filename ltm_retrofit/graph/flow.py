@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import UnsupportedBlock
-from ltm_retrofit.graph import prove
-from ltm_retrofit.graph.cut import Halves, Signature, cut_block
+from ltm_retrofit.graph import keys, prove
+from ltm_retrofit.graph.cut import Halves, cut_block
 from ltm_retrofit.graph.example import Example, logits_of, other_image, run
 from ltm_retrofit.graph.probe import Attended, Call, Recording
+from ltm_retrofit.graph.signature import Signature
 from ltm_retrofit.graph.sites import Cost, Ending, FlowSite, KeySource, Scope, TokenLayout
 
 
@@ -44,8 +45,8 @@ class Candidate:
         prove.prove_tokenwise(self.piece, stream, self.call.output)
         self.cost = prove.measure_cost(self.piece, self.call, stream)
         prove.prove_saving(self.cost, stream.shape[1])
-        self.key, self.heads, self.key_dim = prove.trace_keys(self.module, self.call, inner)
-        self.bias = prove.find_bias(self.piece, lambda name: self.cut(training=False, bias=name), self.call)
+        self.key, self.heads, self.key_dim = keys.trace_keys(self.module, self.call, inner)
+        self.bias = keys.find_bias(self.piece, lambda name: self.cut(training=False, bias=name), self.call)
         self.halves[True, False] = self.cut(training=True, bias=None)
         if self.bias is not None:
             for training in (False, True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.graph.chains import Chain, spatial_of
-from ltm_retrofit.graph.grids import CONTAINERS
+from ltm_retrofit.graph.maps import CONTAINERS
 from ltm_retrofit.graph.probe import Recording
 from ltm_retrofit.graph.sites import LocalSite, Scope, TokenLayout
 

@@ -9,7 +9,8 @@ from typing import overload
 
 from torch import Tensor, nn
 
-from ltm_retrofit.graph.cut import Halves, Signature
+from ltm_retrofit.graph.cut import Halves
+from ltm_retrofit.graph.signature import Signature
 
 
 class Scope(StrEnum):

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltm_retrofit.merging.ib import full_precision
-from ltm_retrofit.merging.mask import TINY, Merged, SimilarityMask, kept_at, lifted, pick, split, take
+from ltm_retrofit.merging.mask import TINY, Merged, SimilarityMask, lifted, pick, take
 from ltm_retrofit.merging.overlap import overlaps
+from ltm_retrofit.merging.partition import kept_at, split
 from ltm_retrofit.merging.tokens import Assignment, DenseAssignment, Step
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import UnsupportedBlock
-from ltm_retrofit.graph.cut import Code, Signature
+from ltm_retrofit.graph.cut import Code
+from ltm_retrofit.graph.signature import Signature
 
 torch.set_num_threads(1)
 _CACHE: dict[str, tuple] = {}
