@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from coverage_page import write
-from coverage_runner import RUNS, latest, read, run
+from coverage_runner import KEPT, RUNS, latest, read, run
 from coverage_zoo import Row, zoo
 from torch import Tensor
 
@@ -36,8 +37,8 @@ def walk(row: Row, record: dict[str, Any]) -> None:
     record.update(input=shapes(example), params=sum(parameter.numel() for parameter in model.parameters()))
     sites = ltm.find_sites(model, example)
     record.update(
-        found=len({site.attention for site in sites} | set(sites.excluded)),
-        converted=len({site.attention for site in sites}),
+        found=sites.attentions,
+        converted=sites.covered,
         excluded=shorten(sites.excluded),
         proofs=sorted({f"{site.scope}:{''.join(site.proofs)}" for site in sites}),
         macs_before=sites.total_macs,
@@ -113,6 +114,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the workers
     if args.command == "write":
         checked = {record["name"]: record for record in read(RUNS / "check.jsonl")}
+        KEPT.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in latest().values()))
         return write(zoo(), checked, latest(), target=TARGET, enough=ENOUGH, proofs=PROOFS)
     began = time.perf_counter()
     if args.command == "run":

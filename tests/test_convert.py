@@ -144,7 +144,7 @@ def test_a_failed_conversion_leaves_no_trace(build, images, monkeypatch, family,
     state = {key: value.clone() for key, value in model.state_dict().items()}
     config, example, error = {"flops": 0.7}, None, UnsupportedBlock
     if reason == "proof":
-        monkeypatch.setattr(convert, "_prove_installed", refuse)
+        monkeypatch.setattr(convert, "prove_installed", refuse)
     elif reason == "identity":
         monkeypatch.setattr(convert, "all_equal", lambda *_: False)
     elif reason == "build":
@@ -155,7 +155,7 @@ def test_a_failed_conversion_leaves_no_trace(build, images, monkeypatch, family,
         def stop(*_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(convert, "_prove_installed", stop)
+        monkeypatch.setattr(convert, "prove_installed", stop)
     elif reason == "budget":
         config, error = {"flops": 0.01}, BudgetError
     elif reason == "counts":

@@ -99,7 +99,7 @@ def test_rows_follow_their_tokens(name):
     with torch.no_grad():
         call(model, example)
         handle.remove()
-        tokens, followers = site.signature.split(site.block, *calls[0])
+        tokens, followers, _ = site.signature.split(site.block, *calls[0])
         count, prefix = tokens.shape[1], site.layout.prefix
         head = site.halves[False, False].head
         order = torch.cat(

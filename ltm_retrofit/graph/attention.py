@@ -87,15 +87,16 @@ class AttentionMode(TorchFunctionMode):
                 self.used(operand)
         if func is F.scaled_dot_product_attention:
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-            padded = mask is not None and mask in self.flags
-            self.found(Found("fused", args[1] if len(args) > 1 else kwargs["key"], padded))
+            keys = args[1] if len(args) > 1 else kwargs["key"]
+            padded = mask is not None and mask in self.flags and keys not in self.flags
+            self.found(Found("fused", keys, padded))
         elif func is F.multi_head_attention_forward:
             given = dict(zip(_PACKED, args, strict=False)) | kwargs
             packed = Packed(given["key"], given["in_proj_weight"], given["in_proj_bias"], given["num_heads"])
             self.found(Found("packed", packed=packed))
         elif product and operands[0] in self.keys_of_weights:
-            padded = operands[0] in self.flags
-            self.found(Found("softmax", self.keys_of_weights[operands[0]], padded))
+            keys = self.keys_of_weights[operands[0]]
+            self.found(Found("softmax", keys, operands[0] in self.flags and keys not in self.flags))
         elif product and self._twice(operands):
             self.found(Found("linear"))
         elif name in TIMES and len(operands) == 2 and all(x in self.data for x in operands):
@@ -123,7 +124,10 @@ class AttentionMode(TorchFunctionMode):
         if not isinstance(result, Tensor):
             return
         if product and all(x.ndim >= 3 for x in operands):
-            self.keys_of_logits[result] = operands[1] if name == "einsum" else operands[1].transpose(-2, -1)
+            keys = operands[1] if name == "einsum" else operands[1].transpose(-2, -1)
+            self.keys_of_logits[result] = keys
+            if operands[1] in self.flags:
+                self.flags[keys] = True
             if all(x in self.data for x in operands):
                 self.multiplied[result] = True
             return

@@ -93,11 +93,15 @@ def _find(model: nn.Module, example: Example, whole: bool = False) -> Sites:
         return _find(*full, whole=True)
     grid = {point.number: _grid_site(model, recording, point) for point in points}
     best, other, excluded = _best(recording, flow, grid, local, narrowed, no_grid)
-    attentions = len(recording.attended)
     if removed:
         best, other = expand(best, removed, full[0]), expand(other, removed, full[0])
-        attentions = max(attentions, len(best) + len(excluded))
-    return Sites(tuple(best), excluded, total, ending, shapes, base, tuple(other), attentions, narrowed)
+    owners = [attended.chain[-1] for attended in recording.attended]
+    # a block of a twin stands for those that were cut away
+    counts = [1 + sum(name == by or name.startswith(f"{by}.") for by in removed.values()) for name in owners]
+    missed = sum(count for name, count in zip(owners, counts, strict=True) if name in excluded)
+    return Sites(
+        tuple(best), excluded, total, ending, shapes, base, tuple(other), sum(counts), sum(counts) - missed, narrowed
+    )
 
 
 def identify(model: nn.Module) -> dict[str, str]:

@@ -158,6 +158,7 @@ class Sites(Sequence[AttentionSite]):
     base: dict[str, str] = field(default_factory=dict)  # library, class and architecture of the model
     alternatives: tuple[AttentionSite, ...] = ()
     attentions: int = 0  # seen in one forward pass
+    covered: int = 0  # of those: that a site makes cheaper, a grid site all those behind it
     narrowed: dict[str, str] = field(default_factory=dict)  # why a block is in no better scope
 
     @property

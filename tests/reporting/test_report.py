@@ -266,7 +266,12 @@ def test_merging_share_is_the_masks_share(converted, monkeypatch: pytest.MonkeyP
     for module in [module for name, module in model.named_modules() if name.endswith(".ltm")]:
         module.register_forward_pre_hook(lambda *_: None)
         forward = module.forward
-        monkeypatch.setattr(module, "forward", lambda *args, forward=forward: (time.sleep(0.02), forward(*args))[1])
+
+        def slow(*args, forward=forward, **more):
+            time.sleep(0.02)
+            return forward(*args, **more)
+
+        monkeypatch.setattr(module, "forward", slow)
     many = paired_latency(model, torch.randn(1, 3, 32, 32), rounds=4).merging
     assert few < many < 1 and many > 0.5
 
