@@ -88,7 +88,7 @@ class AttentionMode(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             keys = args[1] if len(args) > 1 else kwargs["key"]
-            padded = mask is not None and mask in self.flags and keys not in self.flags
+            padded = mask is not None and mask in self.flags and mask not in self.data
             self.found(Found("fused", keys, padded))
         elif func is F.multi_head_attention_forward:
             given = dict(zip(_PACKED, args, strict=False)) | kwargs
