@@ -123,7 +123,8 @@ Hardware: {machines}.
 {chr(10).join(rows)}
 
 Top-1 accuracy in percent on {tests} test canvases, drawn from 360 source digits that no training canvas shows. The
-fine-tune is the quickstart's at TrainConfig's learning rate ({LR:g}), {epochs} epoch(s), the same for every arm; seeds {seeds}, mean and range where there are
+fine-tune is the quickstart's at TrainConfig's learning rate ({LR:g}), {epochs} epoch(s), the same for every arm;
+seeds {seeds}, mean and range where there are
 several. Pooled and sliced have the token counts of converted at the same sites. MACs are counted on the models
 themselves, masks included. The bases are tiny and were trained for minutes on canvases of the same kind (validation
 accuracy at the end: {trained or "not in the log"}); rope started from digits_vit, which ships with the package.
