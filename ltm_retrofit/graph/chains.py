@@ -98,8 +98,7 @@ def find_chains(model: nn.Module, example: Example, recording: Recording) -> dic
         }
         if not waiting:
             break
-        failed: set[str] = set()
-        _prove_pass(model, example, waiting, links, failed)
+        _prove_pass(model, example, waiting, links)
         windows = [
             [
                 inner
@@ -140,7 +139,6 @@ def _prove_pass(
     example: Example,
     waiting: dict[str, tuple[int, Event]],
     links: dict[int, dict[str, Link]],
-    failed: set[str],
 ) -> None:
     busy: list[str] = []
 
@@ -151,8 +149,8 @@ def _prove_pass(
         try:
             index, event = waiting[name]
             links[index][name] = _prove_link(module, event, args, kwargs, output)
-        except UnsupportedBlock:
-            failed.add(name)
+        except UnsupportedBlock:  # its children are tried next
+            pass
         finally:
             busy.clear()
 

@@ -94,6 +94,7 @@ def _sound(
 ) -> list[MapPoint]:
     """Return the points after which a smaller grid is taken, tried once for each kind of place."""
     holds: dict[Any, bool] = {}
+    sound: list[MapPoint] = []
     for point in points:
         path = point.name.split(".")
         kind = (
@@ -108,8 +109,9 @@ def _sound(
                 holds[kind] = True
             except Exception:
                 holds[kind] = False
-        point.sound = holds[kind]
-    return [point for point in points if point.sound]
+        if holds[kind]:
+            sound.append(point)
+    return sound
 
 
 def _shares(grids: Sequence[Grid]) -> list[Fraction]:

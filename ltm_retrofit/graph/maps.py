@@ -29,7 +29,6 @@ class MapPoint:
     dim: int
     weight: str
     segment: dict[Grid, int] = field(default_factory=dict)
-    sound: bool = True
 
 
 def maps_around(model: nn.Module, recording: Recording) -> bool:
@@ -81,13 +80,8 @@ def _point(
         reader = _reader(model, recording, event, where)
         if reader is None:
             continue
-        weight, order = reader
-        shape = event.shape_in
-        grid, dim = (shape[2:], shape[1]) if order == "BCHW" else (shape[1:3], shape[3])
-        if min(grid) < SMALLEST:
-            return None
-        point = MapPoint(name, number, where, order, (grid[0], grid[1]), dim, weight)
-        if level == 0:
+        point = _made(event, number, where, *reader)
+        if point is None or level == 0:
             break
         level -= 1
     return point
@@ -110,12 +104,16 @@ def _before(
     reader = _reader(model, recording, event, "output")
     if reader is None or len(events[event.name]) != 1 or isinstance(model.get_submodule(event.name), CONTAINERS):
         return None
-    weight, order = reader
+    return _made(event, number, "output", *reader)
+
+
+def _made(event: Event, number: int, where: str, weight: str, order: str) -> MapPoint | None:
+    """Make the point of a call that puts out a map; None where the map is too small to merge."""
     shape = event.shape_out
     grid, dim = (shape[2:], shape[1]) if order == "BCHW" else (shape[1:3], shape[3])
     if min(grid) < SMALLEST:
         return None
-    return MapPoint(event.name, number, "output", order, (grid[0], grid[1]), dim, weight)
+    return MapPoint(event.name, number, where, order, (grid[0], grid[1]), dim, weight)
 
 
 def _reader(model: nn.Module, recording: Recording, event: Event, where: str) -> tuple[str, str] | None:
