@@ -174,11 +174,14 @@ def run(args: Namespace, what: Work, out: Path, done: dict[str, dict[str, Any]])
         rows = [row for row in rows if fnmatch.fnmatch(row.name, args.only) or args.only in (row.family, row.group)]
     if args.redo_errors:
         done = {name: record for name, record in done.items() if record["status"] != "error"}
+    made = stamp()
+    if args.fresh:
+        done = {name: record for name, record in done.items() if record["commit"] == made["commit"]}
     rows = [row for row in rows if row.name not in done]
     costs = {record["name"]: record["macs_before"] for record in read(RUNS / "check.jsonl") if "macs_before" in record}
     rows.sort(key=lambda row: costs.get(row.name) or crude_cost(row))
     worker: Worker | None = None
-    made, tally = stamp(), Counter[str]()
+    tally = Counter[str]()
     bar = tqdm(rows, desc=f"{what.__name__} {args.shard}", dynamic_ncols=True, mininterval=1)
     with out.open("a") as file:
         for row in bar:

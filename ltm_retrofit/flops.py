@@ -226,7 +226,7 @@ class _Where:
 
 
 def _dispatch_counter(names: Mapping[nn.Module, str]) -> FlopCounterMode:
-    counter = FlopCounterMode(display=False, custom_mapping=dispatch_handles())
+    counter = FlopCounterMode(display=False, custom_mapping=dict(dispatch_handles()))
     counter.mod_tracker = _Where(names)  # type: ignore[assignment]
     return counter
 

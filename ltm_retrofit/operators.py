@@ -5,9 +5,11 @@ A MAC is what `ltm_retrofit.flops` says it is. Both of its counters read their o
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -209,7 +211,8 @@ TRACE_HANDLES: dict[str, Handle] = {
 # For torch's counter
 
 
-def dispatch_handles() -> dict[Any, Callable[..., int]]:
+@functools.cache  # asked for at every count, and looking the operators up takes longer than many a count
+def dispatch_handles() -> Mapping[Any, Callable[..., int]]:
     """What `FlopCounterMode` lacks; it wants 2 for each multiply-add."""
 
     def times(inner: Callable[..., int]) -> Callable[..., int]:
@@ -242,4 +245,4 @@ def dispatch_handles() -> dict[Any, Callable[..., int]]:
     handles |= {name: times(lambda *_: 0) for name in FREE_OPS.split() if name not in handles}
     handles |= {name: refuse(name) for name in _HEAVY_OPS.split()}
     # Not every torch has every operator.
-    return {getattr(aten, name): handle for name, handle in handles.items() if hasattr(aten, name)}
+    return MappingProxyType({getattr(aten, name): handle for name, handle in handles.items() if hasattr(aten, name)})
