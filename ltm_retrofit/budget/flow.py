@@ -20,8 +20,9 @@ class FlowBudget:
         self.sites, self.config, self.blocks = sites, config, sites.flow
         self.tokens, self.prefix = self.blocks[0].layout.tokens, self.blocks[0].layout.prefix
         self.slices = sites.ending.prefix_only and config.output_tokens == "auto"
-        #: a slice after the last attention leaves nothing for a mask to do there
-        self.mergeable = list(self.blocks)[:-1] if self.slices else list(self.blocks)
+        #: a slice after the last attention, or no tail there, leaves nothing for a mask to do
+        idle = self.slices or self.blocks[-1].cost.tail[1] == 0
+        self.mergeable = list(self.blocks)[:-1] if idle else list(self.blocks)
         if config.sites is not None:
             self.mergeable = [site for site in self.mergeable if site.block in config.sites]
 

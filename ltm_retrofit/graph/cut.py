@@ -26,6 +26,10 @@ ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 ATTENTIONS = (F.scaled_dot_product_attention, torch.softmax, F.softmax, "softmax")
 
 
+class NoTail(UnsupportedBlock):
+    """Attention and MLP work side by side: no residual addition lies between them."""
+
+
 class Code:
     """One function written by ``torch.fx``: called with the block in place of ``self``; can be pickled and copied."""
 
@@ -117,8 +121,10 @@ def _argument_nodes(node: fx.Node) -> list[fx.Node]:
     return list(node.all_input_nodes)
 
 
-def cut_block(block: nn.Module, attention: str, signature: Signature, *, training: bool, bias: str | None) -> Halves:
-    """Cut a block at the first residual addition whose branch contains its attention.
+def cut_block(
+    block: nn.Module, attention: str, signature: Signature, *, training: bool, bias: str | None, end: bool = False
+) -> Halves:
+    """Cut a block at the first residual addition whose branch contains its attention, or at its end.
 
     Args:
         block: the module.
@@ -126,6 +132,7 @@ def cut_block(block: nn.Module, attention: str, signature: Signature, *, trainin
         signature: the recorded call.
         training: the value of ``block.training`` that the pieces are for.
         bias: name of the block's argument that is added to the attention's logits, traced as an input; or None.
+        end: cut behind all that the block does, for blocks in which attention and MLP work side by side.
 
     Raises:
         UnsupportedBlock: with the reason.
@@ -152,8 +159,10 @@ def cut_block(block: nn.Module, attention: str, signature: Signature, *, trainin
     output = nodes[-1].args[0]
     if not isinstance(output, fx.Node):
         raise UnsupportedBlock(f"it returns a {type(output).__name__}, not one tensor")
-    if output is total:
-        raise UnsupportedBlock("nothing follows its attention: there is no tail to save on")
+    if end:
+        total = output
+    elif output is total:
+        raise NoTail("nothing follows its attention: there is no tail to save on")
     inner = _inner(block, first, stream, tokens, bias_node) if not attention else None
     if inner is None:
         inner = next((node for node in _argument_nodes(first) if node in stream and node is not bias_node), None)
@@ -162,10 +171,10 @@ def cut_block(block: nn.Module, attention: str, signature: Signature, *, trainin
 
     back = _ancestors(output, stop={total})
     if back & {tokens, bias_node, rows} or back & attended - {total} & _ancestors(total, stop=set()):
-        raise UnsupportedBlock("its tail reads the block's input or its attention past the residual addition")
+        raise NoTail("its tail reads the block's input or its attention past the residual addition")
     shared = (back & _ancestors(total, stop=set())) - {total}
     if any(node.op != "get_attr" for node in shared):
-        raise UnsupportedBlock("its tail reads what was computed before the residual addition")
+        raise NoTail("its tail reads what was computed before the residual addition")
     return Halves(
         _write(
             nodes,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.graph import keys, prove
-from ltm_retrofit.graph.cut import Halves, cut_block
+from ltm_retrofit.graph.cut import Halves, NoTail, cut_block
 from ltm_retrofit.graph.example import Example, logits_of, other_image, run
 from ltm_retrofit.graph.probe import Attended, Call, Recording
 from ltm_retrofit.graph.signature import Signature
@@ -20,14 +20,14 @@ from ltm_retrofit.graph.sites import Cost, Ending, FlowSite, KeySource, Scope, T
 class Candidate:
     """A block under proof: what becomes a `FlowSite` if everything holds."""
 
-    def __init__(self, model: nn.Module, name: str, attention: str, call: Call) -> None:
-        self.name, self.attention, self.call = name, attention, call
+    def __init__(self, model: nn.Module, name: str, attention: str, call: Call, end: bool = False) -> None:
+        self.name, self.attention, self.call, self.end = name, attention, call, end
         self.module = model.get_submodule(name)
         if "forward" in self.module.__dict__:
             raise UnsupportedBlock("its forward was replaced on the instance (a hook or a wrapper): remove that first")
         below = attention.removeprefix(name).lstrip(".")
         self.signature = Signature.of(self.module, name, call.args, call.kwargs)
-        self.cut = partial(cut_block, self.module, below, self.signature)
+        self.cut = partial(cut_block, self.module, below, self.signature, end=end)
         self.halves: dict[tuple[bool, bool], Halves] = {(False, False): self.cut(training=False, bias=None)}
         self.cost: Cost
         self.key: KeySource
@@ -44,7 +44,7 @@ class Candidate:
         stream, inner = prove.prove_cut(self.piece, self.call)
         prove.prove_tokenwise(self.piece, stream, self.call.output)
         self.cost = prove.measure_cost(self.piece, self.call, stream)
-        prove.prove_saving(self.cost, stream.shape[1])
+        prove.prove_saving(self.cost, stream.shape[1], self.end)
         self.key, self.heads, self.key_dim = keys.trace_keys(self.module, self.call, inner)
         self.bias = keys.find_bias(self.piece, lambda name: self.cut(training=False, bias=name), self.call)
         self.halves[True, False] = self.cut(training=True, bias=None)
@@ -105,7 +105,8 @@ def _unbroken(candidates: list[Candidate], recording: Recording, excluded: dict[
 
 def _smallest(model: nn.Module, recording: Recording, attended: Attended) -> Candidate:
     reasons: list[str] = []
-    for name in reversed(attended.chain):
+    several = [(name, False) for name in reversed(attended.chain)]
+    for name, end in several:
         calls = recording.calls.get(name, [])
         kind = type(model.get_submodule(name)).__name__
         try:
@@ -113,10 +114,12 @@ def _smallest(model: nn.Module, recording: Recording, attended: Attended) -> Can
                 raise UnsupportedBlock(f"called {len(calls)} times in one forward pass")
             if calls[0].stream() is None:
                 continue  # not a block: other tokens come out than go in
-            candidate = Candidate(model, name, attended.chain[-1], calls[0])
+            candidate = Candidate(model, name, attended.chain[-1], calls[0], end)
             candidate.prove_alone()
             return candidate
         except UnsupportedBlock as error:
+            if isinstance(error, NoTail) and not end:
+                several.append((name, True))  # after all others: merged tokens serve the blocks that follow, only
             reasons.append(f"{name or 'the model'} ({kind}): {error}")
     owner = model.get_submodule(attended.chain[-1])
     raise UnsupportedBlock("; ".join(reasons) or f"{type(owner).__name__}: no module around it keeps a token stream")

@@ -136,8 +136,13 @@ def measure_cost(piece: Piece, call: Call, stream: Tensor) -> Cost:
     return Cost(head, tail)
 
 
-def prove_saving(cost: Cost, tokens: int) -> None:
-    """(d) the cut is not empty: fewer tokens after it cost less, in the tail as in the next block's head."""
+def prove_saving(cost: Cost, tokens: int, end: bool = False) -> None:
+    """(d) the cut is not empty: fewer tokens after it cost less, in the tail as in the next block's head.
+
+    A block that is cut at its end has no tail; what it saves, it saves in the next block's head.
+    """
+    if end and cost(tokens - 1, tokens - 1) < cost(tokens, tokens):
+        return
     if not (cost.tail[1] > 0 and cost(tokens, tokens - 1) < cost(tokens, tokens)):
         raise UnsupportedBlock("proof (d): nothing that costs anything follows the cut")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ltm_retrofit as ltm
-from ltm_retrofit.errors import ExampleError, NoAttentionError, UnsupportedBlock
+from ltm_retrofit.errors import CountError, ExampleError, NoAttentionError, UnsupportedBlock
 from ltm_retrofit.flops import count_macs
 from ltm_retrofit.graph.sites import Scope, Sites
 
@@ -298,6 +298,8 @@ class Wolf(nn.Module):
         if self.kind == "parallel":
             return x + self.eye(self.ear(x)) + self.tail(self.paw(x))
         z = x + self.eye(self.ear(x))
+        if self.kind == "empty":
+            return z
         if self.kind == "late-input":
             return z + self.tail(self.paw(z)) + 0.1 * x
         h = self.tail(self.paw(z))
@@ -305,8 +307,6 @@ class Wolf(nn.Module):
             h = h + self.mix(h.transpose(1, 2)).transpose(1, 2)
         if self.kind == "post-norm":
             return self.paw(z + h)
-        if self.kind == "empty":
-            return z
         if self.kind == "branches" and bool((x.mean() > 100).item()):
             return z
         return z + h
@@ -367,9 +367,6 @@ def test_a_hand_written_model_converts_and_restores():
     "kind, reason",
     [
         pytest.param("conv", r"proof \(b\)", id="tail-mixes-tokens"),
-        pytest.param("parallel", "tail reads the block's input", id="parallel"),
-        pytest.param("late-input", "tail reads the block's input", id="input-added-late"),
-        pytest.param("empty", "nothing follows its attention", id="no-tail"),
         pytest.param("branches", "cannot be traced", id="untraceable"),
     ],
 )
@@ -383,6 +380,30 @@ def test_what_cannot_be_cut_is_local_at_most_and_says_why(kind, reason):
     assert sites.excluded == {} and sites.attentions == 3
     text = "; ".join(value for key, value in sites.narrowed.items() if key.startswith("pack.1"))
     assert re.search(reason, text), text
+
+
+@pytest.mark.parametrize("kind", ["parallel", "late-input", "empty"])
+def test_where_no_addition_lies_between_attention_and_mlp_tokens_are_merged_behind_the_block(kind):
+    model = forest("plain", kind, kind, "plain", pool=True)
+    sites = ltm.find_sites(model, EXAMPLE)
+    assert [site.block for site in sites.flow] == [f"pack.{number}" for number in range(4)] and not sites.excluded
+    assert [site.cost.tail == (0, 0, 0) for site in sites.flow] == [False, True, True, False]
+    with torch.no_grad():
+        before = model(EXAMPLE)
+        ltm.retrofit(model, ltm.LTMConfig(tokens=(40, 30), sites=("pack.1", "pack.2")), EXAMPLE)
+        assert [(row.site, row.tokens_in, row.tokens_out) for row in ltm.get_plan(model).rows] == [
+            ("pack.1", 65, 40),
+            ("pack.2", 40, 30),
+        ]
+        assert count_macs(model, EXAMPLE).total == ltm.get_plan(model).macs < ltm.get_plan(model).macs_original
+        assert torch.equal(ltm.restore(model)(EXAMPLE), before)
+
+
+def test_a_last_block_without_a_tail_gets_no_mask():
+    sites = ltm.find_sites(forest(*["parallel"] * 3, pool=True), EXAMPLE)
+    assert len(sites.flow) == 3
+    with pytest.raises(CountError, match="expected 2"):
+        ltm.make_plan(sites, ltm.LTMConfig(tokens=(40, 30, 20)))
 
 
 @pytest.mark.parametrize("pool", [False, True], ids=["class-token-head", "mean-head"])
@@ -410,9 +431,9 @@ def test_rotary_positions_in_every_block_leave_at_most_the_last():
 
 
 def test_where_no_block_can_be_cut_the_plan_names_the_reasons():
-    sites = ltm.find_sites(forest(*["parallel"] * 2), EXAMPLE)
+    sites = ltm.find_sites(forest(*["branches"] * 2), EXAMPLE)
     assert {site.scope for site in sites} == {Scope.LOCAL} and len(sites.narrowed) == 2
-    with pytest.raises(UnsupportedBlock, match=r"scopes that are: LOCAL.* tail reads the block's input"):
+    with pytest.raises(UnsupportedBlock, match=r"scopes that are: LOCAL.* cannot be traced"):
         ltm.make_plan(sites, ltm.LTMConfig(flops=0.9, scope="FLOW"))
     assert {row.scope for row in ltm.make_plan(sites, ltm.LTMConfig(flops=0.9)).rows} == {"LOCAL"}
 
