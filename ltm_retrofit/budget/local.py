@@ -1,4 +1,4 @@
-"""Scope LOCAL: each MLP sees fewer tokens; nothing else changes, so savings add up."""
+"""Scope LOCAL: each MLP (or attention) sees fewer tokens; nothing else changes, so savings add up."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ class LocalBudget:
 
     def __init__(self, sites: Sites, config: LTMConfig, blocks: Sequence[LocalSite]) -> None:
         self.config, self.classes = config, max(1, sites.ending.classes)
+        order = list(dict.fromkeys(site.attention for site in blocks))  # of the model; an attention before its MLP
+        blocks = sorted(blocks, key=lambda site: (order.index(site.attention), not site.mixes))
         self.blocks = [site for site in blocks if config.sites is None or site.block in config.sites]
+        #: attentions see merged tokens only where the user names them, or where MLPs cannot meet the budget
+        behind = [site for site in self.blocks if not site.mixes]
+        self.chosen = self.blocks if config.sites is not None else behind or self.blocks
 
     def row(self, site: LocalSite, kept: int) -> Row:
         """Return the row that keeps ``kept`` tokens of each cell."""
@@ -48,14 +53,17 @@ class LocalBudget:
 
     def cost(self, site: LocalSite, kept: int) -> int:
         """Return by how many MACs keeping ``kept`` tokens of each cell changes the model."""
-        count, size, _ = cells_of(site)
+        count, size, rest = cells_of(site)
         if kept == size:
             return 0
+        _, linear, square = site.cost
+        before, after = (count * each + rest for each in (size, kept))
+        saved = linear * (before - after) + square * (before**2 - after**2)
         method, cells = self.config.method, count * site.layout.rows
         once = merge_macs(method, site.dim, site.key_dim, size, kept, 0, self.classes, 0)
         once += unmerge_macs(method, site.width, size, kept, 0)
         step = 2 * CLUSTERS * (site.dim + self.classes) if method == "ltm" else 0
-        return cells * (once - site.per_token * (size - kept)) + step
+        return cells * once - site.layout.rows * saved + step
 
     def change(self, rows: Sequence[Row]) -> int:
         """Return by how many MACs rows change the model, masks included."""
@@ -64,13 +72,13 @@ class LocalBudget:
 
     def from_tokens(self, tokens: Sequence[int]) -> tuple[Row, ...]:
         """Take the user's counts, one for each site."""
-        if len(tokens) != len(self.blocks):
+        if len(tokens) != len(self.chosen):
             raise CountError(
-                f"tokens has {len(tokens)} counts; expected {len(self.blocks)}, one for each of "
-                f"{', '.join(site.block for site in self.blocks)}. Name fewer blocks in sites="
+                f"tokens has {len(tokens)} counts; expected {len(self.chosen)}, one for each of "
+                f"{', '.join(site.block for site in self.chosen)}. Name fewer blocks in sites="
             )
         rows = []
-        for site, count in zip(self.blocks, tokens, strict=True):
+        for site, count in zip(self.chosen, tokens, strict=True):
             row = Row(site.block, site.scope.value, site.layout.tokens, count)
             partition(cells_of(site)[1], self.kept(site, row), 0)
             if row.tokens_out < row.tokens_in:
@@ -80,12 +88,14 @@ class LocalBudget:
         return tuple(rows)
 
     def search(self, change: int) -> Iterator[list[Option]]:
-        """Yield one keep ratio for all sites, then the plan in which the first ones keep more."""
-        yield list(self._around(change))
+        """Yield one keep ratio for all sites, then the plan in which the first ones keep more; then with attentions."""
+        yield list(self._around(self.chosen, change))
+        if len(self.chosen) < len(self.blocks):
+            yield list(self._around(self.blocks, change))
 
-    def _around(self, change: int) -> Iterator[Option]:
-        ladders = [self._ladder(site) for site in self.blocks]
-        steps = max((cells_of(site)[1] for site in self.blocks), default=0)
+    def _around(self, blocks: Sequence[LocalSite], change: int) -> Iterator[Option]:
+        ladders = [self._ladder(site) for site in blocks]
+        steps = max((cells_of(site)[1] for site in blocks), default=0)
         before = [ladder[0] for ladder in ladders]
         for step in range(steps - 1, 0, -1):
             present = [self._at(ladder, step / steps) for ladder in ladders]

@@ -22,12 +22,11 @@ ROUNDS = 5  # how deep below the outermost module behind an attention an MLP is 
 
 @dataclass
 class Link:
-    """One module that was proven token-wise: (b) ``m(u[idx]) = m(u)[idx]``."""
+    """One module that was proven token-wise, (b) ``m(u[idx]) = m(u)[idx]``, or an attention that is a set function."""
 
     event: Event
     order: str  # BNC, BHWC or BCHW
-    macs: int
-    per_token: int
+    cost: tuple[int, int, int]  # MACs of all sequences of N tokens: fixed + linear·N + square·N²
     weights: int  # how many weight matrices it holds
 
 
@@ -169,7 +168,6 @@ def _prove_link(module: nn.Module, event: Event, args: tuple[Any, ...], kwargs: 
     if len(tensors) != 1 or not args or args[0] is not tensors[0]:
         raise UnsupportedBlock("takes more than one tensor")
     given = tensors[0]
-    weights = [p for p in module.parameters() if p.ndim >= 2 and p.numel() > p.shape[0] and p.numel() > p.shape[1]]
     orders = [order for order in ("BNC", "BCHW") if _fits(given, output, order)]
     for order in orders:
         count = prod(spatial_of(tuple(given.shape), order))
@@ -189,8 +187,13 @@ def _prove_link(module: nn.Module, event: Event, args: tuple[Any, ...], kwargs: 
         if fixed:
             raise UnsupportedBlock("its MACs are no multiple of its token count")
         order = "BHWC" if order == "BNC" and given.ndim > 3 else order
-        return Link(event, order, per_token * count, per_token, len(weights))
+        return Link(event, order, (0, per_token, 0), count_weights(module))
     raise UnsupportedBlock("mixes tokens")
+
+
+def count_weights(module: nn.Module) -> int:
+    """Count a module's weight matrices; tables that only scale or shift are none."""
+    return sum(p.ndim >= 2 and p.numel() > p.shape[0] and p.numel() > p.shape[1] for p in module.parameters())
 
 
 def _fits(given: Tensor, output: Tensor, order: str) -> bool:

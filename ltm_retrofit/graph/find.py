@@ -18,6 +18,7 @@ from ltm_retrofit.graph.flow import find_ending, find_flow, flow_sites
 from ltm_retrofit.graph.grids import find_grids, on_meta
 from ltm_retrofit.graph.local import local_sites
 from ltm_retrofit.graph.maps import MapPoint, maps_around
+from ltm_retrofit.graph.mixers import find_mixers
 from ltm_retrofit.graph.probe import Recording, record
 from ltm_retrofit.graph.sites import AttentionSite, FlowSite, GridSite, LocalSite, Scope, Sites, TokenLayout
 from ltm_retrofit.graph.twin import expand, is_empty, kept_of, make_twin
@@ -77,9 +78,10 @@ def _find(model: nn.Module, example: Example, whole: bool = False) -> Sites:
         narrowed: dict[str, str] = {}
         candidates, prefix = find_flow(model, example, recording, narrowed)
         cut = {candidate.name for candidate in candidates}
-        every = all(cut & set(attended.chain) for attended in recording.attended)
+        uncut = {n for n, attended in enumerate(recording.attended) if not cut & set(attended.chain)}
         # in large models without numbers, other scopes than the best one are not looked for
-        chains = {} if every and total > SHORTENED else find_chains(model, example, recording)
+        chains = {} if not uncut and total > SHORTENED else find_chains(model, example, recording)
+        mixers = find_mixers(model, recording, uncut)
         total = total or _total(*full)
         flow = flow_sites(candidates, prefix, recording)
         ending = find_ending(model, example, recording, candidates, prefix)
@@ -88,7 +90,7 @@ def _find(model: nn.Module, example: Example, whole: bool = False) -> Sites:
         if any(len(event.shape_in) == 4 for event in recording.events):
             with undisturbed(full[0]):
                 points, no_grid = find_grids(model, on_meta(*full), example, recording, chains, removed)
-    local = local_sites(model, recording, chains)
+    local = local_sites(model, recording, chains, mixers)
     if removed and any(_crosses(site, removed) for several in local.values() for site in several):
         return _find(*full, whole=True)
     grid = {point.number: _grid_site(model, recording, point) for point in points}
@@ -229,7 +231,9 @@ def _best(
             other += [site for site in (*own[1:], *(mine if isinstance(mine, list) else ())) if site not in other]
             continue
         if isinstance(mine, list):
-            best += mine
+            behind = [site for site in mine if not site.mixes]
+            best += behind or mine
+            other += [site for site in mine if behind and site.mixes]
             continue
         name = attended.chain[-1]
         reason = next((narrowed[n] for n in reversed(attended.chain) if n in narrowed), "")

@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.graph.chains import Chain, spatial_of
+from ltm_retrofit.graph.chains import Chain, Link, spatial_of
 from ltm_retrofit.graph.maps import CONTAINERS
 from ltm_retrofit.graph.probe import Recording
 from ltm_retrofit.graph.sites import LocalSite, Scope, TokenLayout
@@ -22,9 +22,9 @@ FEWEST = 4  # tokens that are worth merging
 
 
 def local_sites(
-    model: nn.Module, recording: Recording, chains: Mapping[int, list[Chain] | str]
+    model: nn.Module, recording: Recording, chains: Mapping[int, list[Chain] | str], mixers: Mapping[int, Link]
 ) -> dict[int, list[LocalSite] | str]:
-    """Make sites of the chains behind each attention, by the attention's number; a string says why not."""
+    """Make sites of the chains behind each attention, and of attentions, by number; a string says why not."""
     shapes = [event.shape_out for event in recording.events if len(event.shape_out) == 4]
     maps = {(shape[2], shape[3]) for shape in shapes} | {(shape[1], shape[2]) for shape in shapes}
     found: dict[int, list[LocalSite] | str] = {}
@@ -38,11 +38,23 @@ def local_sites(
         made = [_site(model, recording, number, chain, maps, names) for chain in several]
         sites = [site for site in made if isinstance(site, LocalSite)]
         found[number] = sites or "; ".join(reason for reason in made if isinstance(reason, str))
+    for number, link in mixers.items():
+        if not recording.attended[number].found.padded:
+            site = _site(model, recording, number, Chain([link]), maps, names, mixes=True)
+            have = found.get(number)
+            if isinstance(site, LocalSite):
+                found[number] = [*(have if isinstance(have, list) else []), site]
     return found
 
 
 def _site(
-    model: nn.Module, recording: Recording, number: int, chain: Chain, maps: set[Grid], taken: set[str]
+    model: nn.Module,
+    recording: Recording,
+    number: int,
+    chain: Chain,
+    maps: set[Grid],
+    taken: set[str],
+    mixes: bool = False,
 ) -> LocalSite | str:
     first, last = chain.links[0], chain.links[-1]
     owner = recording.attended[number].chain[-1]
@@ -72,12 +84,13 @@ def _site(
         return f"{name} ({type(model.get_submodule(name)).__name__}): no weight matrix of it reads the tokens"
     host = _host(model, name, weight)
     if host in taken:
-        return f"{name}: its MLP is shared with another attention"
+        return f"{name}: shared with another attention"
     block = _common(owner, chain.names[-1])
     parts = [event.name for event in recording.events if event.name == block]
     shared = not block or len(parts) != 1 or isinstance(model.get_submodule(block), CONTAINERS)
     block = name if block in taken or shared else block
     taken |= {block, host}
+    cost = [sum(link.cost[power] for link in chain.links) // rows for power in range(3)]
     width = last.event.shape_out[1] if last.order == "BCHW" else last.event.shape_out[-1]
     return LocalSite(
         block=block,
@@ -88,13 +101,14 @@ def _site(
         layout=TokenLayout(tokens, lead, (grid[0], grid[1]), order, trail, rows),
         scope=Scope.LOCAL,
         proofs=("a", "b", "d"),
-        macs=sum(link.macs for link in chain.links),
+        macs=rows * (cost[0] + cost[1] * tokens + cost[2] * tokens * tokens),
         chain=chain.names,
         host=host,
         cell=choose_cell((grid[0], grid[1]), dim),
-        per_token=sum(link.per_token for link in chain.links) // rows,
+        cost=(cost[0], cost[1], cost[2]),
         width=width,
         weight=weight,
+        mixes=mixes,
     )
 
 

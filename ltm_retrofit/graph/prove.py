@@ -114,26 +114,31 @@ def measure_cost(piece: Piece, call: Call, stream: Tensor) -> Cost:
     tokens, followers = piece.split(*call.args, **call.kwargs)
     full = tokens.shape[1]
     first = max((full - value.shape[-2] for value in tensors_of(followers)), default=0) + 2
-    small = [first, first + 1, first + 2] if full >= first + 2 else []
-    other = min(full, first + 9)
 
-    def polynomial(run_on: Callable[[Tensor], Any], source: Tensor) -> tuple[int, int, int]:
-        at = {count: count_macs_quick(partial(run_on, source[:, :count])) for count in [*small, other]}
-        square = (at[first + 2] - 2 * at[first + 1] + at[first]) // 2
-        linear = at[first + 1] - at[first] - (2 * first + 1) * square
-        fixed = at[first] - first * linear - first * first * square
-        if fixed + linear * other + square * other * other != at[other]:
-            raise UnsupportedBlock("proof (d): its MACs are no polynomial of its token count")
-        return fixed, linear, square
+    def head(count: int) -> Any:
+        return piece.head(tokens[:, :count], followers, torch.arange(count, device=tokens.device), full)
 
-    if not small:
-        raise UnsupportedBlock(f"proof (d): {full} tokens leave nothing to merge")
     try:
-        head = polynomial(lambda x: piece.head(x, followers, torch.arange(x.shape[1], device=x.device), full), tokens)
-        tail = polynomial(piece.tail, stream)
+        return Cost(polynomial(head, first, full), polynomial(lambda count: piece.tail(stream[:, :count]), first, full))
     except RuntimeError as error:
         raise UnsupportedBlock(f"proof (c): it does not accept fewer tokens: {error}") from error
-    return Cost(head, tail)
+
+
+def polynomial(run_on: Callable[[int], Any], first: int, full: int) -> tuple[int, int, int]:
+    """Return ``fixed, linear, square`` such that ``run_on(N)`` costs ``fixed + linear·N + square·N²`` MACs.
+
+    Read off ``first`` tokens and the two counts after it, and checked at a fourth.
+    """
+    if full < first + 2:
+        raise UnsupportedBlock(f"proof (d): {full} tokens leave nothing to merge")
+    other = min(full, first + 9)
+    at = {count: count_macs_quick(partial(run_on, count)) for count in (first, first + 1, first + 2, other)}
+    square = (at[first + 2] - 2 * at[first + 1] + at[first]) // 2
+    linear = at[first + 1] - at[first] - (2 * first + 1) * square
+    fixed = at[first] - first * linear - first * first * square
+    if fixed + linear * other + square * other * other != at[other]:
+        raise UnsupportedBlock("proof (d): its MACs are no polynomial of its token count")
+    return fixed, linear, square
 
 
 def prove_saving(cost: Cost, tokens: int, end: bool = False) -> None:

@@ -29,8 +29,10 @@ class Signature:
     by_image: tuple[bool, ...] = ()  # of those: whether the first of three dimensions is the image, not the head
 
     @classmethod
-    def of(cls, block: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Signature:
-        """Read the call ``block(*args, **kwargs)`` off its forward's signature.
+    def of(
+        cls, block: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], dims: tuple[int, ...] = (3,)
+    ) -> Signature:
+        """Read the call ``block(*args, **kwargs)`` off its forward's signature; tokens have one of ``dims`` dimensions.
 
         Raises:
             UnsupportedBlock: where other arguments than the tokens are tensors, or hold any.
@@ -41,7 +43,7 @@ class Signature:
             raise UnsupportedBlock(f"block {name!r} ({type(block).__name__}) takes variable positional arguments")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         tensors = [key for key, value in given.items() if isinstance(value, Tensor)]
-        if not tensors or given[tensors[0]].ndim != 3:
+        if not tensors or given[tensors[0]].ndim not in dims:
             raise UnsupportedBlock(f"block {name!r} ({type(block).__name__}) is not called with (B, N, D) tokens")
         plain = (type(None), bool, int, float, str)
         count = given[tensors[0]].shape[1]

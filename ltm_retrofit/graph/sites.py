@@ -109,6 +109,8 @@ class FlowSite(AttentionSite):
 class LocalSite(AttentionSite):
     """An MLP behind an attention: modules that treat each token alone, one handing its result to the next.
 
+    Or, where it ``mixes``, the attention itself, which takes its tokens as a set.
+
     ``cell`` is the group of tokens, rows × columns of the grid, in which merging happens; ``weight`` names the first
     weight matrix that reads the tokens, below the first module.
     """
@@ -116,9 +118,10 @@ class LocalSite(AttentionSite):
     chain: tuple[str, ...]
     host: str  # the module on which the mask is registered
     cell: tuple[int, int]
-    per_token: int  # multiply-adds of the chain for each token
+    cost: tuple[int, int, int]  # multiply-adds of the chain for N tokens: fixed + linear·N + square·N²
     width: int  # of the chain's output
     weight: str
+    mixes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,114 @@
+"""Attention modules that take their tokens as a set: merged before them, brought back behind (scope LOCAL)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from functools import partial
+from math import prod
+
+import torch
+from torch import Tensor, fx, nn
+
+from ltm_retrofit.errors import UnsupportedBlock
+from ltm_retrofit.graph.chains import Link, count_weights, some_tokens, spatial_of
+from ltm_retrofit.graph.cut import ADDITIONS, trace_block
+from ltm_retrofit.graph.probe import Attended, Call, Event, Recording
+from ltm_retrofit.graph.prove import close, polynomial
+from ltm_retrofit.graph.signature import Signature
+
+FIRST = 2  # tokens at which its cost is first counted
+
+
+def find_mixers(model: nn.Module, recording: Recording, numbers: Container[int]) -> dict[int, Link]:
+    """Find, of the attentions of these numbers, the innermost modules that can run on merged tokens.
+
+    (b) for an attention: shuffling what goes in shuffles what comes out, ``m(u[idx]) = m(u)[idx]``; it accepts fewer
+    tokens; and it averages, so that giving it every token twice changes nothing: a sum would shrink with the number
+    of tokens. Where it adds its own input to what it computes, merging would lose the tokens themselves.
+    """
+    events: dict[str, list[Event]] = {}
+    for event in recording.events:
+        events.setdefault(event.name, []).append(event)
+    found: dict[int, Link] = {}
+    for number, attended in enumerate(recording.attended):
+        if number not in numbers:
+            continue
+        link = _innermost(model, recording, attended, events)
+        if link is not None and link.event.name not in {other.event.name for other in found.values()}:
+            found[number] = link
+    return found
+
+
+def _innermost(
+    model: nn.Module, recording: Recording, attended: Attended, events: dict[str, list[Event]]
+) -> Link | None:
+    for name in reversed(attended.chain):
+        calls = recording.calls.get(name, [])
+        if len(calls) != 1 or not name:
+            return None
+        module = model.get_submodule(name)
+        try:
+            return _prove(module, name, calls[0], events[name][0])
+        except UnsupportedBlock:
+            if count_weights(module):
+                return None  # modules around it do more than attend
+    return None
+
+
+def _prove(module: nn.Module, name: str, call: Call, event: Event) -> Link:
+    tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
+    if len(tensors) != 1 or not call.args or call.args[0] is not tensors[0]:
+        raise UnsupportedBlock("takes more than one tensor")
+    given, output = tensors[0], call.output
+    if not isinstance(output, Tensor) or output.shape != given.shape or given._version != call.version:
+        raise UnsupportedBlock("puts out other tokens than go in")
+    if _adds_its_input(module, Signature.of(module, name, call.args, call.kwargs, (3, 4))):
+        raise UnsupportedBlock("adds its input to what it computes")
+    for order in ["BNC"] if given.ndim == 3 else ["BCHW", "BHWC"] if given.ndim == 4 else []:
+        count = prod(spatial_of(tuple(given.shape), order))
+        shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(given.device)
+        some = shuffled[: max(1, count // 2)]
+
+        def on(index: Tensor, order: str = order) -> Tensor:
+            out: Tensor = module(some_tokens(given, order, index), *call.args[1:], **call.kwargs)
+            return out
+
+        try:
+            if not close(on(shuffled), some_tokens(output, order, shuffled)):
+                continue
+            if not close(on(some.repeat(2)), torch.cat([on(some)] * 2, dim=_axis(order))):
+                raise UnsupportedBlock("its result depends on the number of its tokens")
+            cost = polynomial(partial(_first, on, shuffled), FIRST, count)
+        except UnsupportedBlock:
+            raise
+        except Exception:  # another layout, or a number of tokens that it insists on
+            continue
+        return Link(event, order, cost, count_weights(module))
+    raise UnsupportedBlock("minds the order or the number of its tokens")
+
+
+def _first(on: Callable[[Tensor], Tensor], index: Tensor, count: int) -> Tensor:
+    return on(index[:count])
+
+
+def _axis(order: str) -> int:
+    return -1 if order == "BCHW" else -2
+
+
+def _adds_its_input(module: nn.Module, signature: Signature) -> bool:
+    """Say whether a residual addition lies within a module: its input reaches the output by additions and norms."""
+    graph: fx.Graph = trace_block(module, signature, training=False, bias=None)
+    nodes = list(graph.nodes)
+    tokens = next(node for node in nodes if node.op == "placeholder")
+    waiting, seen = [node for node in nodes[-1].all_input_nodes], set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node is tokens:
+            return True
+        if node in seen:
+            continue
+        seen.add(node)
+        plain = node.op == "call_module" and not count_weights(module.get_submodule(str(node.target)))
+        if plain or (node.op in ("call_function", "call_method") and node.target in ADDITIONS):
+            waiting += node.all_input_nodes
+    return False
