@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ltm_retrofit.errors import CountError, ExampleError
 from ltm_retrofit.operators import FREE_OPS, TRACE_HANDLES, dispatch_handles, refusal
-from ltm_retrofit.undisturbed import random_numbers_kept, slow_path, undisturbed
+from ltm_retrofit.undisturbed import random_numbers_kept, run, slow_path, undisturbed
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class _TensorsOnly(nn.Module):
             if self.keys is None:
                 output = self.model(*tensors)
             else:
-                output = self.model(**dict(zip(self.keys, tensors, strict=True)), **self.plain)
+                output = run(self.model, dict(zip(self.keys, tensors, strict=True)) | self.plain)
         return (*_tensors_in(output), *(self.keeper.marks if self.keeper else ()))
 
     def describe(self) -> str:

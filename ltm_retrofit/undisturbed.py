@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+
+
+def run(model: nn.Module, example: Tensor | Mapping[str, Any]) -> Any:
+    """Call the model on an example: a tensor, keyword arguments, or the one dict that it takes (NaFlexViT)."""
+    if not isinstance(example, Mapping):
+        return model(example)
+    return model(**example) if takes_keywords(model, example) else model(dict(example))
+
+
+def takes_keywords(model: nn.Module, names: Iterable[str]) -> bool:
+    """Say whether these are names of arguments; else a dict with them can only be the first argument itself."""
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.POSITIONAL_ONLY]
+    named = [p.name for p in parameters]
+    return (
+        any(p.kind is p.VAR_KEYWORD for p in parameters)
+        or named[:1] == []
+        or named[0] in names
+        or set(names) <= set(named)
+    )
 
 
 @contextmanager

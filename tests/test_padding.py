@@ -7,6 +7,7 @@ import torch
 from zoo import ZOO
 
 import ltm_retrofit as ltm
+from ltm_retrofit.flops import count_macs
 
 torch.set_num_threads(1)
 
@@ -53,15 +54,43 @@ def test_with_nothing_merged_a_mask_is_the_hosts(siglip2):
         assert torch.equal(model(**inputs).pooler_output, expected)
 
 
+def _naflex(model: torch.nn.Module, valid: int = 64) -> dict:
+    """What timm's NaFlex loader hands to the model: one dict of patches, their places, and which are there."""
+    grid = torch.stack(torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"), dim=-1).reshape(1, 64, 2)
+    patches = torch.randn(1, 64, model.embeds.proj.in_features, generator=torch.Generator().manual_seed(0))
+    return {"patches": patches, "patch_coord": grid, "patch_valid": torch.arange(64)[None] < valid}
+
+
+def _beside(inputs: dict, filling: float) -> dict:
+    """The same image twice, the second with a quarter of its patches filled up."""
+    out = {key: torch.cat([value, value]) for key, value in inputs.items()}
+    out["patch_valid"][1, 48:] = False
+    out["patches"][1, 48:] = filling
+    return out
+
+
+@pytest.mark.parametrize("name", ["timm-naflex-gap", "timm-naflex-siglip-map", "timm-naflex-rope", "timm-naflex-radio"])
+def test_naflex_takes_its_one_dict_and_its_padding(name):
+    model, _ = ZOO[name]()
+    inputs = _naflex(model)
+    with torch.no_grad():
+        whole = model(_beside(inputs, 1.0))
+        ltm.retrofit(model, ltm.LTMConfig(flops=0.7), inputs)
+        assert {row.scope for row in ltm.get_plan(model).rows} == {"FLOW"}
+        assert count_macs(model, inputs).total == ltm.get_plan(model).macs
+        one, other = model(_beside(inputs, 0.0)), model(_beside(inputs, 7.0))
+        assert torch.isfinite(one).all() and torch.allclose(one, other, atol=1e-5)
+        assert torch.allclose(one[:1], model(inputs), atol=1e-5)
+        assert torch.equal(ltm.restore(model)(_beside(inputs, 1.0)), whole)
+
+
+def test_an_example_in_which_tokens_fill_up_is_refused():
+    model, _ = ZOO["timm-naflex-gap"]()
+    with pytest.raises(ltm.UnsupportedBlock, match="some tokens of the example only fill up"):
+        ltm.retrofit(model, ltm.LTMConfig(flops=0.8), _naflex(model, valid=50))
+
+
 def test_local_sites_are_refused_where_tokens_fill_up():
     model, _ = ZOO["timm-naflex-gap"]()
-    size = model.embeds.proj.in_features
-    grid = torch.stack(torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"), dim=-1).reshape(1, 64, 2)
-    inputs = {
-        "x": torch.randn(1, 64, size),
-        "patch_coord": grid,
-        "patch_valid": torch.ones(1, 64, dtype=torch.bool),
-    }
-    model(**inputs)
-    with pytest.raises(ltm.UnsupportedBlock, match="only fill up"):
-        ltm.retrofit(model, ltm.LTMConfig(flops=0.8), inputs)
+    with pytest.raises(ltm.UnsupportedBlock, match="is not proven for any block"):
+        ltm.retrofit(model, ltm.LTMConfig(flops=0.8, scope="LOCAL"), _naflex(model))

@@ -9,13 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import ExampleError
+from ltm_retrofit.undisturbed import run as run
 
 Example = Tensor | Mapping[str, Any]
-
-
-def run(model: nn.Module, example: Example) -> Any:
-    """Call the model on an example: a tensor, or keyword arguments."""
-    return model(**example) if isinstance(example, Mapping) else model(example)
 
 
 def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,13 +21,14 @@ from ltm_retrofit.graph.sites import Cost, Ending, FlowSite, KeySource, Scope, T
 class Candidate:
     """A block under proof: what becomes a `FlowSite` if everything holds."""
 
-    def __init__(self, model: nn.Module, name: str, attention: str, call: Call, end: bool = False) -> None:
-        self.name, self.attention, self.call, self.end = name, attention, call, end
+    def __init__(self, model: nn.Module, name: str, attended: Attended, call: Call, end: bool = False) -> None:
+        self.name, self.attention, self.end = name, attended.chain[-1], end
         self.module = model.get_submodule(name)
         if "forward" in self.module.__dict__:
             raise UnsupportedBlock("its forward was replaced on the instance (a hook or a wrapper): remove that first")
-        below = attention.removeprefix(name).lstrip(".")
-        self.signature = Signature.of(self.module, name, call.args, call.kwargs)
+        below = self.attention.removeprefix(name).lstrip(".")
+        self.signature = Signature.of(self.module, name, call.args, call.kwargs, padded=attended.found.padded)
+        self.call = call.without(self.module, self.signature.masks)
         self.cut = partial(cut_block, self.module, below, self.signature, end=end)
         self.halves: dict[tuple[bool, bool], Halves] = {(False, False): self.cut(training=False, bias=None)}
         self.cost: Cost
@@ -47,6 +49,8 @@ class Candidate:
         prove.prove_saving(self.cost, stream.shape[1], self.end)
         self.key, self.heads, self.key_dim = keys.trace_keys(self.module, self.call, inner)
         self.bias = keys.find_bias(self.piece, lambda name: self.cut(training=False, bias=name), self.call)
+        if not set(self.signature.masks) <= {self.bias}:
+            raise UnsupportedBlock(f"its {', '.join(self.signature.masks)} is not added to its attention's logits")
         self.halves[True, False] = self.cut(training=True, bias=None)
         if self.bias is not None:
             for training in (False, True):
@@ -114,7 +118,7 @@ def _smallest(model: nn.Module, recording: Recording, attended: Attended) -> Can
                 raise UnsupportedBlock(f"called {len(calls)} times in one forward pass")
             if calls[0].stream() is None:
                 continue  # not a block: other tokens come out than go in
-            candidate = Candidate(model, name, attended.chain[-1], calls[0], end)
+            candidate = Candidate(model, name, attended, calls[0], end)
             candidate.prove_alone()
             return candidate
         except UnsupportedBlock as error:
@@ -184,18 +188,27 @@ def _prove_rest(
         return []
     if not candidates:
         return []
-    try:
-        prove.prove_rest(model, example, [candidate.piece for candidate in candidates], prefix)
-        return candidates
-    except UnsupportedBlock:
-        kept: list[Candidate] = []
+    pieces = [candidate.piece for candidate in candidates]
+    kept: list[Candidate] = []
+    modes: tuple[bool, ...] = (False, True)  # whether tokens are restored after the last block
+    for restored in modes:
+        with suppress(UnsupportedBlock):
+            prove.prove_rest(model, example, pieces, prefix, restored=restored)
+            return candidates
     for candidate in reversed(candidates):
-        try:
-            prove.prove_rest(model, example, [candidate.piece, *(other.piece for other in kept)], prefix)
-        except UnsupportedBlock as error:
-            excluded[candidate.name] = f"{candidate.name} ({type(candidate.module).__name__}): {error}"
+        several = [candidate.piece, *(other.piece for other in kept)]
+        reasons: list[str] = []
+        for restored in modes:
+            try:
+                prove.prove_rest(model, example, several, prefix, restored=restored)
+            except UnsupportedBlock as error:
+                reasons.append(str(error))
+            else:
+                kept.insert(0, candidate)
+                modes = (restored,)
+                break
         else:
-            kept.insert(0, candidate)
+            excluded[candidate.name] = f"{candidate.name} ({type(candidate.module).__name__}): {reasons[0]}"
     return kept
 
 

@@ -62,7 +62,7 @@ def _prove(module: nn.Module, name: str, call: Call, event: Event) -> Link:
     given, output = tensors[0], call.output
     if not isinstance(output, Tensor) or output.shape != given.shape or given._version != call.version:
         raise UnsupportedBlock("puts out other tokens than go in")
-    if _adds_its_input(module, Signature.of(module, name, call.args, call.kwargs, (3, 4))):
+    if _adds_its_input(module, Signature.of(module, name, call.args, call.kwargs, dims=(3, 4))):
         raise UnsupportedBlock("adds its input to what it computes")
     for order in ["BNC"] if given.ndim == 3 else ["BCHW", "BHWC"] if given.ndim == 4 else []:
         count = prod(spatial_of(tuple(given.shape), order))

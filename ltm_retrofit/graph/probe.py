@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +35,15 @@ class Call:
         tokens = next((value for value in values if isinstance(value, Tensor)), None)
         same = isinstance(self.output, Tensor) and tokens is not None and tokens.shape == self.output.shape
         return tokens if same and tokens is not None and tokens.ndim == 3 else None
+
+    def without(self, module: nn.Module, names: Collection[str]) -> Call:
+        """Return the call that leaves these arguments out: masks that mask nothing change no more than bits."""
+        if not names:
+            return self
+        places = list(inspect.signature(module.forward).parameters)
+        args = tuple(None if places[place] in names else value for place, value in enumerate(self.args))
+        kwargs = {key: None if key in names else value for key, value in self.kwargs.items()}
+        return Call(args, kwargs, module(*args, **kwargs), self.version)
 
 
 @dataclass

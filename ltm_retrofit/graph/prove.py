@@ -152,11 +152,14 @@ def prove_saving(cost: Cost, tokens: int, end: bool = False) -> None:
         raise UnsupportedBlock("proof (d): nothing that costs anything follows the cut")
 
 
-def prove_rest(model: nn.Module, example: Example, pieces: Sequence[Piece], prefix: int) -> None:
+def prove_rest(
+    model: nn.Module, example: Example, pieces: Sequence[Piece], prefix: int, *, restored: bool = False
+) -> None:
     """(c) the rest of the network accepts fewer tokens and is a set function of the patch tokens.
 
     In one pass every block drops one patch token; in a second one it drops the same token and shuffles the others.
-    The outputs must agree to rounding.
+    The outputs must agree to rounding. Where tokens are ``restored`` after the last block, in their old places, what
+    comes behind it (a grid neck, a pool that reads a mask) sees as many as ever.
     """
 
     def dropping(shuffle: bool) -> Any:
@@ -180,7 +183,12 @@ def prove_rest(model: nn.Module, example: Example, pieces: Sequence[Piece], pref
                 chosen = chosen[torch.randperm(patches - 1, generator=shuffler)]
             alive.append(present[chosen])
             index = torch.cat([torch.arange(prefix), chosen + prefix]).to(stream.device)
-            return piece.tail(stream[:, index])
+            out = piece.tail(stream[:, index])
+            if not (restored and piece is pieces[-1]):
+                return out
+            full = out[:, prefix:].mean(dim=1, keepdim=True).repeat(1, whole, 1)
+            full[:, torch.cat([torch.arange(prefix), alive[-1] + prefix]).to(out.device)] = out
+            return full
 
         with replaced({piece.block: partial(forward, piece) for piece in pieces}):
             return run(model, example)

@@ -26,16 +26,32 @@ class Signature:
     names: tuple[str, ...]
     others: tuple[tuple[str, Any], ...]
     follow: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()  # those that said which tokens only fill up, none in the recorded call
     by_image: tuple[bool, ...] = ()  # of those: whether the first of three dimensions is the image, not the head
 
     @classmethod
     def of(
-        cls, block: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], dims: tuple[int, ...] = (3,)
+        cls,
+        block: nn.Module,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        dims: tuple[int, ...] = (3,),
+        padded: bool = False,
     ) -> Signature:
-        """Read the call ``block(*args, **kwargs)`` off its forward's signature; tokens have one of ``dims`` dimensions.
+        """Read the call ``block(*args, **kwargs)`` off its forward's signature.
+
+        Args:
+            block: the module.
+            name: its path, for messages.
+            args: of the call.
+            kwargs: likewise.
+            dims: how many dimensions its tokens may have.
+            padded: whether its attention has a mask that says which tokens only fill up.
 
         Raises:
-            UnsupportedBlock: where other arguments than the tokens are tensors, or hold any.
+            UnsupportedBlock: where other arguments than the tokens are tensors, or hold any; where tokens fill up.
         """
         parameters = inspect.signature(block.forward).parameters.values()
         names = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
@@ -48,6 +64,11 @@ class Signature:
         plain = (type(None), bool, int, float, str)
         count = given[tensors[0]].shape[1]
         others = {key: value for key, value in given.items() if key != tensors[0]}
+        masks = tuple(key for key, value in others.items() if padded and _is_mask(value, count))
+        for key in masks:
+            if not bool(seen_by(others[key]).all()):
+                raise UnsupportedBlock(f"some tokens of the example only fill up ({key}): pass one without padding")
+            others[key] = None
         follow = tuple(key for key, value in others.items() if has_rows(value, count))
         others = {key: value for key, value in others.items() if key not in follow}
         for key, value in others.items():
@@ -59,7 +80,7 @@ class Signature:
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty and isinstance(p.default, plain)}
         others = {key: value for key, value in {**defaults, **others}.items() if key not in follow}
         by_image = tuple(_first_is_image(given[key]) for key in follow)
-        return cls(tensors[0], names, tuple(others.items()), follow, by_image)
+        return cls(tensors[0], names, tuple(others.items()), follow, masks, by_image)
 
     def gather(self, followers: tuple[Any, ...], count: int, positions: Tensor) -> tuple[Any, ...]:
         """Gather the rows of the tokens that are left, ``positions (B, P)`` of ``count``."""
@@ -81,6 +102,8 @@ class Signature:
         tokens = given.pop(self.tokens)
         followers = tuple(given.pop(key, None) for key in self.follow)
         mask = given.pop(padding, None) if padding is not None and not torch.compiler.is_exporting() else None
+        if padding is None:
+            given = {key: value for key, value in given.items() if key not in self.masks}  # in proofs: it masks nothing
         for key, value in given.items():
             wanted = expected.get(key)
             if key in RECORDING_FLAGS and key not in self.names:
@@ -98,6 +121,20 @@ class Signature:
                 )
         assert isinstance(tokens, Tensor)
         return tokens, followers, mask
+
+
+def _is_mask(value: Any, count: int) -> bool:
+    """Say whether an argument is an attention mask ``(B, 1, 1 or N, N)``: true and false, or zero and lowest."""
+    if not isinstance(value, Tensor) or value.ndim != 4 or value.shape[1] != 1:
+        return False
+    if value.shape[-1] != count or value.shape[-2] not in (1, count):
+        return False
+    return value.dtype == torch.bool or (value.is_floating_point() and bool(((value == 0) | ~seen_by(value)).all()))
+
+
+def seen_by(mask: Tensor) -> Tensor:
+    """Return which tokens a mask lets through."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 #: the most tokens (class, distillation, registers) that positions have no rows for

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError, UnsupportedBlock
+from ltm_retrofit.graph.signature import seen_by
 from ltm_retrofit.graph.sites import FlowSite
 from ltm_retrofit.interception.base import Interceptor
 from ltm_retrofit.merging.tokens import Carried, carried_by, carry, positions, unmerge_all
@@ -87,8 +88,7 @@ class BlockForward(Interceptor):
         Raises:
             UnsupportedBlock: where valid tokens see different others, which merged tokens could not.
         """
-        seen = padding if padding.dtype == torch.bool else padding > torch.finfo(padding.dtype).min / 2
-        seen = seen.expand(tokens.shape[0], -1, -1, -1).any(dim=1)
+        seen = seen_by(padding).expand(tokens.shape[0], -1, -1, -1).any(dim=1)
         valid = seen.any(dim=1)
         if not torch.compiler.is_compiling():
             rows = seen if seen.shape[1] > 1 else seen.expand(-1, tokens.shape[1], -1)

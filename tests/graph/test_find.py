@@ -439,8 +439,8 @@ def test_where_no_block_can_be_cut_the_plan_names_the_reasons():
 
 
 def test_where_nothing_can_be_merged_the_plan_names_the_reasons():
-    """Attention without an MLP behind it: there is nothing to save on in any scope."""
-    model = forest("plain", "plain")
+    """Attention that minds positions, no MLP behind it: there is nothing to save on in any scope."""
+    model = forest("rope", "rope")
     for wolf in model.pack:
         wolf.tail = nn.Identity()
     sites = ltm.find_sites(model, EXAMPLE)
@@ -497,3 +497,35 @@ def test_other_architectures_convert_in_their_scopes_and_are_refused_by_name_in_
         assert snapshot(model) == before
     with torch.no_grad():
         assert torch.equal(model(example), expected)
+
+
+class Map(nn.Module):
+    """Blocks whose tokens a convolution reads as a grid afterwards."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.seed, self.pack = nn.Conv2d(3, DIM, 4, 4), nn.Sequential(*(Wolf(kind) for _ in range(3)))
+        self.neck = nn.Conv2d(DIM, 5, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pack(self.seed(x).flatten(2).transpose(1, 2))
+        return self.neck(y.transpose(1, 2).unflatten(2, (8, 8)))
+
+
+def test_where_a_neck_reads_the_grid_tokens_flow_and_come_back_after_the_last_block():
+    torch.manual_seed(0)
+    model = Map("plain").eval()
+    sites = ltm.find_sites(model, EXAMPLE)
+    assert {site.scope for site in sites} == {Scope.FLOW} and len(sites) == 3 and not sites.ending.prefix_only
+    with torch.no_grad():
+        before = model(EXAMPLE)
+        ltm.retrofit(model, ltm.LTMConfig(flops=0.7), EXAMPLE)
+        after = model(EXAMPLE)
+        assert ltm.get_plan(model).unmerge and after.shape == before.shape
+        assert torch.equal(ltm.restore(model)(EXAMPLE), before)
+
+
+def test_a_neck_does_not_excuse_blocks_that_mind_positions():
+    torch.manual_seed(0)
+    sites = ltm.find_sites(Map("rope").eval(), EXAMPLE)
+    assert "pack.0" not in [site.block for site in sites.flow]
