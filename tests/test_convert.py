@@ -36,6 +36,7 @@ _PLANS: dict = {}
 @pytest.fixture
 def converted(build: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch):
     """Convert a family by name; its sites hold no module, so each family is searched once."""
+
     def make(family: str, model: nn.Module | None = None, **options) -> nn.Module:
         model = build(family) if model is None else model
         if family not in _SITES:
@@ -188,9 +189,7 @@ def test_a_plan_that_slices_is_refused_where_the_head_reads_patch_tokens(build):
 # ------------------------------------------------------------------------------------------------------------ exactness
 
 
-@pytest.mark.parametrize(
-    "family", ["timm-vit", "timm-deit", "timm-dinov2", "timm-clip", "hf-vit", "hf-deit-teacher"]
-)
+@pytest.mark.parametrize("family", ["timm-vit", "timm-deit", "timm-dinov2", "timm-clip", "hf-vit", "hf-deit-teacher"])
 def test_the_slice_after_the_last_attention_is_exact(converted, build, images, family):
     before = outputs(build(family), images)
     sites = ltm.find_sites(build(family))
@@ -243,8 +242,15 @@ def test_recorded_states_have_the_merged_shapes_or_are_refused_by_name(converted
 def test_dropout_works_in_training_mode(converted, images):
     torch.manual_seed(0)
     host = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=6, num_heads=3, num_classes=7,
-        proj_drop_rate=0.2, drop_path_rate=0.2,
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=4,
+        embed_dim=48,
+        depth=6,
+        num_heads=3,
+        num_classes=7,
+        proj_drop_rate=0.2,
+        drop_path_rate=0.2,
     ).eval()
     model = ltm.retrofit(host, ltm.LTMConfig(flops=0.7))
     assert equal(outputs(model, images), outputs(model, images))
@@ -451,8 +457,15 @@ def test_an_attribute_of_our_name_is_refused(build):
 
 
 def test_a_keyword_example_and_the_default_config():
-    config = tr.ViTConfig(hidden_size=48, num_attention_heads=3, image_size=32, patch_size=4, num_hidden_layers=4,
-                          intermediate_size=96, num_labels=7)
+    config = tr.ViTConfig(
+        hidden_size=48,
+        num_attention_heads=3,
+        image_size=32,
+        patch_size=4,
+        num_hidden_layers=4,
+        intermediate_size=96,
+        num_labels=7,
+    )
     torch.manual_seed(0)
     example = {"pixel_values": torch.randn(2, 3, 32, 32)}
     model = ltm.retrofit(tr.ViTForImageClassification(config).eval(), example=example)

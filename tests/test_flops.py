@@ -70,8 +70,6 @@ def timm_attention() -> Iterator[Callable[[bool], None]]:
     set_fused_attn(True)
 
 
-
-
 class TestModels:
     def test_vit_small(self) -> None:
         """Known number, closed form, batch scaling and sums over modules, on one model: it is the costly one."""

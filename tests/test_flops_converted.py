@@ -43,8 +43,9 @@ def test_size_aware_attention_is_found_and_works(family: str, build, images: tor
     for one in (model, other):
         ltm.retrofit(one, ltm.LTMConfig(flops=0.6))
     with torch.no_grad():
-        ours, theirs = (next(iter(out.values())) if isinstance(out, dict) else out
-                        for out in (model(images), other(images)))
+        ours, theirs = (
+            next(iter(out.values())) if isinstance(out, dict) else out for out in (model(images), other(images))
+        )
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

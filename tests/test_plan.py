@@ -25,6 +25,7 @@ _SITES: dict = {}
 @pytest.fixture
 def sites_of(build: Callable[..., nn.Module]):
     """Sites of a family by name, found once."""
+
     def get(family: str):
         if family not in _SITES:
             _SITES[family] = ltm.find_sites(build(family))
@@ -164,7 +165,8 @@ def test_given_counts_are_taken_exactly(sites_of, method):
 def test_counts_that_merge_nothing_at_a_site_leave_it_alone(sites_of):
     plan = ltm.make_plan(sites_of("timm-vit"), ltm.LTMConfig(tokens=(65, 40, 40)))
     assert [(row.site, row.tokens_in, row.tokens_out) for row in plan.rows] == [
-        ("blocks.3", 65, 40), ("blocks.5", 40, 1),
+        ("blocks.3", 65, 40),
+        ("blocks.5", 40, 1),
     ]
 
 

@@ -78,8 +78,13 @@ def test_an_image_processors_normalisation_survives_saving(build, tmp_path: Path
     from ltm_retrofit.saving.load import load_model
 
     build("hf-vit").save_pretrained(tmp_path / "host")
-    processor = {"image_processor_type": "ViTImageProcessor", "resample": 2, "size": {"height": 32, "width": 32},
-                 "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.3]}
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "resample": 2,
+        "size": {"height": 32, "width": 32},
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.2, 0.2, 0.3],
+    }
     (tmp_path / "host" / "preprocessor_config.json").write_text(json.dumps(processor))
     model = load_model(str(tmp_path / "host")).model
     wanted = preprocessing_of(model)
@@ -97,8 +102,9 @@ def test_images_keep_their_proportions_unless_squashed() -> None:
 
 
 def test_a_headless_model_has_no_classes(build) -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=6, num_heads=3,
-                              num_classes=0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=6, num_heads=3, num_classes=0
+    )
     ltm.retrofit(model, CONFIG)
     assert ltm.get_plan(model).classes == 0
     with pytest.raises(TrainingError, match="no class logits"):
@@ -140,8 +146,11 @@ def test_links_and_empty_folders_are_foreign(tmp_path: Path) -> None:
         (lambda m: ltm.retrofit("vit_tiny_patch16_224", CONFIG), UnsupportedBlock, "is a str"),
         (lambda m: ltm.retrofit(m, 0.7), RecipeError, r"LTMConfig\(flops=0.7\)"),
         (lambda m: ltm.retrofit(m, CONFIG, plan=ltm.make_plan(ltm.find_sites(m), CONFIG)), RecipeError, "not both"),
-        (lambda m: ltm.retrofit(nn.Sequential(ltm.retrofit(m, CONFIG)), CONFIG, torch.randn(1, 3, 32, 32)),
-         AlreadyRetrofitted, "part of this model"),
+        (
+            lambda m: ltm.retrofit(nn.Sequential(ltm.retrofit(m, CONFIG)), CONFIG, torch.randn(1, 3, 32, 32)),
+            AlreadyRetrofitted,
+            "part of this model",
+        ),
         (lambda m: ltm.retrofit(m, CONFIG, torch.full((1, 3, 32, 32), float("nan"))), ExampleError, "not finite"),
         (lambda m: ltm.TrainConfig(lr="1e-4"), RecipeError, "1.0e-4"),
     ],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError
-from ltm_retrofit.flops import counting
+from ltm_retrofit.flops import count_macs_quick, counting
 from ltm_retrofit.graph.chains import Chain
 from ltm_retrofit.graph.example import Example, run, tensors_of
 from ltm_retrofit.graph.maps import BEFORE, LEVELS, MapPoint, points_at
@@ -78,10 +78,14 @@ def _fill(
     if not costs:
         return reason
     sound = _sound(model, example, points, min(costs), shapes)
-    if len(sound) < len(points):
-        points[:] = sound
-        costs = {share: _measure(*counted, points, share) for share in costs}
-    costs[Fraction(1)] = _measure(*counted, points, Fraction(1))
+    while True:
+        if len(sound) < len(points):
+            points[:] = sound
+            costs = {share: _measure(*counted, points, share) for share in costs}
+        costs[Fraction(1)] = _measure(*counted, points, Fraction(1))
+        sound = _additive(*counted, points, costs)
+        if len(sound) == len(points):
+            break
     for cost in costs.values():
         for point in points:
             grid, macs = cost[point.name]
@@ -112,6 +116,26 @@ def _sound(
         if holds[kind]:
             sound.append(point)
     return sound
+
+
+def _additive(
+    model: nn.Module, example: Example, points: list[MapPoint], costs: Mapping[Fraction, dict[str, tuple[Grid, int]]]
+) -> list[MapPoint]:
+    """Return the points up to the first whose costs depend on where the map was merged.
+
+    What reads the maps of several stages (a feature pyramid) costs what the largest of them makes it cost.
+    """
+    share, before = min(costs), points[0].grid
+    total = count_macs_quick(lambda: run(model, example))
+    for place, point in enumerate(points):
+        if point.grid != before or (place and point is points[-1]):
+            with replaced({model.get_submodule(point.name): _sliced(model, point, share)}):
+                given = count_macs_quick(lambda: run(model, example))
+            saved = sum(costs[Fraction(1)][other.name][1] - costs[share][other.name][1] for other in points[place:])
+            if given != total - saved:
+                return [other for other in points[:place] if other.grid != point.grid] or points[:place]
+        before = point.grid
+    return points
 
 
 def _shares(grids: Sequence[Grid]) -> list[Fraction]:

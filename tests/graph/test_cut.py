@@ -53,8 +53,17 @@ def test_the_halves_are_the_block_bit_for_bit(found, training):
 def test_in_training_mode_dropout_and_drop_path_draw_the_same_numbers(build):
     torch.manual_seed(0)
     model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=3, num_classes=7,
-        proj_drop_rate=0.3, attn_drop_rate=0.3, drop_path_rate=0.5, init_values=0.5,
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=4,
+        embed_dim=48,
+        depth=4,
+        num_heads=3,
+        num_classes=7,
+        proj_drop_rate=0.3,
+        attn_drop_rate=0.3,
+        drop_path_rate=0.5,
+        init_values=0.5,
     )
     sites = ltm.find_sites(model.eval())
     model.train()
@@ -159,8 +168,9 @@ class Takes(nn.Module):
 @pytest.mark.parametrize(
     "args, kwargs, match",
     [
-        pytest.param((torch.zeros(1, 3, 4), False, torch.zeros(2)), {}, "also receives 'table' of type Tensor",
-                     id="tensor"),
+        pytest.param(
+            (torch.zeros(1, 3, 4), False, torch.zeros(2)), {}, "also receives 'table' of type Tensor", id="tensor"
+        ),
         pytest.param((torch.zeros(1, 3, 4),), {"table": [torch.zeros(2)]}, "'table' of type list", id="list"),
         pytest.param((torch.zeros(1, 3, 4), False, None, 1), {}, "variable positional", id="varargs"),
         pytest.param((torch.zeros(3, 4),), {}, "not called with", id="two-dimensional"),

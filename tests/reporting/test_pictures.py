@@ -114,7 +114,10 @@ def test_boundaries_lie_between_different_groups_only() -> None:
     assert pictures.boundaries(np.zeros((3, 4), dtype=int)) == []
     lines = pictures.boundaries(np.array([[0, 0, 1], [0, 2, 1]]))
     assert {(tuple(start), tuple(end)) for start, end in lines} == {
-        ((2, 0), (2, 1)), ((1, 1), (1, 2)), ((2, 1), (2, 2)), ((1, 1), (2, 1)),
+        ((2, 0), (2, 1)),
+        ((1, 1), (1, 2)),
+        ((2, 1), (2, 2)),
+        ((1, 1), (2, 1)),
     }
 
 
@@ -213,8 +216,12 @@ def test_a_smaller_grid_is_drawn_by_who_takes_most_of_each_place(method: str) ->
         if method == "pool":  # boxes side by side: each place belongs to the box that covers most of it
             for axis, (size, kept) in enumerate(zip((height, width), row.grid, strict=True)):
                 line = panel.groups[:, 0] if axis == 0 else panel.groups[0]
-                cover = np.array([[min((p + 1) * size, (j + 1) * kept) - max(p * size, j * kept) for p in range(kept)]
-                                  for j in range(size)])
+                cover = np.array(
+                    [
+                        [min((p + 1) * size, (j + 1) * kept) - max(p * size, j * kept) for p in range(kept)]
+                        for j in range(size)
+                    ]
+                )
                 boxes = cover.argmax(axis=1)
                 np.testing.assert_array_equal(line[1:] == line[:-1], boxes[1:] == boxes[:-1])
     figure = ltm.show_merges(model, image)

@@ -115,7 +115,9 @@ def test_round_trip(family: str, build: Build, images: torch.Tensor, tmp_path: P
     with ltm.disabled(model), ltm.disabled(loaded):
         assert same(outputs(model, images), outputs(loaded, images))
     assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == [
-        "README.md", "config.json", "model.safetensors"
+        "README.md",
+        "config.json",
+        "model.safetensors",
     ]
 
 
@@ -140,8 +142,15 @@ def test_fresh_process(build: Build, images: torch.Tensor, tmp_path: Path) -> No
 
 def test_overrides_and_data_settings_come_back(tmp_path: Path) -> None:
     model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=(48, 32), patch_size=8, in_chans=1, num_classes=3, depth=4, drop_rate=0.25,
-        global_pool="avg", init_values=0.1,
+        "vit_tiny_patch16_224",
+        img_size=(48, 32),
+        patch_size=8,
+        in_chans=1,
+        num_classes=3,
+        depth=4,
+        drop_rate=0.25,
+        global_pool="avg",
+        init_values=0.1,
     )
     model.reset_classifier(5)
     model.pretrained_cfg.update(mean=(0.1,), std=(0.2,), crop_pct=1.0, interpolation="nearest", tag="mine")
@@ -393,7 +402,13 @@ def test_card(build: Build, tmp_path: Path) -> None:
     model = converted(build)
     ltm.save_pretrained(model, tmp_path / "saved", report=report, recipe={"model": "digits_vit"})
     card = (tmp_path / "saved" / "README.md").read_text()
-    for expected in ("library_name: ltm_retrofit", "| `blocks.1` | merge | 65 | 40 |", "measured", "model: digits_vit",
-                     'ltm.from_pretrained("saved")', f"{ltm.get_plan(model).macs / 1e9:.3f} G after"):
+    for expected in (
+        "library_name: ltm_retrofit",
+        "| `blocks.1` | merge | 65 | 40 |",
+        "measured",
+        "model: digits_vit",
+        'ltm.from_pretrained("saved")',
+        f"{ltm.get_plan(model).macs / 1e9:.3f} G after",
+    ):
         assert expected in card
     assert "license" not in card and "base_model" not in card
