@@ -111,11 +111,21 @@ def _be_quiet() -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
+def _main_process() -> bool:
+    from ltm_retrofit.tuning.processes import is_main
+
+    return is_main()
+
+
 def _say(arguments: argparse.Namespace, text: str) -> None:
+    if not _main_process():
+        return
     print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
 
 
 def _show(arguments: argparse.Namespace, text: str, values: Any) -> None:
+    if not _main_process():
+        return
     print(json.dumps(values, indent=2, ensure_ascii=False) if arguments.json else text)
 
 
@@ -173,6 +183,8 @@ def _finetune(arguments: argparse.Namespace) -> None:
         raise NotRetrofitted(f"{arguments.model} is not converted: run `ltm-retrofit convert` on it first")
     section = DataSection(name=arguments.data)
     history = finetune(model, load_split(section, section.train_split), config=config)
+    if not _main_process():
+        return
     report = measure(model, data=load_split(section, section.test_split), batches=())
     save_pretrained(model, arguments.out, overwrite=arguments.overwrite, report=report)
     _show(arguments, f"{report}\nwritten to {arguments.out}/", {**report.to_dict(), "history": history.to_dict()})
@@ -205,7 +217,7 @@ def _run(arguments: argparse.Namespace) -> None:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, name=arguments.data))
     out = arguments.out or Path("runs") / arguments.recipe.stem
     report = run_recipe(recipe, out, say=lambda text: _say(arguments, text))
-    if arguments.json:
+    if arguments.json and _main_process():
         print(report.to_json())
 
 

@@ -27,6 +27,7 @@ from ltm_retrofit.saving.hub import from_pretrained, save_pretrained, swap
 from ltm_retrofit.saving.load import load_model
 from ltm_retrofit.tuning.evaluate import evaluate
 from ltm_retrofit.tuning.heads import set_classes
+from ltm_retrofit.tuning.processes import is_main
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.tuning.sources import DataSection, load_split
 from ltm_retrofit.tuning.train import finetune
@@ -158,6 +159,8 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     say("timing   original and converted, in alternation")
     report = measure(model).with_accuracy(**accuracies)
     report = replace(report, extra={"recipe": recipe.to_dict(), "history": history.to_dict(), "test_images": len(test)})
+    if not is_main():  # of several processes, the first one writes
+        return report
     with _WrittenWhole(out) as folder:
         save_pretrained(model, folder / "model", report=report, recipe=recipe.to_dict())
         same = _reloads_equal(model, folder / "model")

@@ -17,6 +17,7 @@ from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.interception.flow import BlockForward
 from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging.ib import soft_targets
+from ltm_retrofit.merging.statistics import of_all_ranks
 from ltm_retrofit.merging.tokens import Step, accumulated, carried_by
 
 
@@ -122,7 +123,8 @@ def bound_loss(traced: MergeTrace, labels: Tensor, *, sites: float = 0.0) -> Ten
     """Return CEB_γ (METHOD, "Against collapse") at the feature that the classifier reads, in nats.
 
     In training mode it also learns the statistics of the feature and of every site from this batch: it fits them as
-    soon as it has seen enough images, and is a differentiable zero before.
+    soon as it has seen enough images, and is a differentiable zero before. In distributed training every process calls
+    it, and all learn from the batches of all.
 
     Args:
         traced: the trace of a forward pass on these images.
@@ -148,7 +150,7 @@ def bound_loss(traced: MergeTrace, labels: Tensor, *, sites: float = 0.0) -> Ten
         if sites:
             loss = loss + sites / len(masks) * mask.statistics.bound(step.descriptor, targets)
         if traced.model.training:
-            mask.statistics.update(step.descriptor, targets)
+            mask.statistics.update(*of_all_ranks(step.descriptor, targets))
     if traced.model.training:
-        kept.readout.update(feature, targets)
+        kept.readout.update(*of_all_ranks(feature, targets))
     return loss

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from ltm_retrofit.errors import DataError, RecipeError
@@ -233,6 +233,26 @@ class Statistics(nn.Module):
             torch.cat([kept_x, x[-self.capacity :]])[-self.capacity :].clone(),
             torch.cat([kept_targets, targets[-self.capacity :]])[-self.capacity :].clone(),
         )
+
+
+@torch.no_grad()
+def of_all_ranks(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Put descriptors ``(n, D)`` and soft labels ``(n, C)`` of all processes one below the other, in rank order.
+
+    What is given comes back where there is one process. Every rank has to call it; batches may differ in size.
+    """
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return x, targets
+    both = torch.cat([x.detach().float(), targets.detach().to(x.device).float()], dim=1)
+    ranks = distributed.get_world_size()
+    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(ranks)]
+    distributed.all_gather(counts, torch.tensor([len(both)], device=x.device))
+    sizes = [int(count) for count in counts]
+    padded = F.pad(both, (0, 0, 0, max(sizes) - len(both)))
+    gathered = [torch.empty_like(padded) for _ in range(ranks)]
+    distributed.all_gather(gathered, padded)
+    whole = torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+    return whole[:, : x.shape[1]], whole[:, x.shape[1] :]
 
 
 def _finite(*tensors: Tensor) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ltm_retrofit.convert import get_retrofit, is_retrofitted
@@ -14,19 +16,30 @@ from ltm_retrofit.undisturbed import undisturbed
 
 
 @torch.no_grad()
-def predictions(model: nn.Module, data: Data, batch_size: int = 128) -> tuple[Tensor, Tensor]:
-    """Return predicted classes and labels ``(n,)``, in the data's order, in eval mode."""
+def predictions(
+    model: nn.Module, data: Data, batch_size: int = 128, accelerator: Accelerator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return predicted classes and labels ``(n,)``, in the data's order, in eval mode.
+
+    Where there is an accelerator of several processes, they share the data and all return the whole.
+    """
     guesses, truths = [], []
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
         loader = make_loader(model, data, batch_size=batch_size, shuffle=False)
+        shared = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
+        if shared is not None and isinstance(loader, DataLoader):
+            loader = shared.prepare_data_loader(loader)
         for inputs, labels in tqdm(batches_on(loader, home(model)[0]), desc="evaluate", leave=False, disable=None):
             logits = logits_of(run(model, inputs))
             if logits is None:
                 raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier")
-            guesses.append(logits.argmax(dim=-1).cpu())
-            truths.append((labels.argmax(dim=-1) if labels.ndim == 2 else labels).cpu())
+            seen = logits.argmax(dim=-1), labels.argmax(dim=-1) if labels.ndim == 2 else labels
+            if shared is not None and isinstance(loader, DataLoader):
+                seen = shared.gather_for_metrics(seen)
+            guesses.append(seen[0].cpu())
+            truths.append(seen[1].cpu())
     finally:
         for module, flag in flags.items():
             module.training = flag
@@ -35,7 +48,7 @@ def predictions(model: nn.Module, data: Data, batch_size: int = 128) -> tuple[Te
     return torch.cat(guesses), torch.cat(truths)
 
 
-def evaluate(model: nn.Module, data: Data, batch_size: int = 128) -> float:
+def evaluate(model: nn.Module, data: Data, batch_size: int = 128, accelerator: Accelerator | None = None) -> float:
     """Return top-1 accuracy in percent, in eval mode.
 
     Raises:
@@ -43,7 +56,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 128) -> float:
     """
     if is_table(data):
         check_labels(data, count_classes(model), "evaluation")
-    guesses, truths = predictions(model, data, batch_size)
+    guesses, truths = predictions(model, data, batch_size, accelerator)
     return 100 * float((guesses == truths).float().mean())
 
 

@@ -1,4 +1,4 @@
-"""finetune(): a short fine-tune with the information-bottleneck bound. The only importer of accelerate."""
+"""finetune(): a short fine-tune with the information-bottleneck bound, through Accelerate."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ltm_retrofit.blocks import CHILD, FINETUNED
@@ -28,6 +28,7 @@ from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tracing import bound_loss, trace
 from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table, make_loader
 from ltm_retrofit.tuning.evaluate import count_classes, evaluate
+from ltm_retrofit.tuning.processes import make_accelerator
 from ltm_retrofit.tuning.settings import TrainConfig
 
 #: steps between two copies of the weights that a non-finite loss falls back to
@@ -64,14 +65,7 @@ def finetune(model: nn.Module, train: Data, val: Data | None = None, *, config: 
             weights whose loss was).
     """
     config = config or TrainConfig()
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-        AcceleratorState._reset_state()  # Accelerate holds on to a process's first precision
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    if accelerator.num_processes > 1:
-        raise TrainingError(
-            f"finetune runs in one process for now and was started in {accelerator.num_processes}: the statistics of "
-            "the bound are not yet reduced across processes"
-        )
+    accelerator = make_accelerator(config.mixed_precision, config.batch_size)
     classes = count_classes(model)
     for data, split in ((train, "training"), (val, "validation")):
         if data is not None and is_table(data):
@@ -85,6 +79,13 @@ def finetune(model: nn.Module, train: Data, val: Data | None = None, *, config: 
         seed=config.seed,
         workers=config.workers,
     )
+    if accelerator.num_processes > 1:
+        if not isinstance(loader, DataLoader):
+            raise DataError(
+                f"{accelerator.num_processes} processes share a torch DataLoader or a data set among them, got "
+                f"{type(loader).__name__}"
+            )
+        loader = accelerator.prepare_data_loader(loader)
     try:
         length = len(loader)  # type: ignore[arg-type]
     except TypeError:
@@ -92,7 +93,7 @@ def finetune(model: nn.Module, train: Data, val: Data | None = None, *, config: 
     if length == 0:
         raise DataError("the training loader has no batch: it needs at least one")
     with _kept_state(model, config.train), torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + accelerator.process_index)
         return _Run(model, accelerator, config, classes, length).epochs(loader, val)
 
 
@@ -115,6 +116,7 @@ class _Run:
         optimizer = torch.optim.AdamW(groups, lr=config.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         self.wrapped, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+        self.several = accelerator.num_processes > 1
         self.good: dict[str, Tensor] = {}
         self.good_step = 0
 
@@ -129,15 +131,20 @@ class _Run:
             images = 0
             self.wrapped.train()
             batches = batches_on(loader, self.accelerator.device)
+            alone = self.accelerator.is_local_main_process
             bar = tqdm(
-                batches, total=self.length, desc=f"epoch {epoch + 1}/{self.config.epochs}", leave=False, disable=None
+                batches,
+                total=self.length,
+                desc=f"epoch {epoch + 1}/{self.config.epochs}",
+                leave=False,
+                disable=None if alone else True,
             )
             for inputs, labels in bar:
                 losses = self.train_step(inputs, labels)
                 for key, value in losses.items():
                     sums[key] += value / self.length
                 history.losses.append(losses["loss"])
-                images += len(labels)
+                images += len(labels) * self.accelerator.num_processes
                 bar.set_postfix(loss=f"{losses['loss']:.3f}")
             self.refresh()
             seconds = time.perf_counter() - began
@@ -146,7 +153,7 @@ class _Run:
                     "epoch": epoch + 1,
                     **sums,
                     "lr": self.schedule.get_last_lr()[0],
-                    "val_accuracy": None if val is None else evaluate(self.model, val, self.config.batch_size),
+                    "val_accuracy": None if val is None else self.validate(val),
                     "seconds": seconds,
                     "images_per_second": images / seconds,
                     "sites": self.sites(),
@@ -167,7 +174,7 @@ class _Run:
             bound = bound_loss(traced, targets, sites=self.config.bound_sites)
             if self.step >= self.config.bound_warmup * self.total:
                 loss = task + self.config.bound * bound
-        value = loss.item()
+        value, task_value, bound_value = self.means(loss, task, bound)
         self.optimizer.zero_grad()
         if math.isfinite(value):
             self.accelerator.backward(loss)
@@ -185,7 +192,18 @@ class _Run:
         self.step += 1
         if self.step * self.config.batch_size // 1024 == 1 and (self.step - 1) * self.config.batch_size < 1024:
             self.refresh()  # the first fit saw few images for each cluster; now the memory is full
-        return {"loss": value, "task": task.item(), "bound": bound.item()}
+        return {"loss": value, "task": task_value, "bound": bound_value}
+
+    def validate(self, val: Data) -> float:
+        """Return the accuracy on validation data, which the processes share."""
+        return evaluate(self.model, val, self.config.batch_size, self.accelerator)
+
+    def means(self, *values: Tensor) -> list[float]:
+        """Return the means over all processes."""
+        stacked = torch.stack([value.detach().float().to(self.accelerator.device) for value in values])
+        if self.several:
+            stacked = self.accelerator.reduce(stacked, "mean")
+        return [float(value) for value in stacked.tolist()]
 
     def fall_back(self, value: float) -> None:
         """Put the last good weights back and stop."""
