@@ -68,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--epochs", type=int)
     sub.add_argument("--lr", type=float)
     sub.add_argument("--batch-size", type=int)
-    sub.add_argument("--bound", type=float, help="weight of the bound; 0 leaves it out")
+    sub.add_argument("--bound", choices=("ceb", "ibb", "none"), help="which bound joins the loss (default ceb)")
+    sub.add_argument("--bound-weight", type=float, help="its weight")
+    sub.add_argument("--distill", type=float, help="weight of distillation from the unconverted model")
     sub.add_argument("--train", choices=("all", "masks"))
     sub.add_argument("--seed", type=int)
 
@@ -176,7 +178,8 @@ def _finetune(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.tuning.train import finetune
 
     check_target(arguments.out, arguments.overwrite)
-    given = {key: getattr(arguments, key) for key in ("epochs", "lr", "batch_size", "bound", "train", "seed")}
+    names = ("epochs", "lr", "batch_size", "bound", "bound_weight", "distill", "train", "seed")
+    given = {key: getattr(arguments, key) for key in names}
     config = TrainConfig(**{key: value for key, value in given.items() if value is not None})
     model = _load(arguments)
     if not is_retrofitted(model):

@@ -119,7 +119,9 @@ def _keep_feature(traced: MergeTrace, name: str, module: nn.Module, args: tuple[
     traced.features[name] = args[0]
 
 
-def bound_loss(traced: MergeTrace, labels: Tensor, *, sites: float = 0.0) -> Tensor:
+def bound_loss(
+    traced: MergeTrace, labels: Tensor, *, sites: float = 0.0, kind: str = "ceb", gamma: float | None = None
+) -> Tensor:
     """Return CEB_γ (METHOD, "Against collapse") at the feature that the classifier reads, in nats.
 
     In training mode it also learns the statistics of the feature and of every site from this batch: it fits them as
@@ -130,6 +132,8 @@ def bound_loss(traced: MergeTrace, labels: Tensor, *, sites: float = 0.0) -> Ten
         traced: the trace of a forward pass on these images.
         labels: class indices ``(B,)``, or soft labels ``(B, C)`` summing to one.
         sites: weight of the mean bound on each site's own descriptor, added to the feature's.
+        kind: ``"ceb"``, or ``"ibb"``, the part of Wang & Yang's bound that depends on the features.
+        gamma: γ of CEB_γ instead of the statistics' own.
 
     Raises:
         DataError: where labels do not fit the classes that the model was converted with.
@@ -142,13 +146,13 @@ def bound_loss(traced: MergeTrace, labels: Tensor, *, sites: float = 0.0) -> Ten
     targets = soft_targets(labels, kept.plan.classes).to(feature.device)
     if len(targets) != len(feature):
         raise DataError(f"{len(targets)} labels for {len(feature)} traced images: trace the batch that they belong to")
-    loss = kept.readout.bound(feature, targets)
+    loss = kept.readout.bound(feature, targets, kind, gamma)
     masks = masks_of(traced.model)
     for name, step in zip(traced.sites, traced.steps, strict=True):
         mask = masks[name]
         assert isinstance(mask, LEARNABLE) and step.descriptor is not None
         if sites:
-            loss = loss + sites / len(masks) * mask.statistics.bound(step.descriptor, targets)
+            loss = loss + sites / len(masks) * mask.statistics.bound(step.descriptor, targets, kind, gamma)
         if traced.model.training:
             mask.statistics.update(*of_all_ranks(step.descriptor, targets))
     if traced.model.training:

@@ -34,3 +34,22 @@ def snapshot(model: nn.Module) -> dict:
         return value if isinstance(value, (bool, int, str, type(None))) else id(value)
 
     return {name: {key: entry(value) for key, value in vars(module).items()} for name, module in model.named_modules()}
+
+
+def batches(count: int, size: int = 7, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Seven classes that a line can tell apart: each has a colour of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    colours = 2 * torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
+    drawn = []
+    for _ in range(count):
+        labels = torch.randperm(max(size, 7), generator=generator)[:size] % 7
+        drawn.append((colours[labels, :, None, None] + 0.2 * torch.randn(size, 3, 32, 32, generator=generator), labels))
+    return drawn
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)

@@ -134,22 +134,23 @@ def information_bottleneck(phi: Tensor, phi_x: Tensor, targets: Tensor) -> Tenso
         return mutual_information(with_input) - mutual_information(with_class)
 
 
-def ibb(log_phi: Tensor, log_phi_x: Tensor, q: Tensor, targets: Tensor) -> Tensor:
+def ibb(log_phi: Tensor, log_phi_x: Tensor | None, q: Tensor, targets: Tensor) -> Tensor:
     """The separable bound of Wang & Yang: ``IB ≤ IBB + H(b)`` for any Q > 0 whose columns sum to one.
 
     ``IBB = mean_i Σ_b φ'_ib log φ'_ib − mean_i Σ_a φ_ia Σ_y t_iy log Q(a|y)``; the first term does not depend on φ.
 
     Args:
         log_phi: log φ ``(n, A)``.
-        log_phi_x: log φ' ``(n, B)``.
+        log_phi_x: log φ' ``(n, B)``; None leaves its term out, which no gradient flows into.
         q: Q(a|y) ``(A, C)``.
         targets: ``(n, C)``.
 
     Returns:
         A scalar in nats, without H(b).
     """
-    log_phi, log_phi_x, q, targets = lift(log_phi, log_phi_x, q, targets)
-    return _expected(log_phi_x, log_phi_x).mean() - _class_term(log_phi, finite_log(q), targets).mean()
+    log_phi, q, targets = lift(log_phi, q, targets)
+    constant = 0.0 if log_phi_x is None else _expected(log_phi_x, log_phi_x).mean()
+    return constant - _class_term(log_phi, finite_log(q), targets).mean()
 
 
 def ceb(log_phi: Tensor, q: Tensor, targets: Tensor, p_y: Tensor | None = None, gamma: float = 0.0) -> Tensor:

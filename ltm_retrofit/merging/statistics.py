@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
+from ltm_retrofit.config import check_choice
 from ltm_retrofit.errors import DataError, RecipeError
 from ltm_retrofit.merging import ib
 
@@ -177,16 +178,23 @@ class Statistics(nn.Module):
         self.fit(*self._recent, generator)
         return True
 
-    def bound(self, x: Tensor, targets: Tensor) -> Tensor:
+    def bound(self, x: Tensor, targets: Tensor, kind: str = "ceb", gamma: float | None = None) -> Tensor:
         """CEB_γ at ``x (n, D)`` with soft labels ``(n, C)``: a scalar in nats whose gradient flows into ``x`` only.
 
-        While nothing is fitted, a zero that can be differentiated.
+        With ``kind="ibb"`` what of IBB depends on x. While nothing is fitted, a zero that can be differentiated.
+
+        Raises:
+            RecipeError: on another kind.
         """
+        check_choice(kind, ("ceb", "ibb"), "kind")
         if not bool(self.fitted):
             return (x * 0).sum(dtype=torch.float32)
         reading = self._read()
         log_phi = ib.log_assign(x, reading.centroids, reading.beta)
-        return ib.ceb(log_phi, reading.log_q.exp(), targets.detach(), reading.log_p_y.exp(), self.gamma)
+        if kind == "ibb":
+            return ib.ibb(log_phi, None, reading.log_q.exp(), targets.detach())
+        gamma = self.gamma if gamma is None else gamma
+        return ib.ceb(log_phi, reading.log_q.exp(), targets.detach(), reading.log_p_y.exp(), gamma)
 
     def step_direction(self, x: Tensor) -> Tensor:
         """Return the gradient of each image's CEB_γ at ``x (n, D)``, ``(n, D)``: see `ib.bound_gradient`.

@@ -84,6 +84,10 @@ def make_transform(wanted: Preprocessing, augment: str = "none") -> Callable[[An
     return v2.Compose(steps)  # type: ignore[no-any-return]
 
 
+#: stands for a label where a data set has none
+UNLABELLED = -1
+
+
 class _Images(Dataset[tuple[Tensor, int]]):
     """Rows of a `datasets` data set as (image, label)."""
 
@@ -95,7 +99,7 @@ class _Images(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         row = self.rows[index]
-        return self.transform(row["image"]), int(row["label"])
+        return self.transform(row["image"]), int(row.get("label", UNLABELLED))
 
 
 def is_table(data: Data) -> bool:
@@ -158,28 +162,48 @@ def make_loader(
     )
 
 
-def split_batch(batch: Any) -> tuple[Any, Tensor]:
+def split_batch(batch: Any, labelled: bool = True) -> tuple[Any, Tensor | None]:
     """Return (inputs, labels) of a loader's batch: a pair, or a mapping with ``labels`` (or ``label``).
+
+    Where not all data is ``labelled``, also images alone, or a mapping without labels: labels are None then.
 
     Raises:
         DataError: where it is neither.
     """
+    labels: Any = None
     if isinstance(batch, Mapping):
         name = next((key for key in ("labels", "label") if key in batch), None)
-        if name is not None:
-            return {key: value for key, value in batch.items() if key != name}, batch[name]
+        if name is not None or not labelled:
+            return {key: value for key, value in batch.items() if key != name}, None if name is None else batch[name]
     elif isinstance(batch, (list, tuple)) and len(batch) == 2:
-        return batch[0], batch[1]
+        inputs, labels = batch
+        if isinstance(labels, Tensor) and labels.ndim == 1 and bool((labels == UNLABELLED).all()) and not labelled:
+            labels = None
+        return inputs, labels
+    elif not labelled and isinstance(batch, (list, tuple)) and len(batch) == 1:
+        return batch[0], None
+    elif not labelled and isinstance(batch, Tensor):
+        return batch, None
     shown = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
     raise DataError(f"a batch is (images, labels) or a dict with 'labels', got {shown}")
 
 
-def batches_on(loader: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, Tensor]]:
+def size_of(inputs: Any) -> int:
+    """Return the number of images in a batch's inputs."""
+    first = (
+        next(value for value in inputs.values() if isinstance(value, Tensor)) if isinstance(inputs, Mapping) else inputs
+    )
+    return len(first)
+
+
+def batches_on(
+    loader: Iterable[Any], device: torch.device, labelled: bool = True
+) -> Iterator[tuple[Any, Tensor | None]]:
     """Go through a loader, everything moved to the device."""
     for batch in loader:
-        inputs, labels = split_batch(batch)
+        inputs, labels = split_batch(batch, labelled)
         if isinstance(inputs, Mapping):
             inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         else:
             inputs = inputs.to(device)
-        yield inputs, labels.to(device)
+        yield inputs, None if labels is None else labels.to(device)

@@ -32,6 +32,7 @@ def predictions(
         if shared is not None and isinstance(loader, DataLoader):
             loader = shared.prepare_data_loader(loader)
         for inputs, labels in tqdm(batches_on(loader, home(model)[0]), desc="evaluate", leave=False, disable=None):
+            assert labels is not None
             logits = logits_of(run(model, inputs))
             if logits is None:
                 raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier")

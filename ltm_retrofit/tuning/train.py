@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ltm_retrofit.blocks import CHILD, FINETUNED
-from ltm_retrofit.convert import get_retrofit, is_retrofitted, mark_finetuned
+from ltm_retrofit.convert import mark_finetuned
 from ltm_retrofit.errors import DataError, TrainingError
-from ltm_retrofit.graph.example import home, logits_of, run
+from ltm_retrofit.graph.example import home
 from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging.grid import GridMask
-from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.merging.mask import MaskModule
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.tracing import bound_loss, trace
-from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table, make_loader
+from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table, make_loader, size_of
 from ltm_retrofit.tuning.evaluate import count_classes, evaluate
+from ltm_retrofit.tuning.objective import Objective
 from ltm_retrofit.tuning.processes import make_accelerator
 from ltm_retrofit.tuning.settings import TrainConfig
 
@@ -68,7 +67,11 @@ def finetune(model: nn.Module, train: Data, val: Data | None = None, *, config: 
     accelerator = make_accelerator(config.mixed_precision, config.batch_size)
     classes = count_classes(model)
     for data, split in ((train, "training"), (val, "validation")):
-        if data is not None and is_table(data):
+        if (
+            data is not None
+            and is_table(data)
+            and ("label" in data.column_names or split == "validation" or not config.distill)
+        ):
             check_labels(data, classes, split)
     loader = make_loader(
         model,
@@ -103,9 +106,9 @@ class _Run:
     def __init__(
         self, model: nn.Module, accelerator: Accelerator, config: TrainConfig, classes: int, length: int
     ) -> None:
-        self.model, self.accelerator, self.config, self.classes = model, accelerator, config, classes
+        self.model, self.accelerator, self.config = model, accelerator, config
         self.total, self.length, self.step = length * config.epochs, length, 0
-        self.bounded = is_retrofitted(model) and get_retrofit(model).readout is not None
+        self.objective = Objective(model, config, classes)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -127,10 +130,10 @@ class _Run:
     def epochs(self, loader: Any, val: Data | None) -> History:
         history = History()
         for epoch in range(self.config.epochs):
-            began, sums = time.perf_counter(), {"loss": 0.0, "task": 0.0, "bound": 0.0}
+            began, sums = time.perf_counter(), defaultdict[str, float](float)
             images = 0
             self.wrapped.train()
-            batches = batches_on(loader, self.accelerator.device)
+            batches = batches_on(loader, self.accelerator.device, labelled=not self.config.distill)
             alone = self.accelerator.is_local_main_process
             bar = tqdm(
                 batches,
@@ -144,7 +147,7 @@ class _Run:
                 for key, value in losses.items():
                     sums[key] += value / self.length
                 history.losses.append(losses["loss"])
-                images += len(labels) * self.accelerator.num_processes
+                images += size_of(inputs) * self.accelerator.num_processes
                 bar.set_postfix(loss=f"{losses['loss']:.3f}")
             self.refresh()
             seconds = time.perf_counter() - began
@@ -161,20 +164,12 @@ class _Run:
             )
         return history
 
-    def train_step(self, inputs: Any, labels: Tensor) -> dict[str, float]:
+    def train_step(self, inputs: Any, labels: Tensor | None) -> dict[str, float]:
         """One step of the optimizer; stops before it where the loss or its gradient is not finite."""
-        with trace(self.model) if self.bounded else nullcontext() as traced:
-            logits = logits_of(run(self.wrapped, inputs))
-        if logits is None:
-            raise TrainingError(f"{type(self.model).__name__} puts out no class logits (B, C): give it a classifier")
-        targets = soft_targets(labels, self.classes)
-        task = F.cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
-        loss, bound = task, torch.zeros(())
-        if traced is not None:
-            bound = bound_loss(traced, targets, sites=self.config.bound_sites)
-            if self.step >= self.config.bound_warmup * self.total:
-                loss = task + self.config.bound * bound
-        value, task_value, bound_value = self.means(loss, task, bound)
+        joins = self.step >= self.config.bound_warmup * self.total
+        losses = self.objective(self.wrapped, inputs, labels, bound=joins)
+        loss, means = losses["loss"], self.means(losses)
+        value = means["loss"]
         self.optimizer.zero_grad()
         if math.isfinite(value):
             self.accelerator.backward(loss)
@@ -192,18 +187,18 @@ class _Run:
         self.step += 1
         if self.step * self.config.batch_size // 1024 == 1 and (self.step - 1) * self.config.batch_size < 1024:
             self.refresh()  # the first fit saw few images for each cluster; now the memory is full
-        return {"loss": value, "task": task_value, "bound": bound_value}
+        return means
 
     def validate(self, val: Data) -> float:
         """Return the accuracy on validation data, which the processes share."""
         return evaluate(self.model, val, self.config.batch_size, self.accelerator)
 
-    def means(self, *values: Tensor) -> list[float]:
+    def means(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the means over all processes."""
-        stacked = torch.stack([value.detach().float().to(self.accelerator.device) for value in values])
+        stacked = torch.stack([value.detach().float().to(self.accelerator.device) for value in losses.values()])
         if self.several:
             stacked = self.accelerator.reduce(stacked, "mean")
-        return [float(value) for value in stacked.tolist()]
+        return dict(zip(losses, map(float, stacked.tolist()), strict=True))
 
     def fall_back(self, value: float) -> None:
         """Put the last good weights back and stop."""

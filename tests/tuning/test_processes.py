@@ -34,7 +34,7 @@ SCRIPT = textwrap.dedent(
                         generator=torch.Generator().manual_seed(3))
     val = DataLoader(TensorDataset(images[:50], labels[:50]), batch_size=16)
     history = ltm.finetune(model, loader, val, config=ltm.TrainConfig(
-        epochs=2, batch_size=16, lr=1e-3, bound=0.2, bound_sites=0.5, bound_warmup=0.3))
+        epochs=2, batch_size=16, lr=1e-3, bound_weight=0.2, bound_sites=0.5, bound_warmup=0.3))
     rank = os.environ.get("RANK", "0")
     torch.save(model.state_dict(), f"{sys.argv[1]}/state{rank}.pt")
     with open(f"{sys.argv[1]}/history{rank}.json", "w") as file:

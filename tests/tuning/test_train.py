@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from pieces import batches, equal, weights
 from torch import Tensor, nn
 
 import ltm_retrofit as ltm
@@ -20,25 +21,6 @@ from ltm_retrofit.tuning.evaluate import count_classes, evaluate, predictions
 from ltm_retrofit.tuning.settings import TrainConfig
 
 METHODS = ("ltm", "tome", "pool", "slice")
-
-
-def batches(count: int, size: int = 7, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Seven classes that a line can tell apart: each has a colour of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    colours = 2 * torch.randn(7, 3, generator=torch.Generator().manual_seed(1))
-    drawn = []
-    for _ in range(count):
-        labels = torch.randperm(max(size, 7), generator=generator)[:size] % 7
-        drawn.append((colours[labels, :, None, None] + 0.2 * torch.randn(size, 3, 32, 32, generator=generator), labels))
-    return drawn
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {key: value.detach().clone() for key, value in model.state_dict().items()}
-
-
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.fixture
@@ -67,7 +49,7 @@ def fresh_accelerator() -> Iterator[None]:
         ({"warmup": 1.5}, "warmup must be a number from 0 to 1, got 1.5"),
         ({"bound_warmup": -0.1}, "bound_warmup must be a number from 0 to 1"),
         ({"label_smoothing": 2}, "label_smoothing must be a number from 0 to 1"),
-        ({"bound": True}, "bound must be a number"),
+        ({"bound_weight": True}, "bound_weight must be a number"),
         ({"bound_sites": -1}, "bound_sites must be a number"),
         ({"weight_decay": "no"}, "weight_decay must be a number"),
         ({"clip": -1}, "clip must be a number"),
@@ -109,7 +91,7 @@ def test_settings_are_frozen_and_go_through_json() -> None:
 def test_converted_model_learns_by_every_method(method: str, converted) -> None:
     model = converted("timm-vit", method)
     before = evaluate(model, batches(6, seed=9))
-    history = ltm.finetune(model, batches(20), batches(6, seed=9), config=TrainConfig(lr=2e-3, bound=0.1))
+    history = ltm.finetune(model, batches(20), batches(6, seed=9), config=TrainConfig(lr=2e-3, bound_weight=0.1))
     assert len(history.losses) == 20 and all(math.isfinite(loss) for loss in history.losses)
     assert sum(history.losses[-3:]) < 0.5 * sum(history.losses[:3])
     assert history.epochs[-1]["val_accuracy"] == evaluate(model, batches(6, seed=9)) > max(before, 70)
@@ -221,7 +203,7 @@ def test_the_model_is_still_plain_afterwards(build) -> None:
 def test_same_seed_same_bits_other_seed_other_bits(converted, pictures) -> None:
     def one(seed: int) -> tuple[list[float], dict[str, Tensor]]:
         model = converted("timm-vit")
-        config = TrainConfig(epochs=2, batch_size=14, seed=seed, augment="crop", bound=0.5, bound_warmup=0.0)
+        config = TrainConfig(epochs=2, batch_size=14, seed=seed, augment="crop", bound_weight=0.5, bound_warmup=0.0)
         torch.manual_seed(seed + 17)  # the caller's random state is of no account
         return ltm.finetune(model, pictures(42), config=config).losses, weights(model)
 
@@ -400,7 +382,7 @@ def test_the_bound_joins_the_loss_after_its_warm_up(converted) -> None:
     """Statistics need 256 images, which the first half of the run gives them: then the loss has the bound in it."""
 
     def losses(bound: float) -> tuple[list[float], dict]:
-        config = TrainConfig(bound=bound, bound_warmup=0.5, lr=1e-4)
+        config = TrainConfig(bound_weight=bound, bound_warmup=0.5, lr=1e-4)
         history = ltm.finetune(converted("timm-vit"), batches(8, 70), config=config)
         return history.losses, history.epochs[0]
 
@@ -413,7 +395,7 @@ def test_the_bound_joins_the_loss_after_its_warm_up(converted) -> None:
 
 def test_the_bound_on_sites_has_a_weight_of_its_own(converted) -> None:
     def losses(sites: float) -> list[float]:
-        config = TrainConfig(bound=1.0, bound_sites=sites, bound_warmup=0.0)
+        config = TrainConfig(bound_weight=1.0, bound_sites=sites, bound_warmup=0.0)
         return ltm.finetune(converted("timm-vit"), batches(5, 70), config=config).losses
 
     assert losses(0.0)[-1] != losses(5.0)[-1]
@@ -422,7 +404,8 @@ def test_the_bound_on_sites_has_a_weight_of_its_own(converted) -> None:
 def test_no_bound_where_there_is_no_mask(converted, build) -> None:
     for make in (lambda: converted("timm-vit", "tome"), lambda: build("timm-vit")):
         runs = [
-            ltm.finetune(make(), batches(3), config=TrainConfig(bound=bound, bound_warmup=0.0)) for bound in (0.0, 10.0)
+            ltm.finetune(make(), batches(3), config=TrainConfig(bound_weight=bound, bound_warmup=0.0))
+            for bound in (0.0, 10.0)
         ]
         assert runs[0].losses == runs[1].losses and runs[1].epochs[0]["bound"] == 0
 
