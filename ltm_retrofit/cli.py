@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--bound", choices=("ceb", "ibb", "none"), help="which bound joins the loss (default ceb)")
     sub.add_argument("--bound-weight", type=float, help="its weight")
     sub.add_argument("--distill", type=float, help="weight of distillation from the unconverted model")
-    sub.add_argument("--train", choices=("all", "masks"))
+    sub.add_argument("--train", choices=("all", "masks", "masks+norms", "lora"))
     sub.add_argument("--seed", type=int)
 
     sub = command("report", "Measure MACs, parameters, latency and, with --data, accuracy.")

@@ -13,6 +13,9 @@ from ltm_retrofit.graph.example import logits_of, prepare_example
 from ltm_retrofit.graph.probe import record
 from ltm_retrofit.undisturbed import undisturbed
 
+#: names on the model the parameters of a head that is new
+NEW_HEAD = "ltm_new_head"
+
 
 def set_classes(model: nn.Module, names: Sequence[str]) -> bool:
     """Give a model as many classes as there are names; return whether it needed a new head.
@@ -32,8 +35,16 @@ def set_classes(model: nn.Module, names: Sequence[str]) -> bool:
         return False
     with torch.random.fork_rng():
         torch.manual_seed(0)  # a new head is the same in every run
+        before = set(model.parameters())
         _replace_head(model, names, recording.readouts(logits.shape[1]) if logits is not None else ())
+    model.__dict__[NEW_HEAD] = tuple(name for name, p in model.named_parameters() if p not in before)
     return True
+
+
+def new_head(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of a head that `set_classes` made: nothing pretrained is in them."""
+    named = dict(model.named_parameters())
+    return {named[name] for name in model.__dict__.get(NEW_HEAD, ()) if name in named}
 
 
 def _replace_head(model: nn.Module, names: Sequence[str], readouts: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from ltm_retrofit.config import Strict, check_choice
 from ltm_retrofit.errors import RecipeError
 from ltm_retrofit.tuning.data import AUGMENTS
 
-TRAINS = ("all", "masks")
+TRAINS = ("all", "masks", "masks+norms", "lora")
 BOUNDS = ("ceb", "ibb", "none")
 
 
@@ -21,7 +21,15 @@ class TrainConfig(Strict):
         epochs: passes over the training data.
         batch_size: images in a step.
         lr: highest learning rate; linear warm-up, then cosine to zero.
-        train: ``"all"`` parameters, or ``"masks"`` only.
+        train: ``"all"`` parameters, ``"masks"`` only, ``"masks+norms"``, or ``"lora"``: masks, and low-rank matrices
+            (peft) that are merged into the weights at the end. A new head always trains.
+        lora_rank: of these matrices.
+        opt: timm's name of the optimizer.
+        mask_lr: highest learning rate of the masks; ``lr`` where it is None.
+        layer_decay: factor from one block's learning rate to that of the block before it.
+        accumulate: batches whose gradients make one step.
+        ema: decay of an exponential moving average of the weights, which the model has in the end; 0 leaves it out.
+        checkpointing: whether the host recomputes activations instead of keeping them.
         seed: of shuffling and augmentation.
         weight_decay: of AdamW, on matrices only.
         warmup: share of the steps in which the learning rate rises.
@@ -49,6 +57,13 @@ class TrainConfig(Strict):
     train: str = "all"
     seed: int = 0
     weight_decay: float = 0.05
+    lora_rank: int = 8
+    opt: str = "adamw"
+    mask_lr: float | None = None
+    layer_decay: float = 1.0
+    accumulate: int = 1
+    ema: float = 0.0
+    checkpointing: bool = False
     warmup: float = 0.1
     loss: str = "ce"
     mixup: float = 0.0
@@ -69,13 +84,17 @@ class TrainConfig(Strict):
 
     def __post_init__(self) -> None:
         """Check every value; nothing is corrected silently."""
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0)):
+        whole = (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0), ("lora_rank", 1), ("accumulate", 1))
+        for name, least in whole:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise RecipeError(f"{name} must be a whole number from {least} on, got {value!r}")
         for name, most in (
             ("lr", math.inf),
             ("weight_decay", math.inf),
+            ("mask_lr", math.inf),
+            ("layer_decay", 1),
+            ("ema", 1),
             ("warmup", 1),
             ("mixup", math.inf),
             ("cutmix", math.inf),
@@ -90,9 +109,17 @@ class TrainConfig(Strict):
             ("clip", math.inf),
         ):
             value = getattr(self, name)
+            if name == "mask_lr" and value is None:
+                continue
             if type(value) not in (int, float) or not 0 <= value <= most or math.isinf(value):
                 hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) else ""
                 raise RecipeError(f"{name} must be a number from 0 to {most}, got {value!r}{hint}")
+        if not isinstance(self.opt, str) or not isinstance(self.checkpointing, bool):
+            raise RecipeError(
+                f"opt is a name and checkpointing true or false, got {self.opt!r}, {self.checkpointing!r}"
+            )
+        if self.ema == 1 or self.layer_decay == 0:
+            raise RecipeError("ema must be below 1 and layer_decay above 0, else nothing would ever be learned")
         if self.distill_temperature == 0:
             raise RecipeError("distill_temperature must be above 0")
         check_choice(self.train, TRAINS, "train")

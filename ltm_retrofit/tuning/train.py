@@ -6,12 +6,13 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -27,6 +28,7 @@ from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table, make_loader, size_of
 from ltm_retrofit.tuning.evaluate import count_classes, evaluate
 from ltm_retrofit.tuning.objective import Objective
+from ltm_retrofit.tuning.parameters import checkpointed, chosen, low_rank, make_optimizer
 from ltm_retrofit.tuning.processes import make_accelerator
 from ltm_retrofit.tuning.settings import TrainConfig
 
@@ -95,8 +97,12 @@ def finetune(model: nn.Module, train: Data, val: Data | None = None, *, config: 
         raise DataError("finetune needs to know how many steps an epoch has: pass a loader that has a length") from None
     if length == 0:
         raise DataError("the training loader has no batch: it needs at least one")
-    with _kept_state(model, config.train), torch.random.fork_rng():
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
         torch.manual_seed(config.seed + accelerator.process_index)
+        stack.enter_context(low_rank(model, config))
+        stack.enter_context(checkpointed(model, config.checkpointing))
+        stack.enter_context(_kept_state(model, config.train))
         return _Run(model, accelerator, config, classes, length).epochs(loader, val)
 
 
@@ -107,21 +113,17 @@ class _Run:
         self, model: nn.Module, accelerator: Accelerator, config: TrainConfig, classes: int, length: int
     ) -> None:
         self.model, self.accelerator, self.config = model, accelerator, config
-        self.total, self.length, self.step = length * config.epochs, length, 0
+        steps = -(-length // config.accumulate)  # of the optimizer, in an epoch
+        self.total, self.length, self.step = steps * config.epochs, length, 0
         self.objective = Objective(model, config, classes)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        if not parameters:
-            raise TrainingError("no parameter of this model requires a gradient: call model.requires_grad_() first")
-        optimizer = torch.optim.AdamW(groups, lr=config.lr)
+        optimizer = make_optimizer(model, config)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         self.wrapped, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
         self.several = accelerator.num_processes > 1
+        self.ema = ModelEmaV3(model, decay=config.ema, exclude_buffers=True) if config.ema else None
         self.good: dict[str, Tensor] = {}
         self.good_step = 0
+        self.optimizer.zero_grad()
 
     def _rate(self, step: int) -> float:
         done, warmup = step / max(1, self.total), self.config.warmup
@@ -142,8 +144,8 @@ class _Run:
                 leave=False,
                 disable=None if alone else True,
             )
-            for inputs, labels in bar:
-                losses = self.train_step(inputs, labels)
+            for number, (inputs, labels) in enumerate(bar, start=1):
+                losses = self.train_step(inputs, labels, number)
                 for key, value in losses.items():
                     sums[key] += value / self.length
                 history.losses.append(losses["loss"])
@@ -162,17 +164,25 @@ class _Run:
                     "sites": self.sites(),
                 }
             )
+        if self.ema is not None:
+            with torch.no_grad():
+                for parameter, mean in zip(self.model.parameters(), self.ema.module.parameters(), strict=True):
+                    parameter.copy_(mean)
         return history
 
-    def train_step(self, inputs: Any, labels: Tensor | None) -> dict[str, float]:
-        """One step of the optimizer; stops before it where the loss or its gradient is not finite."""
+    def train_step(self, inputs: Any, labels: Tensor | None, number: int) -> dict[str, float]:
+        """Learn from one batch of an epoch; stops before the step where the loss or its gradient is not finite."""
+        together = self.config.accumulate  # batches that make this step: fewer are left at the end of an epoch
+        before = (number - 1) // together * together
+        together = min(together, self.length - before)
         joins = self.step >= self.config.bound_warmup * self.total
         losses = self.objective(self.wrapped, inputs, labels, bound=joins)
-        loss, means = losses["loss"], self.means(losses)
+        means = self.means(losses)
         value = means["loss"]
-        self.optimizer.zero_grad()
         if math.isfinite(value):
-            self.accelerator.backward(loss)
+            self.accelerator.backward(losses["loss"] / together)
+            if number < before + together:
+                return means
             norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip or math.inf)
             if norm is not None and not bool(torch.isfinite(norm)) and self.config.mixed_precision != "fp16":
                 value = math.nan
@@ -182,16 +192,21 @@ class _Run:
             self.good = {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
             self.good_step = self.step
         self.optimizer.step()
+        self.optimizer.zero_grad()
         mark_finetuned(self.model)
         self.schedule.step()
         self.step += 1
-        if self.step * self.config.batch_size // 1024 == 1 and (self.step - 1) * self.config.batch_size < 1024:
+        if self.ema is not None:
+            self.ema.update(self.model)
+        images = self.config.batch_size * self.config.accumulate
+        if self.step * images // 1024 >= 1 and (self.step - 1) * images < 1024:
             self.refresh()  # the first fit saw few images for each cluster; now the memory is full
         return means
 
     def validate(self, val: Data) -> float:
         """Return the accuracy on validation data, which the processes share."""
-        return evaluate(self.model, val, self.config.batch_size, self.accelerator)
+        model = self.model if self.ema is None else self.ema.module
+        return evaluate(model, val, self.config.batch_size, self.accelerator)
 
     def means(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the means over all processes."""
@@ -235,12 +250,10 @@ def _kept_state(model: nn.Module, train: str) -> Iterator[None]:
     device = home(model)[0]
     flags = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    if train == "masks":
-        masks = {p for module in model.modules() if isinstance(module, LEARNABLE) for p in module.parameters()}
-        if not masks:
-            raise TrainingError("train='masks' finds no mask: convert the model with method='ltm' first")
+    if train != "all":
+        training = chosen(model, train)
         for parameter in wanted:
-            parameter.requires_grad_(parameter in masks)
+            parameter.requires_grad_(parameter in training)
     attributes = set(model.__dict__)
     forward = model.__dict__.get("forward")
     try:

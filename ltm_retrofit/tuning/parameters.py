@@ -1,0 +1,175 @@
+"""What trains, and how fast: masks, norms, low-rank additions, or everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, param_groups_layer_decay  # type: ignore[attr-defined]
+from torch import nn
+
+from ltm_retrofit.errors import RecipeError, TrainingError
+from ltm_retrofit.interception.masks import LEARNABLE
+from ltm_retrofit.tuning.heads import new_head
+from ltm_retrofit.tuning.settings import TrainConfig
+
+
+def masks_in(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of all learnable masks."""
+    return [p for module in model.modules() if isinstance(module, LEARNABLE) for p in module.parameters()]
+
+
+def chosen(model: nn.Module, train: str) -> set[nn.Parameter]:
+    """Return the parameters that ``train`` names; a head that is new is always among them.
+
+    Raises:
+        TrainingError: where it names masks and there is none.
+    """
+    if train == "all":
+        return set(model.parameters())
+    found = set(masks_in(model))
+    if train != "lora" and not found:
+        raise TrainingError(f"train={train!r} finds no mask: convert the model with method='ltm' first")
+    if train == "masks+norms":
+        found |= {p for module in model.modules() if "Norm" in type(module).__name__ for p in module.parameters()}
+    if train == "lora":
+        found |= {p for name, p in model.named_parameters() if ".lora_" in name}
+    return found | new_head(model)
+
+
+@contextmanager
+def low_rank(model: nn.Module, config: TrainConfig) -> Iterator[None]:
+    """With ``train="lora"``, add low-rank matrices (Hu et al. 2021, by peft) beside every linear map but the head.
+
+    Afterwards they are merged into the weights, whose names are as before.
+
+    Raises:
+        TrainingError: where peft is not installed, or nothing is linear.
+    """
+    if config.train != "lora":
+        yield
+        return
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise TrainingError("train='lora' needs peft: pip install 'ltm-retrofit[lora]'") from error
+    names = _linear_maps(model)
+    if not names:
+        raise TrainingError(f"train='lora' finds no linear map in {type(model).__name__} to add to")
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    before = set(model.__dict__)
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
+    inject_adapter_in_model(lora, model)
+    try:
+        yield
+    finally:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.get_base_layer())
+        for attribute in set(model.__dict__) - before:
+            del model.__dict__[attribute]
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _linear_maps(model: nn.Module) -> list[str]:
+    """Name the linear maps that are called as modules, masks and head left out."""
+    packed = tuple(name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
+    masks = {module for mask in model.modules() if isinstance(mask, LEARNABLE) for module in mask.modules()}
+    head = new_head(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module not in masks
+        and not any(name.startswith(f"{owner}.") for owner in packed)
+        and not head & set(module.parameters())
+    ]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Make timm's optimizer of this name over the parameters that train.
+
+    Matrices decay, vectors do not; masks may have a rate of their own; with ``layer_decay`` below 1 earlier blocks
+    learn more slowly (timm's layers).
+
+    Raises:
+        TrainingError: where nothing trains.
+        RecipeError: where timm has no such optimizer.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise TrainingError("no parameter of this model requires a gradient: call model.requires_grad_() first")
+    scale = _depth_scales(model, config.layer_decay) if config.layer_decay < 1 else {}
+    masks = set(masks_in(model))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        rate = config.lr if config.mask_lr is None or parameter not in masks else config.mask_lr
+        rate *= 1.0 if parameter in masks else scale.get(parameter, 1.0)
+        groups.setdefault((rate, config.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    named: list[dict[str, Any]] = [
+        {"params": several, "lr": rate, "weight_decay": decay} for (rate, decay), several in groups.items()
+    ]
+    try:
+        return create_optimizer_v2(named, opt=config.opt, lr=config.lr, weight_decay=0.0)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise RecipeError(f"opt={config.opt!r}: timm cannot make this optimizer: {error}") from error
+
+
+def _depth_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """Return ``decay`` to the number of layers behind each parameter: timm's own layers, else the largest list.
+
+    Raises:
+        TrainingError: where the model has neither.
+    """
+    if hasattr(model, "group_matcher"):
+        groups = param_groups_layer_decay(model, layer_decay=decay)
+        return {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
+    lists = [
+        (sum(p.numel() for p in module.parameters()), name)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        and len({type(child) for child in module}) == 1 < len(module)
+    ]
+    if not lists:
+        raise TrainingError(f"{type(model).__name__} has no list of equal blocks: leave layer_decay at 1")
+    prefix = f"{max(lists)[1]}."
+    depth = len(model.get_submodule(prefix[:-1]))  # type: ignore[arg-type]
+    scales, layer = {}, 0
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefix):
+            layer = 1 + int(name[len(prefix) :].partition(".")[0])
+        elif layer:
+            layer = depth + 1  # what is registered behind the blocks
+        scales[parameter] = decay ** (depth + 1 - layer)
+    return scales
+
+
+@contextmanager
+def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Switch the host's own gradient checkpointing on, and off again.
+
+    Raises:
+        TrainingError: where it has none.
+    """
+    if not wanted:
+        yield
+        return
+    if callable(switch := getattr(model, "set_grad_checkpointing", None)):
+        switch(True)
+    elif getattr(model, "supports_gradient_checkpointing", False):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    else:
+        raise TrainingError(f"{type(model).__name__} has no gradient checkpointing: set checkpointing to false")
+    try:
+        yield
+    finally:
+        if callable(switch):
+            switch(False)
+        else:
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
