@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import UnsupportedBlock
+from ltm_retrofit.fingerprints import Fingerprint
 from ltm_retrofit.interception.base import CHILD, Interceptor
 from ltm_retrofit.interception.flow import BlockForward
 from ltm_retrofit.merging.statistics import Statistics
@@ -48,14 +49,22 @@ class Retrofit(nn.Module):
     """What the converted model itself keeps: the plan, and the statistics of the feature that its classifier reads.
 
     Registered on the model as ``ltm``; ``readout`` is None where there is no classifier or nothing to train.
-    ``finetuned`` says whether the weights are still the pretrained ones; it is saved with them.
+    ``finetuned`` says whether the weights are still the pretrained ones; it is saved with them. ``pretrained`` are
+    their fingerprints, by which an adapter knows what changed.
     """
 
     finetuned: Tensor
 
-    def __init__(self, plan: MergePlan, readout: Statistics | None, *, finetuned: bool = False) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        readout: Statistics | None,
+        *,
+        finetuned: bool = False,
+        pretrained: dict[str, Fingerprint] | None = None,
+    ) -> None:
         super().__init__()
-        self.plan, self.readout = plan, readout
+        self.plan, self.readout, self.pretrained = plan, readout, pretrained or {}
         self.register_buffer("finetuned", torch.tensor(finetuned))
 
     def forward(self, x: Any) -> Any:

@@ -20,6 +20,7 @@ from ltm_retrofit.errors import (
     RecipeError,
     UnsupportedBlock,
 )
+from ltm_retrofit.fingerprints import fingerprints_of
 from ltm_retrofit.graph.example import Example, home, prepare_example, run, tensors_of
 from ltm_retrofit.graph.find import find_sites
 from ltm_retrofit.graph.prove import all_equal
@@ -257,7 +258,12 @@ def build(
     if plan.config.method == "ltm" and masks and plan.readouts:
         width = sum(model.get_submodule(name).get_parameter("weight").shape[1] for name in plan.readouts)
         readout = Statistics(width, plan.classes, plan.clusters).to(device)
-    kept = Retrofit(dataclasses.replace(plan, base=sites.base), readout, finetuned=was_finetuned(model)).to(device)
+    kept = Retrofit(
+        dataclasses.replace(plan, base=sites.base),
+        readout,
+        finetuned=was_finetuned(model),
+        pretrained=fingerprints_of(model),
+    ).to(device)
     return forwards, masks, kept.train(model.training)
 
 

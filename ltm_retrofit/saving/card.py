@@ -44,13 +44,14 @@ def model_card(
         f"## Load it\n\n```python\nimport ltm_retrofit as ltm\n\nmodel = {call}\n```",
     ]
     if reason is not None:
-        parts.append(f"`base` is the original model, built by you (any weights), because: {reason}.")
+        weights = "with the weights that it was trained on" if "adapter" in reason else "any weights"
+        parts.append(f"`base` is the original model, built by you ({weights}), because: {reason}.")
     if report is not None:
         parts.append(f"## Report\n\n{report.to_markdown()}")
     if recipe is not None:
         text = yaml.safe_dump(dict(recipe), sort_keys=False) if isinstance(recipe, Mapping) else str(recipe)
         parts.append(f"## Recipe\n\n```yaml\n{text.rstrip()}\n```")
-    limits = "- Runs at the input size it was converted for, no other."
+    limits = "- Planned for the input size above; at another one the same share of the tokens is kept."
     limits += "\n- Merging loses detail: dense outputs suffer first."
     if plan.unmerge:
         limits += "\n- All tokens are brought back after the last block; merged ones are copies of their group."

@@ -20,17 +20,33 @@ from ltm_retrofit.config import check_keys
 from ltm_retrofit.convert import get_plan, is_retrofitted, restore, retrofit
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError
 from ltm_retrofit.plan import MergePlan
-from ltm_retrofit.saving.base import differing, examine_base, example_of, is_ours, load_exactly, rebuild_base
+from ltm_retrofit.saving.adapter import adapter_state, attach, labels_of
+from ltm_retrofit.saving.base import (
+    differing,
+    examine_base,
+    example_of,
+    is_ours,
+    load_exactly,
+    rebuild_base,
+    record_base,
+)
 from ltm_retrofit.saving.card import model_card
 from ltm_retrofit.saving.fetch import fetch
 
 FORMAT, FORMAT_VERSION = "ltm_retrofit", 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _KEYS = ("format", "format_version", "versions", "base", "rebuildable", "reason", "plan", "dtypes", "sha256", "files")
+_OPTIONAL = ("adapter", "labels")
 
 
 def save_pretrained(
-    model: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False, report: Any = None, recipe: Any = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    adapter: bool = False,
+    report: Any = None,
+    recipe: Any = None,
 ) -> None:
     """Write a converted model into a folder of its own; a failure leaves what was there before.
 
@@ -38,24 +54,34 @@ def save_pretrained(
         model: the converted model; it is not changed.
         path: the folder, made where it does not exist.
         overwrite: replace a folder that holds nothing but what this function wrote.
+        adapter: write masks, statistics, a new head and what else changed since the conversion, to be attached to the
+            base checkpoint by ``from_pretrained(path, base=model)``.
         report: an object with ``to_markdown()`` for the model card.
         recipe: the recipe that made the model, a mapping or text, for the model card.
 
     Raises:
         NotRetrofitted: where the model is not converted.
-        CheckpointError: where the folder cannot be written, or holds files that are not ours.
+        CheckpointError: where the folder cannot be written, or holds files that are not ours; where so much was
+            trained that there is no base left for an adapter.
     """
     plan, target = get_plan(model), Path(path).expanduser()
     check_target(target, overwrite)
-    base, reason = examine_base(model)
-    if reason is not None:
+    attached: dict[str, Any] | None = None
+    reason: str | None
+    if adapter:
+        state, attached = adapter_state(model)
+        base, reason = record_base(model), "this is an adapter"
+    else:
+        state = model.state_dict()
+        base, reason = examine_base(model)
+    if reason is not None and not adapter:
         warnings.warn(
             f"the base {type(model).__name__} cannot be rebuilt from a file ({reason}): loading this folder will need "
             "from_pretrained(path, base=<the original model>)",
             stacklevel=2,
         )
-    state = _separate(model.state_dict())
-    config = {
+    state = _separate(state)
+    config: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "versions": {name: version(name) for name in ("ltm-retrofit", "torch", "timm", "transformers")},
@@ -66,6 +92,8 @@ def save_pretrained(
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
         "files": [CONFIG, WEIGHTS, CARD],
     }
+    if attached is not None:
+        config |= {"adapter": attached, "labels": labels_of(model)}
     card = model_card(target.resolve().name, base, plan, reason, report, recipe)
     target = target.resolve()  # what a symbolic link points to is replaced, not the link
     try:
@@ -92,11 +120,11 @@ def from_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
     Args:
         path: the folder, or the id of one on the Hugging Face Hub.
         base: the original model, changed in place and returned, where it is of a class that cannot be rebuilt from a
-            file. Its weights do not matter, all come from the folder.
+            file: its weights do not matter, all come from the folder. For an adapter the checkpoint it was trained on.
 
     Raises:
         CheckpointError: where the folder is missing, altered or truncated, or ``base`` is needed.
-        BaseMismatch: where ``base`` is another architecture.
+        BaseMismatch: where ``base`` is another architecture, or not the adapter's.
         AlreadyRetrofitted: where ``base`` is converted.
     """
     folder = Path(path).expanduser()
@@ -107,6 +135,13 @@ def from_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
     plan = _read_plan(config["plan"], folder)
     if base is not None and is_retrofitted(base):
         raise AlreadyRetrofitted(f"base, a {type(base).__name__}, is converted: call ltm_retrofit.restore(base) first")
+    if (adapter := config.get("adapter")) is not None:
+        if base is None:
+            raise CheckpointError(
+                f"{folder} is an adapter, without the weights of the {config['base'].get('class')} that it was trained "
+                "on: pass from_pretrained(path, base=<that model, as it was before conversion>)"
+            )
+        return attach(base, adapter, plan, _read_weights(folder, config["sha256"]), config.get("labels") or [])
     if base is None and not config["rebuildable"]:
         raise CheckpointError(
             f"{folder} was made from a {config['base'].get('class')} that cannot be rebuilt from a file "
@@ -220,7 +255,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"load it with the version that wrote it ({(config.get('versions') or {}).get('ltm-retrofit', 'unknown')})"
         )
     try:
-        check_keys(config, _KEYS, str(folder / CONFIG))
+        check_keys(config, (*_KEYS, *_OPTIONAL), str(folder / CONFIG))
     except RecipeError as error:
         raise CheckpointError(str(error)) from error
     if missing := [key for key in _KEYS if key not in config]:

@@ -1,0 +1,102 @@
+"""Adapters: what a conversion added and a short training changed, for the base checkpoint that they belong to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltm_retrofit.convert import get_retrofit, restore, retrofit
+from ltm_retrofit.errors import BaseMismatch, CheckpointError
+from ltm_retrofit.fingerprints import fingerprint
+from ltm_retrofit.plan import MergePlan
+from ltm_retrofit.saving.base import base_state, differing, example_of, is_ours, load_exactly
+from ltm_retrofit.tuning.heads import NEW_HEAD, set_classes
+
+#: an adapter that carries more than this share of the host's numbers is no adapter
+MOST = 0.5
+
+
+def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return what an adapter file holds, and what its config says of the base.
+
+    Masks, statistics, a head that is new, and every entry of the host that changed since the conversion.
+
+    Raises:
+        CheckpointError: where most of the host was trained, so that there is no base left to attach to.
+    """
+    before, host = get_retrofit(model).pretrained, base_state(model)
+    fresh = set(model.__dict__.get(NEW_HEAD, ()))
+    carried = [key for key, value in host.items() if key in fresh or before.get(key) != fingerprint(value)]
+    weight = sum(host[key].numel() for key in carried if key not in fresh)
+    whole = sum(value.numel() for value in host.values())
+    if weight > MOST * whole:
+        raise CheckpointError(
+            f"{weight:,} of the {whole:,} numbers of this {type(model).__name__} changed since it was converted, so "
+            "there is no base that an adapter could be attached to: save it whole (adapter=False), or train masks only"
+        )
+    ours = {key: value for key, value in model.state_dict().items() if is_ours(key) or key in carried}
+    rest = {key: value for key, value in host.items() if key not in carried}
+    return ours, {"carried": carried, "new_head": sorted(fresh & set(carried)), "sha256": digest_of(rest)}
+
+
+def digest_of(state: Mapping[str, Tensor]) -> str:
+    """Return one SHA-256 over names, shapes, dtypes and numbers."""
+    whole = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        whole.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        whole.update(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return whole.hexdigest()
+
+
+def labels_of(model: nn.Module) -> list[str]:
+    """Name the classes, as far as the model knows them: a new head is made for as many."""
+    named = getattr(getattr(model, "config", None), "id2label", None) or {}
+    classes = get_retrofit(model).plan.classes
+    return [str(named.get(index, index)) for index in range(classes)]
+
+
+def attach(
+    base: nn.Module, record: Mapping[str, Any], plan: MergePlan, state: Mapping[str, Tensor], labels: list[str]
+) -> nn.Module:
+    """Convert a base in place as an adapter says, and give it the adapter's entries.
+
+    Raises:
+        BaseMismatch: where this is not the base that the adapter was trained on; nothing was changed then.
+        CheckpointError: where entries do not fit.
+    """
+    carried = set(record["carried"])
+    own = base.state_dict()
+    if digest_of({key: value for key, value in own.items() if key not in carried}) != record["sha256"]:
+        raise BaseMismatch(
+            f"this {type(base).__name__} is not the base that the adapter was trained on, or has other weights: load "
+            "the same checkpoint, untouched"
+        )
+    held = {key: own[key].clone() for key in carried if key in own}
+    modules = [(m, dict(m.__dict__), dict(m._modules), dict(m._parameters), m.training) for m in base.modules()]
+    try:
+        if record["new_head"]:
+            set_classes(base, labels)
+        given = {key: state[key] for key in carried}
+        if differences := differing(given, {key: value for key, value in base.state_dict().items() if key in carried}):
+            raise BaseMismatch(f"the adapter's entries do not fit this base: {'; '.join(differences[:5])}")
+        base.load_state_dict(given, strict=False)
+        retrofit(base.eval(), plan=plan, example=example_of(plan, base))
+        if differences := differing(state, {key: v for key, v in base.state_dict().items() if key in state}):
+            restore(base)
+            raise CheckpointError(f"the adapter does not fit its plan: {'; '.join(differences[:5])}")
+    except BaseException:
+        for module, attributes, children, parameters, training in modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._modules, module._parameters, module.training = children, parameters, training
+        base.load_state_dict(held, strict=False)
+        raise
+    load_exactly(base, {**base.state_dict(), **state})
+    # what changed is known from here on, too: an adapter of an adapter is one for the same base
+    get_retrofit(base).pretrained.update({key: ((), "", 0) for key in carried})
+    return base.eval()
