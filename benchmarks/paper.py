@@ -135,11 +135,11 @@ def write() -> None:
     lines = [
         "# The paper's rows",
         "",
-        "Written by `python benchmarks/paper.py --write` from `benchmarks/paper.jsonl`. Random weights, batch 1, "
-        f"{platform.machine()}, torch {torch.__version__}, timm {timm.__version__}, transformers {tr.__version__}. "
-        "MACs are counted by fvcore and by torch, which agree, and are those that the plan predicts. *Paper* is the "
-        "share that the paper keeps of the MACs it counts. Every parameter gets a gradient, the reloaded model gives "
-        "the same logits bit for bit; the last columns are the largest difference of a logit after `torch.export` and "
+        "Written by `python benchmarks/paper.py --write` from `benchmarks/paper.jsonl`. Random weights, batch 1,",
+        f"{platform.machine()}, torch {torch.__version__}, timm {timm.__version__}, transformers {tr.__version__}.",
+        "MACs are counted by fvcore and by torch, which agree, and are those that the plan predicts. *Paper* is the",
+        "share that the paper keeps of the MACs it counts. Every parameter gets a gradient, the reloaded model gives",
+        "the same logits bit for bit; the last columns are the largest difference of a logit after `torch.export` and",
         "under ONNX Runtime, as a share of the largest logit.",
         "",
         "| model | scope | GMACs | share | paper | reload | export | ONNX |",
