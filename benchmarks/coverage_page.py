@@ -48,6 +48,7 @@ def write(
         "from": min((record["at"] for record in ran), default=None),
         "to": max((record["at"] for record in ran), default=None),
         "setups": sorted({record.pop("setup") for record in ran}),
+        "hours": round(sum(record.get("seconds", 0) for record in ran) / 3600, 2),
         "commits": sorted({record["commit"] for record in ran}),
         "totals": {group: _totals([record for record in merged if record["group"] == group]) for group in GROUPS},
     }
@@ -81,7 +82,9 @@ def _intro(header: Record, enough: float) -> str:
         "without pretrained weights; its attention is found, the proofs are run on random numbers, and a plan is made. "
         "It counts as converted where every chosen block passed all proofs and the plan leaves at most "
         f"{enough:.0%} of the multiply-adds (asked for: 80 %). Nothing was trained: this says what can be converted, "
-        "not what accuracy it keeps. The same numbers, and more: `coverage.json`.\n",
+        "not what accuracy it keeps. Above 3 GMACs the proofs run on a twin at native width in which runs of equal "
+        "blocks are a few blocks long, wherever such a twin computes what the full model does; MACs are always of the "
+        "full model. The same numbers, and more: `coverage.json`.\n",
         "| of | converted, all proofs, MACs down ≥ 15 % | too little saved | unproven | refused | error | not run |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -92,7 +95,8 @@ def _intro(header: Record, enough: float) -> str:
     lines += [
         "",
         f"Command: `{header['command']}`. Run from {header['from']} to {header['to']}, commit "
-        f"{', '.join(header['commits']) or '–'}. {'; '.join(header['setups'])}.\n",
+        f"{', '.join(header['commits']) or '–'}. {'; '.join(header['setups'])}. The rows took "
+        f"{header['hours']:.1f} hours one after the other, beside other work; `make coverage` runs two at a time.\n",
         "Blocks: converted / all attention that was found. Share: of the model's MACs, masks included, at the "
         "nearest plan where marked ≈.\n",
     ]

@@ -130,7 +130,8 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     model = loaded.model
     say(f"model    {recipe.model.name}: {loaded.origin}")
     train, test = (load_split(recipe.data, split) for split in (recipe.data.train_split, recipe.data.test_split))
-    names = getattr(train.features["label"], "names", None) or [str(label) for label in sorted(set(train["label"]))]
+    known = train if recipe.data.labelled else test
+    names = getattr(known.features["label"], "names", None) or [str(label) for label in sorted(set(known["label"]))]
     if (others := getattr(test.features["label"], "names", None)) not in (None, names):
         raise DataError(
             f"the training split has classes {names[:5]} and the test split {others[:5]}: one label would mean two "
@@ -138,6 +139,11 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
         )
     say(f"data     {recipe.data.name}: {len(train)} training and {len(test)} test images, {len(names)} classes")
     if set_classes(model, names):
+        if not recipe.data.labelled:
+            raise DataError(
+                f"{recipe.model.name} has another number of classes than the data's {len(names)}, and without labels "
+                "no new head can be learned: take a model that knows these classes, or labelled: true"
+            )
         say(f"head     new, for {len(names)} classes: the pretrained one has another number, so it starts untrained")
     original = copy.deepcopy(model)
 
@@ -146,13 +152,16 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     plan = get_plan(model)
     say(f"plan     {len(plan.rows)} sites, {plan.macs / plan.macs_original:.1%} of the MACs\n{plan}")
     accuracies["converted"] = evaluate(model, test)
-    say("tuning   the converted model, the original and a sliced one, each in the same way")
+    others = not recipe.train.train.startswith("masks")  # what has no mask cannot be tuned in the same way
+    say("tuning   the converted model" + ", the original and a sliced one, each in the same way" * others)
     history = finetune(model, train, config=recipe.train)
     accuracies["finetuned"] = evaluate(model, test)
-    control = copy.deepcopy(original)
-    finetune(control, train, config=recipe.train)
-    accuracies["original_finetuned"] = evaluate(control, test)
-    if any(row.action == "merge" for row in plan.rows):  # else the plan is the exact slice, which loses nothing
+    if others:
+        control = copy.deepcopy(original)
+        finetune(control, train, config=recipe.train)
+        accuracies["original_finetuned"] = evaluate(control, test)
+    merges = any(row.action == "merge" for row in plan.rows)  # else the plan is the exact slice, which loses nothing
+    if others and merges:
         sliced = retrofit(copy.deepcopy(original), sliced_config(plan))
         finetune(sliced, train, config=recipe.train)
         accuracies["sliced_finetuned"] = evaluate(sliced, test)
@@ -163,6 +172,8 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
         return report
     with _WrittenWhole(out) as folder:
         save_pretrained(model, folder / "model", report=report, recipe=recipe.to_dict())
+        if not others:
+            save_pretrained(model, folder / "adapter", adapter=True, report=report, recipe=recipe.to_dict())
         same = _reloads_equal(model, folder / "model")
         report = replace(report, extra={**report.extra, "reloaded_equal": same})
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")

@@ -29,6 +29,7 @@ from ltm_retrofit.recipe import (
     run_recipe,
     sliced_config,
 )
+from ltm_retrofit.saving.load import load_model
 from ltm_retrofit.tuning import sources
 from ltm_retrofit.tuning.digits import load_canvases
 from ltm_retrofit.tuning.settings import TrainConfig
@@ -285,6 +286,37 @@ def tiny(path: Path, **train: object) -> Recipe:
         DataSection(train_per_digit=1, test_per_digit=1),
         TrainConfig(batch_size=20, **train),
     )
+
+
+@pytest.mark.usefixtures("few_digits")
+@pytest.mark.parametrize("train", ["masks", "masks+norms"])
+def test_a_run_of_masks_alone_leaves_an_adapter_and_tunes_nothing_else(train: str, folder_of, tmp_path: Path) -> None:
+    folder = folder_of("timm-vit", 10)
+    found = run_recipe(tiny(folder, train=train), tmp_path / "run", say=lambda text: None)
+    accuracy = found.to_dict()["accuracy"]
+    assert {name for name, value in accuracy.items() if value is None} == {"original_finetuned", "sliced_finetuned"}
+    whole = ltm.from_pretrained(tmp_path / "run" / "model")
+    attached = ltm.from_pretrained(tmp_path / "run" / "adapter", base=load_model(str(folder)).model)
+    assert all(torch.equal(value, attached.state_dict()[key]) for key, value in whole.state_dict().items())
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_run_without_labels_never_reads_them(folder_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    tune = recipes.finetune
+
+    def spy(model, train, *, config):
+        seen.append(train.column_names)
+        return tune(model, train, config=config)
+
+    monkeypatch.setattr(recipes, "finetune", spy)
+    recipe = tiny(folder_of("timm-vit", 10), distill=1.0)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, labelled=False))
+    found = run_recipe(recipe, tmp_path / "run", say=lambda text: None)
+    assert seen == [["image"]] * 3 and found.extra["history"]["epochs"][0]["task"] == 0
+    with pytest.raises(DataError, match="without labels no new head can be learned"):
+        recipe = dataclasses.replace(recipe, model=ModelSection(str(folder_of("timm-vit", 5))))
+        run_recipe(recipe, tmp_path / "other", say=lambda text: None)
 
 
 @pytest.mark.usefixtures("few_digits")

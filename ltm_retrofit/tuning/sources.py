@@ -16,6 +16,7 @@ class DataSection(Strict):
     """Which data: the embedded ``digits`` canvases, a folder (parquet files or class folders), or a Hub id.
 
     ``train_per_digit`` and ``test_per_digit`` are canvases for each source digit; ``limit`` caps the training images.
+    ``labelled`` says whether the training labels are read: without them the unconverted model says what is there.
     """
 
     name: str = "digits"
@@ -26,6 +27,7 @@ class DataSection(Strict):
     train_per_digit: int = 4
     test_per_digit: int = 8
     limit: int | None = None
+    labelled: bool = True
 
     def __post_init__(self) -> None:
         """Check every value; nothing is corrected silently."""
@@ -36,6 +38,8 @@ class DataSection(Strict):
             value = getattr(self, name)
             if (type(value) is not int or value < 1) and not (name == "limit" and value is None):
                 raise RecipeError(f"{name} must be a whole number from 1 on, got {value!r}")
+        if not isinstance(self.labelled, bool):
+            raise RecipeError(f"labelled must be true or false, got {self.labelled!r}")
         if self.train_split == self.test_split:
             raise RecipeError(f"train_split and test_split are both {self.train_split!r}: test on other images")
         if self.name == "digits":
@@ -44,7 +48,7 @@ class DataSection(Strict):
 
 
 def load_split(section: DataSection, split: str) -> Any:
-    """Return a split as a `datasets` data set with columns ``image`` and ``label``.
+    """Return a split as a `datasets` data set with columns ``image`` and, where labels are read, ``label``.
 
     Raises:
         DataError: where the data cannot be found or has no such split or columns.
@@ -75,7 +79,8 @@ def load_split(section: DataSection, split: str) -> Any:
             f"cannot load split {split!r} of data {section.name!r} (no such folder here, so a Hub id): "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
-    for wanted, name in (("image", section.image), ("label", section.label)):
+    wants = [("image", section.image), ("label", section.label)]
+    for wanted, name in wants if test or section.labelled else wants[:1]:
         if name not in table.column_names:
             raise DataError(
                 f"data {section.name!r} has columns {', '.join(table.column_names)}, not {name!r}: name its {wanted} "
@@ -88,5 +93,5 @@ def load_split(section: DataSection, split: str) -> Any:
 
 def _limited(table: Any, section: DataSection, test: bool) -> Any:
     if not test and section.limit is not None and len(table) > section.limit:
-        return table.shuffle(seed=0).select(range(section.limit))
-    return table
+        table = table.shuffle(seed=0).select(range(section.limit))
+    return table if test or section.labelled else table.select_columns(["image"])
