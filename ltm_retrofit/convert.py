@@ -68,6 +68,10 @@ def retrofit(
             f"this {type(model).__name__} is converted already ({get_plan(model).share:.3f} of its MACs): "
             "call ltm_retrofit.restore(model) first"
         )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedBlock(
+            "this model is on the meta device: it can be planned for, and converted once it is loaded"
+        )
     example = prepare_example(model, example)
     sites = find_sites(model, example)
     if plan is None:

@@ -151,10 +151,12 @@ def bound_loss(
     for name, step in zip(traced.sites, traced.steps, strict=True):
         mask = masks[name]
         assert isinstance(mask, LEARNABLE) and step.descriptor is not None
+        descriptor = step.descriptor  # of each sequence: an image may have several (windows)
+        descriptor = descriptor.reshape(len(targets), -1, descriptor.shape[-1]).mean(dim=1)
         if sites:
-            loss = loss + sites / len(masks) * mask.statistics.bound(step.descriptor, targets, kind, gamma)
+            loss = loss + sites / len(masks) * mask.statistics.bound(descriptor, targets, kind, gamma)
         if traced.model.training:
-            mask.statistics.update(*of_all_ranks(step.descriptor, targets))
+            mask.statistics.update(*of_all_ranks(descriptor, targets))
     if traced.model.training:
         kept.readout.update(*of_all_ranks(feature, targets))
     return loss

@@ -91,7 +91,7 @@ class LocalBudget:
         """Yield one keep ratio for all sites and plans in which the first ones keep more, without attentions and with.
 
         Together, since the gentlest is to be taken. In a small MobileViT at ×0.74 of its MACs, MLPs alone have to make
-        one or two tokens of sixteen (68 % right, untuned), MLPs and attentions eight or nine (87 %; the original: 90 %).
+        one or two tokens of sixteen (68 % right, untuned), MLPs and attentions eight or nine (87 %; the original 90 %).
         """
         several = [self.behind] if len(self.behind) == len(self.blocks) else [self.behind, self.blocks]
         yield [option for blocks in several for option in self._around(blocks, change)]

@@ -93,7 +93,9 @@ class AttentionMode(TorchFunctionMode):
         elif func is F.multi_head_attention_forward:
             given = dict(zip(_PACKED, args, strict=False)) | kwargs
             packed = Packed(given["key"], given["in_proj_weight"], given["in_proj_bias"], given["num_heads"])
-            self.found(Found("packed", packed=packed))
+            masks = (given.get("key_padding_mask"), given.get("attn_mask"))
+            padded = any(mask is not None and mask in self.flags and mask not in self.data for mask in masks)
+            self.found(Found("packed", packed=packed, padded=padded))
         elif product and operands[0] in self.keys_of_weights:
             keys = self.keys_of_weights[operands[0]]
             self.found(Found("softmax", keys, operands[0] in self.flags and keys not in self.flags))

@@ -114,7 +114,21 @@ def trace_block(block: nn.Module, signature: Signature, *, training: bool, bias:
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = str(node.target).removeprefix("block.")
+        if node.op == "get_attr" and not _reaches(block, str(node.target)):
+            raise UnsupportedBlock(
+                "its forward computes with a tensor that is neither a parameter nor a buffer of its own, or makes one "
+                "of them, which would be frozen as it is: register it, or leave the computation in a child"
+            )
     return graph
+
+
+def _reaches(block: nn.Module, path: str) -> bool:
+    owner: Any = block
+    for name in path.split("."):
+        if not hasattr(owner, name):
+            return False
+        owner = getattr(owner, name)
+    return True
 
 
 def _argument_nodes(node: fx.Node) -> list[fx.Node]:

@@ -88,15 +88,17 @@ def prepare_example(model: nn.Module, example: Example | None) -> Example:
 
 
 def floats_of(example: Example) -> list[Tensor]:
-    """Return the floating tensors of an example: what the image is in."""
+    """Return the floating tensors of an example that the image is in: those of three dimensions and more, if any."""
     values = example.values() if isinstance(example, Mapping) else [example]
-    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    floats = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    return [value for value in floats if value.ndim > 2] or floats
 
 
 def flags_of(example: Example) -> list[Tensor]:
     """Return the other tensors of an example: masks, counts, identifiers."""
     values = example.values() if isinstance(example, Mapping) else [example]
-    return [value for value in values if isinstance(value, Tensor) and not value.is_floating_point()]
+    images = {id(value) for value in floats_of(example)}
+    return [value for value in values if isinstance(value, Tensor) and id(value) not in images]
 
 
 def in_float(example: Example) -> Example:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import CountError, ExampleError, NoAttentionError
 from ltm_retrofit.flops import count_macs, count_macs_quick
 from ltm_retrofit.graph.chains import find_chains
-from ltm_retrofit.graph.example import Example, home, in_float, prepare_example, run
+from ltm_retrofit.graph.example import Example, in_float, prepare_example, run
 from ltm_retrofit.graph.flow import find_ending, find_flow, flow_sites
 from ltm_retrofit.graph.grids import find_grids, on_meta
 from ltm_retrofit.graph.local import local_sites
@@ -21,7 +21,7 @@ from ltm_retrofit.graph.maps import MapPoint, maps_around
 from ltm_retrofit.graph.mixers import find_mixers
 from ltm_retrofit.graph.probe import Recording, record
 from ltm_retrofit.graph.sites import AttentionSite, FlowSite, GridSite, LocalSite, Scope, Sites, TokenLayout
-from ltm_retrofit.graph.twin import expand, is_empty, kept_of, make_twin
+from ltm_retrofit.graph.twin import expand, is_empty, kept_of, make_twin, stands_for
 from ltm_retrofit.undisturbed import undisturbed
 
 #: MACs above which the twin of a model without numbers is cut short
@@ -63,7 +63,7 @@ def _find(model: nn.Module, example: Example, whole: bool = False) -> Sites:
     if is_empty(model):
         total = _total(*full)
         model, example, removed, recording = _record_twin(*full, total, whole)
-    elif home(model)[1] in (torch.float16, torch.bfloat16):
+    elif any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
         # rounding in half precision is as large as what the proofs look for; sites hold names and code, no modules
         model, example = copy.deepcopy(model).float(), in_float(example)
         full = model, example
@@ -89,7 +89,7 @@ def _find(model: nn.Module, example: Example, whole: bool = False) -> Sites:
         no_grid = ""
         if any(len(event.shape_in) == 4 for event in recording.events):
             with undisturbed(full[0]):
-                points, no_grid = find_grids(model, on_meta(*full), example, recording, chains, removed)
+                points, no_grid = find_grids(model, _countable(*full), example, recording, chains, removed)
     local = local_sites(model, recording, chains, mixers)
     if removed and any(_crosses(site, removed) for several in local.values() for site in several):
         return _find(*full, whole=True)
@@ -98,8 +98,7 @@ def _find(model: nn.Module, example: Example, whole: bool = False) -> Sites:
     if removed:
         best, other = expand(best, removed, full[0]), expand(other, removed, full[0])
     owners = [attended.chain[-1] for attended in recording.attended]
-    # a block of a twin stands for those that were cut away
-    counts = [1 + sum(name == by or name.startswith(f"{by}.") for by in removed.values()) for name in owners]
+    counts = [stands_for(name, removed) for name in owners]  # a block of a twin stands for those that were cut away
     missed = sum(count for name, count in zip(owners, counts, strict=True) if name in excluded)
     return Sites(
         tuple(best), excluded, total, ending, shapes, base, tuple(other), sum(counts), sum(counts) - missed, narrowed
@@ -175,6 +174,17 @@ def _crosses(site: LocalSite | str, removed: Mapping[str, str]) -> bool:
         return {".".join(name.split(".")[: len(path.split(".")) + 1]) for path in lists if name.startswith(f"{path}.")}
 
     return len({frozenset(child(name)) for name in (site.attention, *site.chain)}) > 1
+
+
+def _countable(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
+    """Return copies without numbers, on which counting is cheap, or where those do not run, others with numbers."""
+    empty, inputs = on_meta(model, example)
+    try:
+        with undisturbed(empty), torch.no_grad():
+            run(empty, inputs)
+    except Exception:  # something looks at values, or a constant lives on a device
+        return make_twin(model, example, kept=None)[:2] if is_empty(model) else (model, example)
+    return empty, inputs
 
 
 def _total(model: nn.Module, example: Example) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from ltm_retrofit.graph import keys, prove
 from ltm_retrofit.graph.cut import Halves, NoTail, cut_block
 from ltm_retrofit.graph.example import Example, logits_of, other_image, run
 from ltm_retrofit.graph.probe import Attended, Call, Recording
+from ltm_retrofit.graph.runs import handed_on, unbroken
 from ltm_retrofit.graph.signature import Signature
 from ltm_retrofit.graph.sites import Cost, Ending, FlowSite, KeySource, Scope, TokenLayout
 
@@ -43,7 +45,7 @@ class Candidate:
 
     def prove_alone(self) -> None:
         """Proofs (a), (b) and (d), and all that is read off the block for later."""
-        stream, inner = prove.prove_cut(self.piece, self.call)
+        stream, inner = self._settle_rows()
         prove.prove_tokenwise(self.piece, stream, self.call.output)
         self.cost = prove.measure_cost(self.piece, self.call, stream)
         prove.prove_saving(self.cost, stream.shape[1], self.end)
@@ -56,12 +58,26 @@ class Candidate:
             for training in (False, True):
                 self.halves[training, True] = self.cut(training=training, bias=self.bias)
 
+    def _settle_rows(self) -> tuple[Tensor, Tensor]:
+        """Prove (a); a table with one leading row is one of each image or one of all heads, whichever holds."""
+        given = self.signature.by_image
+        for by_image in (given, tuple(not first for first in given)):
+            self.signature = replace(self.signature, by_image=by_image)
+            try:
+                return prove.prove_cut(self.piece, self.call)
+            except UnsupportedBlock as error:
+                if not given or by_image != given:
+                    raise
+                reason = error
+        raise reason
+
 
 def find_flow(
     model: nn.Module, example: Example, recording: Recording, excluded: dict[str, str]
 ) -> tuple[list[Candidate], int]:
     """Find the blocks that may be cut, and how many prefix tokens lead; the others go to ``excluded``."""
-    candidates = _unbroken(list(_candidates(model, recording, excluded)), recording, excluded)
+    candidates = unbroken(list(_candidates(model, recording, excluded)), recording, excluded)
+    candidates = handed_on(model, candidates, recording, excluded)
     prefix = _drop(candidates, excluded, partial(_prefix_of, model, example, recording)) or 0
     return _prove_rest(model, example, candidates, prefix, excluded), prefix
 
@@ -84,27 +100,6 @@ def _candidates(model: nn.Module, recording: Recording, excluded: dict[str, str]
             continue
         taken.add(candidate.name)
         yield candidate
-
-
-def _unbroken(candidates: list[Candidate], recording: Recording, excluded: dict[str, str]) -> list[Candidate]:
-    """Keep the last run of candidates with no excluded attention between them: merged tokens must not meet one."""
-    names = {candidate.name: candidate for candidate in candidates}
-    run_of: list[Candidate] = []
-    pending = ""
-    for attended in recording.attended:
-        candidate = next((names[name] for name in attended.chain if name in names), None)
-        if candidate is None:
-            pending = attended.chain[-1]
-        elif candidate not in run_of:
-            if pending and run_of:
-                for earlier in run_of:
-                    excluded[earlier.name] = (
-                        f"{earlier.name}: tokens merged here would reach {pending}, which is left out"
-                    )
-                run_of = []
-            pending = ""
-            run_of.append(candidate)
-    return run_of
 
 
 def _smallest(model: nn.Module, recording: Recording, attended: Attended) -> Candidate:

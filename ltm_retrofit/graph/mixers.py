@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.graph.chains import Link, count_weights, some_tokens, spatial_of
-from ltm_retrofit.graph.cut import ADDITIONS, trace_block
+from ltm_retrofit.graph.cut import trace_block
 from ltm_retrofit.graph.probe import Attended, Call, Event, Recording
 from ltm_retrofit.graph.prove import close, polynomial
 from ltm_retrofit.graph.signature import Signature
@@ -95,20 +95,30 @@ def _axis(order: str) -> int:
     return -1 if order == "BCHW" else -2
 
 
+#: what mixes tokens or features, so that its result is no longer the tokens themselves
+MIXING = ("matmul", "bmm", "linear", "einsum", "softmax", "scaled_dot_product_attention", "baddbmm", "addmm", "conv2d")
+SIZES = ("shape", "ndim", "dtype", "device", "size", "dim", "numel", "type")
+
+
 def _adds_its_input(module: nn.Module, signature: Signature) -> bool:
-    """Say whether a residual addition lies within a module: its input reaches the output by additions and norms."""
+    """Say whether its input reaches the output other than through what mixes: a residual addition lies within it."""
     graph: fx.Graph = trace_block(module, signature, training=False, bias=None)
     nodes = list(graph.nodes)
     tokens = next(node for node in nodes if node.op == "placeholder")
-    waiting, seen = [node for node in nodes[-1].all_input_nodes], set[fx.Node]()
+    waiting, seen = list(nodes[-1].all_input_nodes), set[fx.Node]()
     while waiting:
         node = waiting.pop()
         if node is tokens:
             return True
-        if node in seen:
-            continue
-        seen.add(node)
-        plain = node.op == "call_module" and not count_weights(module.get_submodule(str(node.target)))
-        if plain or (node.op in ("call_function", "call_method") and node.target in ADDITIONS):
+        if node not in seen and not _ends(module, node):
             waiting += node.all_input_nodes
+        seen.add(node)
     return False
+
+
+def _ends(module: nn.Module, node: fx.Node) -> bool:
+    """Say whether tokens do not pass a node as they are."""
+    if node.op == "call_module":
+        return count_weights(module.get_submodule(str(node.target))) > 0
+    name = str(getattr(node.target, "__name__", node.target))
+    return name in MIXING or (name == "getattr" and node.args[1] in SIZES) or name in SIZES

@@ -26,6 +26,7 @@ class Signature:
     names: tuple[str, ...]
     others: tuple[tuple[str, Any], ...]
     follow: tuple[str, ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()  # of the forward, for arguments that a call leaves out
     masks: tuple[str, ...] = ()  # those that said which tokens only fill up, none in the recorded call
     by_image: tuple[bool, ...] = ()  # of those: whether the first of three dimensions is the image, not the head
 
@@ -80,7 +81,7 @@ class Signature:
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty and isinstance(p.default, plain)}
         others = {key: value for key, value in {**defaults, **others}.items() if key not in follow}
         by_image = tuple(_first_is_image(given[key]) for key in follow)
-        return cls(tensors[0], names, tuple(others.items()), follow, masks, by_image)
+        return cls(tensors[0], names, tuple(others.items()), follow, tuple(defaults.items()), masks, by_image)
 
     def gather(self, followers: tuple[Any, ...], count: int, positions: Tensor) -> tuple[Any, ...]:
         """Gather the rows of the tokens that are left, ``positions (B, P)`` of ``count``."""
@@ -97,7 +98,7 @@ class Signature:
         Raises:
             UnsupportedBlock: where any other argument differs from the recorded call, for which the cut was proven.
         """
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = {**dict(self.defaults), **dict(zip(self.names, args, strict=False)), **kwargs}
         expected = dict(self.others)
         tokens = given.pop(self.tokens)
         followers = tuple(given.pop(key, None) for key in self.follow)
@@ -132,9 +133,13 @@ def _is_mask(value: Any, count: int) -> bool:
     return value.dtype == torch.bool or (value.is_floating_point() and bool(((value == 0) | ~seen_by(value)).all()))
 
 
+#: a bias from here down leaves nothing of a softmax
+MASKED = -1e3
+
+
 def seen_by(mask: Tensor) -> Tensor:
     """Return which tokens a mask lets through."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return mask if mask.dtype == torch.bool else mask > MASKED
 
 
 #: the most tokens (class, distillation, registers) that positions have no rows for

@@ -128,11 +128,22 @@ def expand(sites: Sequence[AttentionSite], removed: Mapping[str, str], model: nn
     """Give every block of the full model the site of the block that stands for it, in the order of the model."""
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     full = list(sites)
-    for gone, stands in removed.items():
-        for site in sites:
+    for gone, stands in reversed(list(removed.items())):  # lists within lists first
+        for site in list(full):
             if any(name == stands or name.startswith(stands + ".") for name in (site.block, site.attention)):
-                full.append(_renamed(site, stands, gone))
+                copied = _renamed(site, stands, gone)
+                full += [] if copied in full else [copied]
     return sorted(full, key=lambda site: order.get(site.block, 0))
+
+
+def stands_for(name: str, removed: Mapping[str, str]) -> int:
+    """Return how many modules of the full model one of the twin stands for, itself included."""
+    names = {name}
+    for gone, stands in reversed(list(removed.items())):
+        for known in list(names):
+            if known == stands or known.startswith(stands + "."):
+                names.add(gone + known[len(stands) :])
+    return len(names)
 
 
 def _renamed(site: AttentionSite, old: str, new: str) -> AttentionSite:

@@ -128,9 +128,8 @@ class LocalForward(Interceptor):
         lead, middle, rest = cells.apart(tokens)
         mask = self.mask
         assert mask is not None
-        groups = cells.per_row * self.layout.rows
-        groups = groups if middle.shape[0] % groups == 0 else 1
-        merged, _, step = mask(middle, middle, None, None, groups)
+        # one descriptor for each sequence: how many of them (windows) an image has, another input size would change
+        merged, _, step = mask(middle, middle, None, None, cells.per_row)
         if self.listener is not None:
             self.listener(self.name, step)
         merged = merged.reshape(tokens.shape[0], -1, merged.shape[-1])

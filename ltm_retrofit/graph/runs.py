@@ -1,0 +1,62 @@
+"""Which of the blocks that can be cut follow each other, so that merged tokens meet nothing else on their way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ltm_retrofit.graph.probe import Recording
+
+if TYPE_CHECKING:
+    from ltm_retrofit.graph.flow import Candidate
+
+
+def unbroken(candidates: list[Candidate], recording: Recording, excluded: dict[str, str]) -> list[Candidate]:
+    """Keep the last run of candidates with no excluded attention between them: merged tokens must not meet one."""
+    names = {candidate.name: candidate for candidate in candidates}
+    run_of: list[Candidate] = []
+    pending = ""
+    for attended in recording.attended:
+        candidate = next((names[name] for name in attended.chain if name in names), None)
+        if candidate is None:
+            pending = attended.chain[-1]
+        elif candidate not in run_of:
+            if pending and run_of:
+                for earlier in run_of:
+                    excluded[earlier.name] = (
+                        f"{earlier.name}: tokens merged here would reach {pending}, which is left out"
+                    )
+                run_of = []
+            pending = ""
+            run_of.append(candidate)
+    return run_of
+
+
+def handed_on(
+    model: nn.Module, candidates: list[Candidate], recording: Recording, excluded: dict[str, str]
+) -> list[Candidate]:
+    """Keep the last run of candidates of which each gives the next its very output: what tokens carry lies on it."""
+    events = {event.name: event for event in recording.events}
+    altered = {  # the same tensor while nothing is trained, another one else
+        event.result
+        for event in recording.events
+        if event.result == event.source
+        and any(getattr(model.get_submodule(event.name), name, None) for name in ("p", "drop_prob"))
+    }
+    run_of: list[Candidate] = []
+    for candidate in candidates:
+        given = events[candidate.name].source
+        last = events[run_of[-1].name].result if run_of else given
+        if last != given or last in altered:
+            for earlier in run_of:
+                excluded[earlier.name] = (
+                    f"{earlier.name}: something between it and {candidate.name} makes a new tensor, and what merged "
+                    "tokens carry is lost"
+                )
+            run_of = []
+        run_of.append(candidate)
+    if len(run_of) == 1 and run_of[0].end:
+        excluded[run_of[0].name] = f"{run_of[0].name}: nothing that costs anything follows its attention"
+        return []
+    return run_of

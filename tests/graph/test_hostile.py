@@ -1,0 +1,368 @@
+"""Models that were written to fool the proofs: each once converted wrongly, crashed, or was refused for nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ltm_retrofit as ltm
+from ltm_retrofit.blocks import forwards_of
+from ltm_retrofit.convert import _mode
+from ltm_retrofit.flops import count_macs
+from ltm_retrofit.graph import find
+from ltm_retrofit.graph.sites import Scope
+
+torch.set_num_threads(1)
+DIM, HEADS = 32, 4
+EXAMPLE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor, rows: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        batch, count, dim = x.shape
+        q, k, v = self.qkv(x).reshape(batch, count, 3, HEADS, dim // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
+        if rows is not None:
+            q, k = q * rows, k * rows
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(x.shape))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.attn, self.two = nn.LayerNorm(DIM), Attention(), nn.LayerNorm(DIM)
+        self.mlp = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM))
+
+    def forward(self, x: Tensor, rows: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.one(x), rows, mask)
+        return x + self.mlp(self.two(x))
+
+
+class Net(nn.Module):
+    def __init__(self, block: type[nn.Module] = Block, depth: int = 4) -> None:
+        super().__init__()
+        self.seed, self.blocks = nn.Conv2d(3, DIM, 4, 4), nn.ModuleList(block() for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, 5)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        return self.seed(x).flatten(2).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def scopes(model: nn.Module, example: object = EXAMPLE) -> set[Scope]:
+    return {site.scope for site in ltm.find_sites(model, example)}
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+class Padded(Net):
+    low = -1e9
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        x, mask = self.tokens(x), (1 - valid.float())[:, None, None, :] * self.low
+        for block in self.blocks:
+            x = block(x, None, mask)
+        weight = valid.float()[..., None]
+        return self.head((self.norm(x) * weight).sum(1) / weight.sum(1))
+
+
+@pytest.mark.parametrize("low", [-1e4, -1e9, torch.finfo(torch.float32).min])
+def test_padding_weighs_nothing_however_it_is_masked(low, monkeypatch) -> None:
+    monkeypatch.setattr(Padded, "low", low)
+    model = drawn(Padded())
+    inputs = {"x": EXAMPLE, "valid": torch.ones(1, 64, dtype=torch.long)}
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.8), inputs)
+    assert {row.scope for row in ltm.get_plan(model).rows} == {"FLOW"}
+    valid, one = torch.ones(1, 64, dtype=torch.long), EXAMPLE.clone()
+    valid[:, 40:], other = 0, EXAMPLE.clone()
+    other[..., 20:, :] = 7.0
+    with torch.no_grad():
+        torch.testing.assert_close(model(one, valid), model(other, valid))
+
+
+def test_a_bias_that_is_no_mask_is_refused_by_name() -> None:
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=48, depth=4, num_heads=3).eval()
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.7))
+    bias = torch.zeros(1, 1, 1, 17)
+    bias[..., 5:] = -6
+    with pytest.raises(ltm.UnsupportedBlock, match="no mask of zeros and large negative numbers"):
+        model(torch.randn(1, 3, 64, 64), attn_mask=bias)
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.norm = nn.MultiheadAttention(DIM, HEADS, batch_first=True), nn.LayerNorm(DIM)
+        self.mlp = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM))
+
+    def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+        h = self.norm(x)
+        x = x + self.attn(h, h, h, key_padding_mask=pad, need_weights=False)[0]
+        return x + self.mlp(x)
+
+
+class PackedNet(Net):
+    def forward(self, x: Tensor, pad: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for block in self.blocks:
+            x = block(x, pad)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_padding_of_packed_attention_is_seen(kind) -> None:
+    inputs = {"x": EXAMPLE, "pad": torch.zeros(1, 64, dtype=kind)}
+    with pytest.raises(ltm.UnsupportedBlock, match="some tokens only fill up"):
+        ltm.retrofit(drawn(PackedNet(Packed)), ltm.LTMConfig(flops=0.8), inputs)
+
+
+# ------------------------------------------------------------------------------------------------------- rows, batches
+
+
+class Rotary(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.rand(1, 64, DIM // HEADS, generator=torch.Generator().manual_seed(1)) * 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for block in self.blocks:
+            x = block(x, self.table)
+        return self.head(self.norm(x).mean(1))
+
+
+@pytest.mark.parametrize("batch", [HEADS, 3])
+def test_a_table_shared_by_heads_is_not_taken_for_one_of_each_image(batch) -> None:
+    model = ltm.retrofit(drawn(Rotary()), ltm.LTMConfig(flops=0.7, scope="FLOW"), EXAMPLE)
+    images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        together, alone = model(images), torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+class Scaled(Block):
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        x = x + self.attn(self.one(x)) * scale
+        return x + self.mlp(self.two(x))
+
+
+class Strong(Net):
+    def forward(self, x: Tensor, strong: bool = True) -> Tensor:
+        x = self.tokens(x)
+        for block in self.blocks:
+            x = block(x, 3.0) if strong else block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+def test_an_argument_that_a_call_leaves_out_has_its_default() -> None:
+    model = ltm.retrofit(drawn(Strong(Scaled)), ltm.LTMConfig(flops=0.8), EXAMPLE)
+    with pytest.raises(ltm.UnsupportedBlock, match=r"called with scale=1\.0; the cut was proven for scale=3\.0"):
+        model(EXAMPLE, strong=False)
+
+
+# ------------------------------------------------------------------------------------------------- what carries tokens
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(DIM), inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.norm(x))
+
+
+class Alternating(Net):
+    def __init__(self) -> None:
+        super().__init__(depth=0)
+        mlp = nn.Sequential(nn.Linear(DIM, 4 * DIM), nn.GELU(), nn.Linear(4 * DIM, DIM))
+        for _ in range(3):
+            self.blocks.extend([Residual(Attention()), Residual(copy.deepcopy(mlp))])
+
+
+def test_residual_modules_in_turn_are_local() -> None:
+    model = drawn(Alternating())
+    assert scopes(model) == {Scope.LOCAL}
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.8), EXAMPLE)
+    assert count_macs(model, EXAMPLE).total == ltm.get_plan(model).macs
+
+
+class Dropping(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for block in self.blocks:
+            x = self.drop(block(x))
+        return self.head(self.norm(x).mean(1))
+
+
+def test_what_is_an_identity_only_while_nothing_is_trained_ends_a_run() -> None:
+    model = ltm.retrofit(drawn(Dropping()), ltm.LTMConfig(flops=0.8), EXAMPLE)
+    model.train()(EXAMPLE).sum().backward()
+
+
+class Inside(nn.Module):
+    """Attention that adds its input, then lays it out or normalises it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.attn, self.kind = Attention(), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(2).transpose(1, 2) if self.kind == "map" else x
+        y = y + self.attn(y)
+        if self.kind == "norm":
+            return F.layer_norm(y, (DIM,))
+        return y.transpose(1, 2).reshape(x.shape) if self.kind == "map" else y * 1.0
+
+
+class Around(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.seed, self.inside, self.kind = nn.Conv2d(3, DIM, 4, 4), Inside(kind), kind
+        self.head = nn.Linear(64 * DIM, 5)  # reads places: neither FLOW nor GRID
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.seed(x)
+        return self.head(self.inside(x if self.kind == "map" else x.flatten(2).transpose(1, 2)).flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["map", "norm", "scale"])
+def test_tokens_are_not_lost_where_an_attention_adds_its_input(kind) -> None:
+    sites = ltm.find_sites(drawn(Around(kind)), EXAMPLE)
+    assert "inside" not in [site.block for site in sites.local if site.mixes]
+
+
+# ------------------------------------------------------------------------------------------------- constants, dtypes
+
+
+class Constant(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.one(x)) * torch.tensor(0.5)
+        return x + self.mlp(self.two(x))
+
+
+class Computed(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.one(x)) * self.scale.exp()
+        return x + self.mlp(self.two(x))
+
+
+@pytest.mark.parametrize("block", [Constant, Computed])
+def test_a_constant_of_the_forward_leaves_local(block) -> None:
+    model = drawn(Net(block))
+    assert scopes(model) == {Scope.LOCAL}
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.85), EXAMPLE)
+
+
+class Neighbours(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.one(x))
+        h = self.two(x)
+        return x + self.mlp(h + h.roll(1, 1))
+
+
+class Mixed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x).to(self.norm.weight.dtype)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_in_half_precision_are_proven_in_full(dtype) -> None:
+    model = drawn(Mixed(Neighbours))
+    for part in (model.blocks, model.norm, model.head):
+        part.to(dtype)
+    assert scopes(model) == {Scope.LOCAL}
+
+
+class Hybrid(nn.Module):
+    def __init__(self, constant: bool) -> None:
+        super().__init__()
+        self.constant, self.seed, self.neck = constant, nn.Conv2d(3, DIM, 4, 4), nn.Conv2d(DIM, DIM, 3, padding=1)
+        self.attn, self.head = Attention(), nn.Linear(DIM, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.constant:
+            x = x * torch.tensor([1.0, 2.0, 3.0]).view(1, -1, 1, 1)
+        x = self.neck(self.seed(x))
+        y = x + self.attn(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, tuple(x.shape[2:]))
+        return self.head(self.neck(y).mean(dim=(2, 3)))
+
+
+def test_a_constant_on_a_device_does_not_hide_a_smaller_grid() -> None:
+    plain, constant = (ltm.find_sites(drawn(Hybrid(kind)), EXAMPLE) for kind in (False, True))
+    assert [site.scope for site in constant] == [site.scope for site in plain]
+
+
+# ------------------------------------------------------------------------------------------------- without numbers
+
+
+class Group(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_lists_within_lists_are_planned_for_without_numbers(monkeypatch) -> None:
+    monkeypatch.setattr(find, "SHORTENED", 0)
+    with torch.device("meta"):
+        empty = Net(Group, depth=6).eval()
+    sites = ltm.find_sites(empty, EXAMPLE.to("meta"))
+    assert len(sites) == sites.attentions == sites.covered == 36
+    plan = ltm.make_plan(sites, ltm.LTMConfig(flops=0.7))
+    model = ltm.retrofit(drawn(Net(Group, depth=6)), example=EXAMPLE, plan=plan)
+    assert count_macs(model, EXAMPLE).total == plan.macs
+
+
+def test_a_model_without_numbers_is_not_converted() -> None:
+    with torch.device("meta"):
+        empty = Net().eval()
+    with pytest.raises(ltm.UnsupportedBlock, match="is on the meta device"):
+        ltm.retrofit(empty, ltm.LTMConfig(flops=0.7), EXAMPLE.to("meta"))
+    assert not ltm.is_retrofitted(empty) and not list(forwards_of(empty))
+
+
+def test_with_nothing_merged_it_is_the_original() -> None:
+    model = ltm.retrofit(drawn(Net()), ltm.LTMConfig(flops=0.7), EXAMPLE)
+    with torch.no_grad(), ltm.disabled(model):
+        expected = model(EXAMPLE)
+    with torch.no_grad(), _mode(model, "identity"):
+        assert torch.equal(model(EXAMPLE), expected)
