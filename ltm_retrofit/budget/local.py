@@ -62,8 +62,8 @@ class LocalBudget:
         method, cells = self.config.method, count * site.layout.rows
         once = merge_macs(method, site.dim, site.key_dim, size, kept, 0, self.classes, 0)
         once += unmerge_macs(method, site.width, size, kept, 0)
-        step = 2 * CLUSTERS * (site.dim + self.classes) if method == "ltm" else 0
-        return cells * once - site.layout.rows * saved + step
+        step = 2 * CLUSTERS * (site.dim + self.classes) if method == "ltm" else 0  # of each sequence
+        return cells * once + site.layout.rows * (step - saved)
 
     def change(self, rows: Sequence[Row]) -> int:
         """Return by how many MACs rows change the model, masks included."""

@@ -129,8 +129,13 @@ def _additive(
     total = count_macs_quick(lambda: run(model, example))
     for place, point in enumerate(points):
         if point.grid != before or (place and point is points[-1]):
-            with replaced({model.get_submodule(point.name): _sliced(model, point, share)}):
-                given = count_macs_quick(lambda: run(model, example))
+            try:
+                with replaced({model.get_submodule(point.name): _sliced(model, point, share)}):
+                    given = count_macs_quick(lambda: run(model, example))
+            except CountError:
+                raise
+            except Exception:  # not every place of a kind takes a smaller grid
+                return [other for other in points if other is not point]
             saved = sum(costs[Fraction(1)][other.name][1] - costs[share][other.name][1] for other in points[place:])
             if given != total - saved:
                 return [other for other in points[:place] if other.grid != point.grid] or points[:place]
