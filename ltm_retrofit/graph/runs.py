@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ltm_retrofit.graph.probe import Recording
+from ltm_retrofit.graph.probe import Event, Recording
 
 if TYPE_CHECKING:
     from ltm_retrofit.graph.flow import Candidate
+
+#: of modules that are identities while nothing is trained
+RATES = ("p", "drop_prob")
 
 
 def unbroken(candidates: list[Candidate], recording: Recording, excluded: dict[str, str]) -> list[Candidate]:
@@ -38,17 +41,9 @@ def handed_on(
 ) -> list[Candidate]:
     """Keep the last run of candidates of which each gives the next its very output: what tokens carry lies on it."""
     events = {event.name: event for event in recording.events}
-    altered = {  # the same tensor while nothing is trained, another one else
-        event.result
-        for event in recording.events
-        if event.result == event.source
-        and any(getattr(model.get_submodule(event.name), name, None) for name in ("p", "drop_prob"))
-    }
     run_of: list[Candidate] = []
     for candidate in candidates:
-        given = events[candidate.name].source
-        last = events[run_of[-1].name].result if run_of else given
-        if last != given or last in altered:
+        if run_of and not _hands_on(model, events[run_of[-1].name], events[candidate.name], recording):
             for earlier in run_of:
                 excluded[earlier.name] = (
                     f"{earlier.name}: something between it and {candidate.name} makes a new tensor, and what merged "
@@ -60,3 +55,13 @@ def handed_on(
         excluded[run_of[0].name] = f"{run_of[0].name}: nothing that costs anything follows its attention"
         return []
     return run_of
+
+
+def _hands_on(model: nn.Module, one: Event, other: Event, recording: Recording) -> bool:
+    """Say whether a block's output is the next one's input, also while the model is trained (dropout between them)."""
+    between = (event for event in recording.events if one.end < event.start and event.end < other.start)
+    altering = any(
+        event.source == one.result and any(getattr(model.get_submodule(event.name), name, None) for name in RATES)
+        for event in between
+    )
+    return one.result == other.source and not altering

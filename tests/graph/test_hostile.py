@@ -227,6 +227,24 @@ def test_what_is_an_identity_only_while_nothing_is_trained_ends_a_run() -> None:
     model.train()(EXAMPLE).sum().backward()
 
 
+class Ending(Block):
+    """Its last step is a dropout: still the block's own output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(super().forward(x))
+
+
+def test_a_dropout_within_a_block_ends_no_run() -> None:
+    model = drawn(Net(Ending))
+    assert scopes(model) == {Scope.FLOW}
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.7), EXAMPLE)
+    model.train()(EXAMPLE).sum().backward()
+
+
 class Inside(nn.Module):
     """Attention that adds its input, then lays it out or normalises it."""
 
