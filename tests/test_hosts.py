@@ -333,10 +333,10 @@ def test_onnx_gives_equal_results(host, tmp_path: Path):
     runtime = pytest.importorskip("onnxruntime")
     model, _, example = converted(host)
     inputs = batch(example)
-    with torch.no_grad():
-        expected = call(model, inputs)
     path = tmp_path / "model.onnx"
-    torch.onnx.export(model, (inputs,), path, dynamo=True, verbose=False)
+    with torch.no_grad():  # with gradients torch 2.15 exports a fused attention with a mask that it cannot convert
+        expected = call(model, inputs)
+        torch.onnx.export(model, (inputs,), path, dynamo=True, verbose=False)
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     given = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
     near([torch.from_numpy(array) for array in given], expected, rtol=1e-3, atol=1e-4)

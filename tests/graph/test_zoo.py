@@ -29,6 +29,10 @@ FAST = (
 #: what cannot be converted, and the words that say why; whatever else of the zoo is refused is a fault
 
 
+#: what is left of an attention pool is too little to be worth a mask
+REFUSED = {"timm-resnet-clip": "no module around it keeps a token stream"}
+
+
 def _slow(names: list[str]) -> list[object]:
     return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
@@ -46,7 +50,7 @@ def _buffers(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_buffers() if ".ltm." not in f".{name}"]
 
 
-@pytest.mark.parametrize("name", _slow(list(ZOO)))
+@pytest.mark.parametrize("name", _slow([name for name in ZOO if name not in REFUSED]))
 def test_a_model_converts_trains_and_comes_back(name, monkeypatch):
     model, example = ZOO[name]()
     keys, buffers = list(model.state_dict()), _buffers(model)
@@ -54,7 +58,7 @@ def test_a_model_converts_trains_and_comes_back(name, monkeypatch):
     with torch.no_grad():
         before = call(model, example)
     sites = ltm.find_sites(model, example)
-    assert len(sites) > 0 and sites.attentions >= len(sites)
+    assert len(sites) > 0 and sites.attentions >= sites.covered > 0
     _retrofit(model, example, sites, monkeypatch)
 
     plan = ltm.get_plan(model)
@@ -84,6 +88,14 @@ def test_a_model_converts_trains_and_comes_back(name, monkeypatch):
     model.load_state_dict(state)  # BatchNorm has learned
     with torch.no_grad():
         assert equal(call(model, example), before)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_converted_says_why(name):
+    model, example = ZOO[name]()
+    with pytest.raises(ltm.UnsupportedBlock, match=REFUSED[name]):
+        ltm.retrofit(model, ltm.LTMConfig(flops=0.8), example)
+    assert not ltm.is_retrofitted(model)
 
 
 def test_the_table_names_models_of_the_zoo():
