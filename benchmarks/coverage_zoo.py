@@ -246,6 +246,18 @@ def _classifiers() -> list[Row]:
     return rows
 
 
+def _detr_encoder() -> nn.Module:
+    from transformers import DetrConfig
+    from transformers.models.detr.modeling_detr import DetrEncoder
+
+    return DetrEncoder(DetrConfig(use_timm_backbone=False, backbone_config={"model_type": "resnet"}))
+
+
+def _map_tokens(_: nn.Module) -> Example:
+    """What the backbone makes of an image of 800 × 1088: 25 × 34 places of width 256, and where they are."""
+    return {"inputs_embeds": noise(850, 256), "spatial_position_embeddings": noise(850, 256)}
+
+
 def _towers() -> list[Row]:
     def hf(cls: str, family: str, kinds: str, sample: Sample = _image, note: str = "", **settings: Any) -> Row:
         make = partial(_hf, cls, **settings)
@@ -272,6 +284,7 @@ def _towers() -> list[Row]:
         hf("YolosForObjectDetection", "yolos", "global"),
         hf("DetrModel", "detr", "global cross", coco, use_timm_backbone=False, backbone_config=resnet),
         hf("DetrForObjectDetection", "detr", "global cross", coco, "timm's resnet50 inside"),
+        Row("hf/DetrEncoder", "towers", "transformers", "detr", ("global",), _detr_encoder, _map_tokens, "by itself"),
         hf("ViTMAEForPreTraining", "vit_mae", "global", _masked),
         hf("VideoMAEForVideoClassification", "videomae", "global", lambda _: {"pixel_values": noise(16, 3, 224, 224)}),
         hf("VitDetModel", "vitdet", "global"),
