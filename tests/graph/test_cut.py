@@ -186,8 +186,10 @@ def test_a_signature_remembers_defaults_and_recorded_values():
     x = torch.zeros(1, 3, 4)
     signature = Signature.of(Takes(), "b", (x,), {"flag": True})
     assert signature.tokens == "x" and dict(signature.others) == {"flag": True, "table": None}
-    for args, kwargs in (((x, True), {}), ((), {"x": x})):
+    for args, kwargs in (((x, True), {}), ((), {"x": x, "flag": True})):
         tokens, followers, _ = signature.split("b", args, kwargs)
         assert tokens is x and followers == ()
     with pytest.raises(UnsupportedBlock, match="flag=False; the cut was proven for flag=True"):
         signature.split("b", (x, False), {})
+    with pytest.raises(UnsupportedBlock, match="flag=False; the cut was proven for flag=True"):
+        signature.split("b", (x,), {})  # left out, it has its default

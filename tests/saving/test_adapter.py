@@ -15,7 +15,7 @@ from ltm_retrofit.errors import BaseMismatch, CheckpointError
 from ltm_retrofit.tuning.heads import set_classes
 from ltm_retrofit.tuning.settings import TrainConfig
 
-FAMILIES = ["timm-vit", "hf-vit", "timm-dinov2"]
+FAMILIES = ["timm-vit", "hf-vit"]
 
 
 def tuned(model: nn.Module, train: str = "masks", classes: int = 7) -> nn.Module:

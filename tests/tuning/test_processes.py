@@ -113,6 +113,7 @@ def test_wrappers_that_copy_tokens_are_refused_by_name(kind, monkeypatch):
         processes.make_accelerator("no", 64)
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_in_two_processes_and_one_of_them_speaks_and_writes(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
