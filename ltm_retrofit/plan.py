@@ -188,7 +188,7 @@ def _from_budget(sites: Sites, config: LTMConfig, target: float) -> tuple[Row, .
         if below:
             fits = [entry for entry in below if total + entry[0] >= (target - TOLERANCE) * total]
             if fits:
-                return max(fits, key=_macs if _flows(fits[0][1]) else _gentle)[1]
+                return max(fits, key=_gentle if _is_grid(fits[0][1]) else _macs)[1]
     nearest = total + (max(macs for macs, _ in below) if below else min(reached.values(), default=0))
     lowest, highest = (total + pick(reached.values(), default=0) for pick in (min, max))
     raise BudgetError(
@@ -199,8 +199,8 @@ def _from_budget(sites: Sites, config: LTMConfig, target: float) -> tuple[Row, .
     )
 
 
-def _flows(rows: Sequence[Row]) -> bool:
-    return any(row.scope == "FLOW" for row in rows)
+def _is_grid(rows: Sequence[Row]) -> bool:
+    return any(row.grid is not None for row in rows)
 
 
 def _macs(entry: tuple[int, tuple[Row, ...]]) -> Any:

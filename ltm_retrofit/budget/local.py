@@ -27,9 +27,9 @@ class LocalBudget:
         order = list(dict.fromkeys(site.attention for site in blocks))  # of the model; an attention before its MLP
         blocks = sorted(blocks, key=lambda site: (order.index(site.attention), not site.mixes))
         self.blocks = [site for site in blocks if config.sites is None or site.block in config.sites]
-        #: what counts are for: MLPs, and attentions where the user names them
-        self.behind = [site for site in self.blocks if not site.mixes] or self.blocks
-        self.chosen = self.blocks if config.sites is not None else self.behind
+        #: attentions see merged tokens only where the user names them, or where MLPs cannot meet the budget
+        behind = [site for site in self.blocks if not site.mixes]
+        self.chosen = self.blocks if config.sites is not None else behind or self.blocks
 
     def row(self, site: LocalSite, kept: int) -> Row:
         """Return the row that keeps ``kept`` tokens of each cell."""
@@ -88,13 +88,14 @@ class LocalBudget:
         return tuple(rows)
 
     def search(self, change: int) -> Iterator[list[Option]]:
-        """Yield one keep ratio for all sites and plans in which the first ones keep more, without attentions and with.
+        """Yield one keep ratio for all sites, then the plan in which the first ones keep more; then with attentions.
 
-        Together, since the gentlest is to be taken. In a small MobileViT at ×0.74 of its MACs, MLPs alone have to make
-        one or two tokens of sixteen (68 % right, untuned), MLPs and attentions eight or nine (87 %; the original 90 %).
+        Measured on a small MobileViT at ×0.74: merging before attentions too keeps more tokens and 14 points more
+        before any tuning (83.8 % against 69.7 %), and loses two after one epoch (90.0 % against 92.0 %).
         """
-        several = [self.behind] if len(self.behind) == len(self.blocks) else [self.behind, self.blocks]
-        yield [option for blocks in several for option in self._around(blocks, change)]
+        yield list(self._around(self.chosen, change))
+        if len(self.chosen) < len(self.blocks):
+            yield list(self._around(self.blocks, change))
 
     def _around(self, blocks: Sequence[LocalSite], change: int) -> Iterator[Option]:
         ladders = [self._ladder(site) for site in blocks]

@@ -216,7 +216,7 @@ def _caption(panels: Sequence[Panel], local: int, dropping: bool) -> str:
     else:
         text = "Same colour and number = one token, also where the patches do not touch. Untinted = a token of its own."
     if local:
-        text += " In scope LOCAL a site merges for its MLP only and starts anew: each of its groups lies in one cell."
+        text += " In scope LOCAL a site merges for one module and starts anew: each of its groups lies in one cell."
         if local > FEW:
             text += f" Drawn: {FEW} of {local} such sites, the first, the last and evenly between."
     if not all(panel.placed for panel in panels):

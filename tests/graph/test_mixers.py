@@ -18,10 +18,6 @@ torch.set_num_threads(1)
 DIM = 32
 
 
-def kept(plan: ltm.plan.MergePlan) -> float:
-    return min(row.tokens_out / row.tokens_in for row in plan.rows)
-
-
 def mixing(sites: Sites) -> list[str]:
     return [site.block for site in sites.local if site.mixes]
 
@@ -35,17 +31,14 @@ def mixing(sites: Sites) -> list[str]:
         ("timm-visformer", "stage2.0.attn"),
     ],
 )
-def test_attentions_see_merged_tokens_too_where_more_are_kept_that_way(name, first):
+def test_where_mlps_cannot_meet_the_budget_attentions_see_merged_tokens_too(name, first, tmp_path):
     model, example = ZOO[name]()
     before = call(model, example)
     sites = ltm.find_sites(model, example)
     names = mixing(sites)
     assert names[0] == first and not {site.block for site in sites} & set(names)
-    mild = ltm.make_plan(sites, ltm.LTMConfig(flops=0.8, scope="LOCAL"))
-    alone = tuple(site.block for site in sites if site.block not in names)
-    harsh = ltm.make_plan(sites, ltm.LTMConfig(flops=0.8, scope="LOCAL", sites=alone))
-    assert set(names) & {row.site for row in mild.rows}
-    assert kept(mild) >= kept(harsh)
+    mild = ltm.make_plan(sites, ltm.LTMConfig(flops=0.9, scope="LOCAL"))
+    assert not {row.site for row in mild.rows} & set(names)
     with pytest.raises(ltm.BudgetError) as impossible:
         ltm.make_plan(sites, ltm.LTMConfig(flops=0.01, scope="LOCAL"))
     plan = ltm.make_plan(sites, ltm.LTMConfig(flops=impossible.value.nearest, scope="LOCAL"))
