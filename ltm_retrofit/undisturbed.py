@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -34,6 +34,23 @@ def takes_keywords(model: nn.Module, names: Iterable[str]) -> bool:
     )
 
 
+def remembered(model: nn.Module) -> Callable[[], None]:
+    """Note all that hangs on a model: attributes, children, parameters, hooks, not values; return what puts it back."""
+    states = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    containers = [(value, copy(value)) for _, saved in states for value in saved.values() if type(value) in _CONTAINERS]
+
+    def put_back() -> None:
+        for now, saved in states:
+            for name in now.keys() - saved.keys():
+                del now[name]
+            now.update(saved)
+        for container, content in containers:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+
+    return put_back
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run a model in eval mode, without short cuts, and put back what that changes: the model and the random state.
@@ -42,8 +59,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     which transformers records hidden states, and fvcore leaves its own hooks behind when a trace fails. So all that
     hangs on a module is noted, not a list of known culprits.
     """
-    states = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
-    containers = [(value, copy(value)) for _, saved in states for value in saved.values() if type(value) in _CONTAINERS]
+    put_back = remembered(model)
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     for module in model.modules():
         if module._compiled_call_impl is not None:
@@ -53,13 +69,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with random_numbers_kept(model), slow_path():
             yield
     finally:
-        for now, saved in states:
-            for name in now.keys() - saved.keys():
-                del now[name]
-            now.update(saved)
-        for container, content in containers:
-            container.clear()
-            container.extend(content) if isinstance(container, list) else container.update(content)
+        put_back()
         with torch.no_grad():
             for buffer, version, values in buffers:
                 if buffer._version != version:

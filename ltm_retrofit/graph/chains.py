@@ -164,10 +164,7 @@ def _prove_pass(
 
 
 def _prove_link(module: nn.Module, event: Event, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Link:
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if len(tensors) != 1 or not args or args[0] is not tensors[0]:
-        raise UnsupportedBlock("takes more than one tensor")
-    given = tensors[0]
+    given = only_tensor(args, kwargs)
     orders = [order for order in ("BNC", "BCHW") if _fits(given, output, order)]
     for order in orders:
         count = prod(spatial_of(tuple(given.shape), order))
@@ -189,6 +186,19 @@ def _prove_link(module: nn.Module, event: Event, args: tuple[Any, ...], kwargs: 
         order = "BHWC" if order == "BNC" and given.ndim > 3 else order
         return Link(event, order, (0, per_token, 0), count_weights(module))
     raise UnsupportedBlock("mixes tokens")
+
+
+def only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the tensor that a module is called with, where it is the first argument and there is no other.
+
+    Raises:
+        UnsupportedBlock: where there are others.
+    """
+    tensors: list[Tensor] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if len(tensors) != 1 or not args or args[0] is not tensors[0]:
+        raise UnsupportedBlock("takes more than one tensor")
+    (given,) = tensors
+    return given
 
 
 def count_weights(module: nn.Module) -> int:

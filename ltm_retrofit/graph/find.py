@@ -89,7 +89,7 @@ def _find(model: nn.Module, example: Example, whole: bool = False) -> Sites:
         no_grid = ""
         if any(len(event.shape_in) == 4 for event in recording.events):
             with undisturbed(full[0]):
-                points, no_grid = find_grids(model, _countable(*full), example, recording, chains, removed)
+                points, no_grid = find_grids(model, partial(_countable, *full), example, recording, chains, removed)
     local = local_sites(model, recording, chains, mixers)
     if removed and any(_crosses(site, removed) for several in local.values() for site in several):
         return _find(*full, whole=True)

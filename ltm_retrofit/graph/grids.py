@@ -25,7 +25,7 @@ ATTEMPTS = 5  # how many of these are tried
 
 def find_grids(
     model: nn.Module,
-    counted: tuple[nn.Module, Example],
+    countable: Callable[[], tuple[nn.Module, Example]],
     example: Example,
     recording: Recording,
     chains: Mapping[int, list[Chain] | str],
@@ -35,7 +35,7 @@ def find_grids(
 
     Args:
         model: with numbers, to prove it on.
-        counted: the full model and example to count on, which may be on the meta device.
+        countable: makes the full model and example to count on, which may be on the meta device.
         example: for ``model``.
         recording: of ``model``.
         chains: the MLP behind each attention.
@@ -46,6 +46,9 @@ def find_grids(
     shapes, reason = [tensor.shape for tensor in tensors_of(recording.output)], ""
     tried: list[list[str]] = [[]]
     levels = [points_at(model, recording, chains, level) for level in range(LEVELS + BEFORE)]
+    if not any(levels):
+        return [], "no module around it passes a map (B, C, H, W) on"
+    counted = countable()
     while any(levels):  # all maps first; then without those of the largest grid
         for points in levels:
             if [point.name for point in points] in tried or len(tried) > ATTEMPTS:
@@ -55,7 +58,7 @@ def find_grids(
             if not reason:
                 return points, ""
         levels = [[point for point in points if point.grid != points[0].grid] for points in levels]
-    return [], reason or "no module around it passes a map (B, C, H, W) on"
+    return [], reason
 
 
 def _fill(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ltm_retrofit.errors import UnsupportedBlock
-from ltm_retrofit.graph.chains import Link, count_weights, some_tokens, spatial_of
+from ltm_retrofit.graph.chains import Link, count_weights, only_tensor, some_tokens, spatial_of
 from ltm_retrofit.graph.cut import trace_block
 from ltm_retrofit.graph.probe import Attended, Call, Event, Recording
 from ltm_retrofit.graph.prove import close, polynomial
@@ -56,10 +56,7 @@ def _innermost(
 
 
 def _prove(module: nn.Module, name: str, call: Call, event: Event) -> Link:
-    tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
-    if len(tensors) != 1 or not call.args or call.args[0] is not tensors[0]:
-        raise UnsupportedBlock("takes more than one tensor")
-    given, output = tensors[0], call.output
+    given, output = only_tensor(call.args, call.kwargs), call.output
     if not isinstance(output, Tensor) or output.shape != given.shape or given._version != call.version:
         raise UnsupportedBlock("puts out other tokens than go in")
     if _adds_its_input(module, Signature.of(module, name, call.args, call.kwargs, dims=(3, 4))):

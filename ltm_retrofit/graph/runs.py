@@ -25,12 +25,8 @@ def unbroken(candidates: list[Candidate], recording: Recording, excluded: dict[s
         if candidate is None:
             pending = attended.chain[-1]
         elif candidate not in run_of:
-            if pending and run_of:
-                for earlier in run_of:
-                    excluded[earlier.name] = (
-                        f"{earlier.name}: tokens merged here would reach {pending}, which is left out"
-                    )
-                run_of = []
+            if pending:
+                _leave_out(run_of, f"tokens merged here would reach {pending}, which is left out", excluded)
             pending = ""
             run_of.append(candidate)
     return run_of
@@ -44,17 +40,17 @@ def handed_on(
     run_of: list[Candidate] = []
     for candidate in candidates:
         if run_of and not _hands_on(model, events[run_of[-1].name], events[candidate.name], recording):
-            for earlier in run_of:
-                excluded[earlier.name] = (
-                    f"{earlier.name}: something between it and {candidate.name} makes a new tensor, and what merged "
-                    "tokens carry is lost"
-                )
-            run_of = []
+            why = f"something between it and {candidate.name} makes a new tensor, and what merged tokens carry is lost"
+            _leave_out(run_of, why, excluded)
         run_of.append(candidate)
     if len(run_of) == 1 and run_of[0].end:
-        excluded[run_of[0].name] = f"{run_of[0].name}: nothing that costs anything follows its attention"
-        return []
+        _leave_out(run_of, "nothing that costs anything follows its attention", excluded)
     return run_of
+
+
+def _leave_out(run_of: list[Candidate], why: str, excluded: dict[str, str]) -> None:
+    excluded.update({candidate.name: f"{candidate.name}: {why}" for candidate in run_of})
+    run_of.clear()
 
 
 def _hands_on(model: nn.Module, one: Event, other: Event, recording: Recording) -> bool:

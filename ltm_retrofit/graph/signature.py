@@ -130,7 +130,7 @@ def _is_mask(value: Any, count: int) -> bool:
         return False
     if value.shape[-1] != count or value.shape[-2] not in (1, count):
         return False
-    return value.dtype == torch.bool or (value.is_floating_point() and bool(((value == 0) | ~seen_by(value)).all()))
+    return value.dtype == torch.bool or (value.is_floating_point() and hides_or_shows(value))
 
 
 #: a bias from here down leaves nothing of a softmax
@@ -140,6 +140,11 @@ MASKED = -1e3
 def seen_by(mask: Tensor) -> Tensor:
     """Return which tokens a mask lets through."""
     return mask if mask.dtype == torch.bool else mask > MASKED
+
+
+def hides_or_shows(bias: Tensor) -> bool:
+    """Say whether a bias does nothing else: zero, or nothing left."""
+    return bool(((bias == 0) | ~seen_by(bias)).all())
 
 
 #: the most tokens (class, distillation, registers) that positions have no rows for

@@ -130,7 +130,7 @@ def expand(sites: Sequence[AttentionSite], removed: Mapping[str, str], model: nn
     full = list(sites)
     for gone, stands in reversed(list(removed.items())):  # lists within lists first
         for site in list(full):
-            if any(name == stands or name.startswith(stands + ".") for name in (site.block, site.attention)):
+            if any(_moved(name, stands, gone) for name in (site.block, site.attention)):
                 copied = _renamed(site, stands, gone)
                 full += [] if copied in full else [copied]
     return sorted(full, key=lambda site: order.get(site.block, 0))
@@ -140,10 +140,13 @@ def stands_for(name: str, removed: Mapping[str, str]) -> int:
     """Return how many modules of the full model one of the twin stands for, itself included."""
     names = {name}
     for gone, stands in reversed(list(removed.items())):
-        for known in list(names):
-            if known == stands or known.startswith(stands + "."):
-                names.add(gone + known[len(stands) :])
+        names |= {moved for name in names if (moved := _moved(name, stands, gone))}
     return len(names)
+
+
+def _moved(name: str, old: str, new: str) -> str | None:
+    """Return what a name that lies at or below ``old`` is below ``new``; None where it lies elsewhere."""
+    return new + name[len(old) :] if name == old or name.startswith(f"{old}.") else None
 
 
 def _renamed(site: AttentionSite, old: str, new: str) -> AttentionSite:
@@ -151,8 +154,8 @@ def _renamed(site: AttentionSite, old: str, new: str) -> AttentionSite:
         return site
 
     def rename(value: Any) -> Any:
-        if isinstance(value, str) and (value == old or value.startswith(old + ".")):
-            return new + value[len(old) :]
+        if isinstance(value, str):
+            return _moved(value, old, new) or value
         return tuple(rename(entry) for entry in value) if isinstance(value, tuple) else value
 
     names = {name: rename(getattr(site, name)) for name in ("block", "attention")}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError, UnsupportedBlock
-from ltm_retrofit.graph.signature import seen_by
+from ltm_retrofit.graph.signature import hides_or_shows, seen_by
 from ltm_retrofit.graph.sites import FlowSite
 from ltm_retrofit.interception.base import Interceptor
 from ltm_retrofit.merging.tokens import Carried, carried_by, carry, positions, unmerge_all
@@ -88,13 +88,12 @@ class BlockForward(Interceptor):
         Raises:
             UnsupportedBlock: where valid tokens see different others, which merged tokens could not.
         """
-        if padding.ndim != 4 or (padding.is_floating_point() and not torch.compiler.is_compiling()):
-            plain = padding.ndim == 4 and bool(((padding == 0) | ~seen_by(padding)).all())
-            if not plain:
-                raise UnsupportedBlock(
-                    f"converted block {self.name!r} was called with {self.bias} {tuple(padding.shape)} that is no mask "
-                    "of zeros and large negative numbers: merged tokens have no bias of their own"
-                )
+        unread = torch.compiler.is_compiling() or not padding.is_floating_point()
+        if padding.ndim != 4 or not (unread or hides_or_shows(padding)):
+            raise UnsupportedBlock(
+                f"converted block {self.name!r} was called with {self.bias} {tuple(padding.shape)} that is no mask of "
+                "zeros and large negative numbers: merged tokens have no bias of their own"
+            )
         seen = seen_by(padding).expand(tokens.shape[0], -1, -1, -1).any(dim=1)
         valid = seen.any(dim=1)
         if not torch.compiler.is_compiling():

@@ -15,6 +15,7 @@ from ltm_retrofit.fingerprints import fingerprint
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.base import base_state, differing, example_of, is_ours, load_exactly
 from ltm_retrofit.tuning.heads import NEW_HEAD, set_classes
+from ltm_retrofit.undisturbed import remembered
 
 #: an adapter that carries more than this share of the host's numbers is no adapter
 MOST = 0.5
@@ -77,7 +78,7 @@ def attach(
             "the same checkpoint, untouched"
         )
     held = {key: own[key].clone() for key in carried if key in own}
-    modules = [(m, dict(m.__dict__), dict(m._modules), dict(m._parameters), m.training) for m in base.modules()]
+    put_back = remembered(base)
     try:
         if record["new_head"]:
             set_classes(base, labels)
@@ -90,10 +91,7 @@ def attach(
             restore(base)
             raise CheckpointError(f"the adapter does not fit its plan: {'; '.join(differences[:5])}")
     except BaseException:
-        for module, attributes, children, parameters, training in modules:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._modules, module._parameters, module.training = children, parameters, training
+        put_back()
         base.load_state_dict(held, strict=False)
         raise
     load_exactly(base, {**base.state_dict(), **state})

@@ -28,16 +28,16 @@ def predictions(
     model.eval()
     try:
         loader = make_loader(model, data, batch_size=batch_size, shuffle=False)
-        shared = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
-        if shared is not None and isinstance(loader, DataLoader):
-            loader = shared.prepare_data_loader(loader)
+        shared: Accelerator | None = None
+        if accelerator is not None and accelerator.num_processes > 1 and isinstance(loader, DataLoader):
+            shared, loader = accelerator, accelerator.prepare_data_loader(loader)
         for inputs, labels in tqdm(batches_on(loader, home(model)[0]), desc="evaluate", leave=False, disable=None):
             assert labels is not None
             logits = logits_of(run(model, inputs))
             if logits is None:
                 raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier")
             seen = logits.argmax(dim=-1), labels.argmax(dim=-1) if labels.ndim == 2 else labels
-            if shared is not None and isinstance(loader, DataLoader):
+            if shared is not None:
                 seen = shared.gather_for_metrics(seen)
             guesses.append(seen[0].cpu())
             truths.append(seen[1].cpu())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ltm_retrofit.config import Strict, check_choice
 from ltm_retrofit.errors import RecipeError
@@ -11,6 +11,8 @@ from ltm_retrofit.tuning.data import AUGMENTS
 
 TRAINS = ("all", "masks", "masks+norms", "lora")
 BOUNDS = ("ceb", "ibb", "none")
+FROM_ZERO = ("seed", "workers")  # of the whole numbers; the others count something
+SHARES = ("layer_decay", "ema", "warmup", "bound_warmup", "label_smoothing")  # of the numbers, at most 1
 
 
 @dataclass(frozen=True)
@@ -84,36 +86,17 @@ class TrainConfig(Strict):
 
     def __post_init__(self) -> None:
         """Check every value; nothing is corrected silently."""
-        whole = (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0), ("lora_rank", 1), ("accumulate", 1))
-        for name, least in whole:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise RecipeError(f"{name} must be a whole number from {least} on, got {value!r}")
-        for name, most in (
-            ("lr", math.inf),
-            ("weight_decay", math.inf),
-            ("mask_lr", math.inf),
-            ("layer_decay", 1),
-            ("ema", 1),
-            ("warmup", 1),
-            ("mixup", math.inf),
-            ("cutmix", math.inf),
-            ("distill", math.inf),
-            ("distill_temperature", math.inf),
-            ("distill_token", math.inf),
-            ("bound_weight", math.inf),
-            ("gamma", math.inf),
-            ("bound_sites", math.inf),
-            ("bound_warmup", 1),
-            ("label_smoothing", 1),
-            ("clip", math.inf),
-        ):
-            value = getattr(self, name)
-            if name == "mask_lr" and value is None:
-                continue
-            if type(value) not in (int, float) or not 0 <= value <= most or math.isinf(value):
-                hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) else ""
-                raise RecipeError(f"{name} must be a number from 0 to {most}, got {value!r}{hint}")
+        for entry in fields(self):
+            name, value = entry.name, getattr(self, entry.name)
+            if entry.type == "int":
+                least = 0 if name in FROM_ZERO else 1
+                if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                    raise RecipeError(f"{name} must be a whole number from {least} on, got {value!r}")
+            elif entry.type == "float" or (entry.type == "float | None" and value is not None):
+                most = 1 if name in SHARES else math.inf
+                if type(value) not in (int, float) or not 0 <= value <= most or math.isinf(value):
+                    hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) else ""
+                    raise RecipeError(f"{name} must be a number from 0 to {most}, got {value!r}{hint}")
         if not isinstance(self.opt, str) or not isinstance(self.checkpointing, bool):
             raise RecipeError(
                 f"opt is a name and checkpointing true or false, got {self.opt!r}, {self.checkpointing!r}"

@@ -119,7 +119,6 @@ class _Run:
         optimizer = make_optimizer(model, config)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         self.wrapped, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
-        self.several = accelerator.num_processes > 1
         self.ema = ModelEmaV3(model, decay=config.ema, exclude_buffers=True) if config.ema else None
         self.good: dict[str, Tensor] = {}
         self.good_step = 0
@@ -211,9 +210,7 @@ class _Run:
     def means(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the means over all processes."""
         stacked = torch.stack([value.detach().float().to(self.accelerator.device) for value in losses.values()])
-        if self.several:
-            stacked = self.accelerator.reduce(stacked, "mean")
-        return dict(zip(losses, map(float, stacked.tolist()), strict=True))
+        return dict(zip(losses, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
 
     def fall_back(self, value: float) -> None:
         """Put the last good weights back and stop."""
