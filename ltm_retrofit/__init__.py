@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from ltm_retrofit.reporting.report import Report, measure
     from ltm_retrofit.saving.hub import from_pretrained, save_pretrained
     from ltm_retrofit.tracing import MergeTrace, bound_loss, trace
+    from ltm_retrofit.tuning.history import History
     from ltm_retrofit.tuning.settings import TrainConfig
-    from ltm_retrofit.tuning.train import History, finetune
+    from ltm_retrofit.tuning.train import finetune
 
 __version__ = version("ltm-retrofit")
 
@@ -47,8 +48,9 @@ _HOMES = {
     "plan": ("MergePlan", "make_plan"),
     "convert": ("disabled", "get_plan", "is_retrofitted", "restore", "retrofit"),
     "tracing": ("MergeTrace", "bound_loss", "trace"),
+    "tuning.history": ("History",),
     "tuning.settings": ("TrainConfig",),
-    "tuning.train": ("History", "finetune"),
+    "tuning.train": ("finetune",),
     "reporting.report": ("Report", "measure"),
     "reporting.pictures": ("show_merges",),
     "saving.hub": ("from_pretrained", "save_pretrained"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +17,14 @@ EXAMPLES = {
     "inspect": "ltm-retrofit inspect vit_small_patch16_224\n  ltm-retrofit inspect ./my_checkpoint --json",
     "convert": "ltm-retrofit convert digits_vit --flops 0.7 --out runs/converted\n"
     "  ltm-retrofit convert ./my_checkpoint --tokens 138 97 68 --method tome --out runs/tome",
-    "finetune": "ltm-retrofit finetune runs/converted --data digits --epochs 1 --out runs/tuned",
+    "finetune": "ltm-retrofit finetune runs/converted --data digits --epochs 1 --out runs/tuned\n"
+    "  ltm-retrofit finetune runs/converted --data digits --epochs 1 --out runs/tuned --resume",
     "report": "ltm-retrofit report runs/tuned --data digits\n  ltm-retrofit report runs/tuned --json",
     "run": "ltm-retrofit run recipes/quickstart.yaml\n"
     "  ltm-retrofit run recipes/quickstart.yaml --model ./my_checkpoint --out runs/mine",
 }
 MODEL = "digits_vit (embedded), a folder, a timm name, or a Hub id, tried in this order"
+RESUME = "go on where an earlier run to the same folder was interrupted"
 DATA = "digits (embedded), a folder (parquet files or class folders), or a Hub id"
 
 
@@ -73,6 +76,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--distill", type=float, help="weight of distillation from the unconverted model")
     sub.add_argument("--train", choices=("all", "masks", "masks+norms", "lora"))
     sub.add_argument("--seed", type=int)
+    sub.add_argument("--workers", type=int, help="of the data loader (default 0)")
+    sub.add_argument("--checkpoint-every", type=int, help="steps between two checkpoints (default 500)")
+    sub.add_argument("--resume", action="store_true", help=RESUME)
 
     sub = command("report", "Measure MACs, parameters, latency and, with --data, accuracy.")
     sub.add_argument("model", help=MODEL)
@@ -84,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", help=f"instead of the recipe's: {MODEL}")
     sub.add_argument("--data", help=f"instead of the recipe's: {DATA}")
     sub.add_argument("--out", type=Path, help="folder to write (default runs/NAME_OF_THE_RECIPE)")
+    sub.add_argument("--resume", action="store_true", help=RESUME)
     return top
 
 
@@ -173,23 +180,27 @@ def _finetune(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.errors import NotRetrofitted
     from ltm_retrofit.reporting.report import measure
     from ltm_retrofit.saving.hub import check_target, save_pretrained
+    from ltm_retrofit.tuning.processes import checkpoints_beside
     from ltm_retrofit.tuning.settings import TrainConfig
     from ltm_retrofit.tuning.sources import DataSection, load_split
     from ltm_retrofit.tuning.train import finetune
 
     check_target(arguments.out, arguments.overwrite)
-    names = ("epochs", "lr", "batch_size", "bound", "bound_weight", "distill", "train", "seed")
-    given = {key: getattr(arguments, key) for key in names}
+    names = ("epochs", "lr", "batch_size", "bound", "bound_weight", "distill", "train", "seed", "workers")
+    given = {key: getattr(arguments, key) for key in (*names, "checkpoint_every")}
     config = TrainConfig(**{key: value for key, value in given.items() if value is not None})
     model = _load(arguments)
     if not is_retrofitted(model):
         raise NotRetrofitted(f"{arguments.model} is not converted: run `ltm-retrofit convert` on it first")
     section = DataSection(name=arguments.data)
-    history = finetune(model, load_split(section, section.train_split), config=config)
+    kept = checkpoints_beside(arguments.out, arguments.resume)
+    train = load_split(section, section.train_split)
+    history = finetune(model, train, config=config, checkpoints_to=kept, resume=True)
     if not _main_process():
         return
     report = measure(model, data=load_split(section, section.test_split), batches=())
     save_pretrained(model, arguments.out, overwrite=arguments.overwrite, report=report)
+    shutil.rmtree(kept)
     _show(arguments, f"{report}\nwritten to {arguments.out}/", {**report.to_dict(), "history": history.to_dict()})
 
 
@@ -219,7 +230,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.data is not None:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, name=arguments.data))
     out = arguments.out or Path("runs") / arguments.recipe.stem
-    report = run_recipe(recipe, out, say=lambda text: _say(arguments, text))
+    report = run_recipe(recipe, out, say=lambda text: _say(arguments, text), resume=arguments.resume)
     if arguments.json and _main_process():
         print(report.to_json())
 

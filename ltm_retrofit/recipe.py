@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ from ltm_retrofit.saving.hub import from_pretrained, save_pretrained, swap
 from ltm_retrofit.saving.load import load_model
 from ltm_retrofit.tuning.evaluate import evaluate
 from ltm_retrofit.tuning.heads import set_classes
-from ltm_retrofit.tuning.processes import is_main
+from ltm_retrofit.tuning.processes import checkpoints_beside, forget, is_main
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.tuning.sources import DataSection, load_split
 from ltm_retrofit.tuning.train import finetune
@@ -113,19 +114,21 @@ def sliced_config(plan: MergePlan) -> LTMConfig:
     )
 
 
-def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = print) -> Report:
+def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = print, resume: bool = False) -> Report:
     """Carry out a recipe and write model, report and pictures to ``out``.
 
     Args:
         recipe: what to do.
         out: a folder that does not exist, is empty, or was written by an earlier run.
         say: receives one line for each stage.
+        resume: go on where an earlier run to ``out`` was interrupted; its checkpoints lie beside ``out``.
 
     Raises:
         CheckpointError: the folder cannot be written, or holds files that no run wrote.
     """
     out = Path(out).resolve()
     check_folder(out)
+    kept = checkpoints_beside(out, resume)
     loaded = load_model(recipe.model.name)
     model = loaded.model
     say(f"model    {recipe.model.name}: {loaded.origin}")
@@ -154,16 +157,17 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     accuracies["converted"] = evaluate(model, test)
     others = not recipe.train.train.startswith("masks")  # what has no mask cannot be tuned in the same way
     say("tuning   the converted model" + ", the original and a sliced one, each in the same way" * others)
-    history = finetune(model, train, config=recipe.train)
+    tune = partial(finetune, train=train, config=recipe.train, resume=True)  # where there is something to resume
+    history = tune(model, checkpoints_to=kept / "converted")
     accuracies["finetuned"] = evaluate(model, test)
     if others:
         control = copy.deepcopy(original)
-        finetune(control, train, config=recipe.train)
+        tune(control, checkpoints_to=kept / "original")
         accuracies["original_finetuned"] = evaluate(control, test)
     merges = any(row.action == "merge" for row in plan.rows)  # else the plan is the exact slice, which loses nothing
     if others and merges:
         sliced = retrofit(copy.deepcopy(original), sliced_config(plan))
-        finetune(sliced, train, config=recipe.train)
+        tune(sliced, checkpoints_to=kept / "sliced")
         accuracies["sliced_finetuned"] = evaluate(sliced, test)
     say("timing   original and converted, in alternation")
     report = measure(model).with_accuracy(**accuracies)
@@ -183,6 +187,7 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
             show_merges(model, test[index]["image"]).savefig(folder / f"merges_{index}.png", dpi=100)
         files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
         (folder / MARK).write_text(json.dumps({"written_by": "ltm_retrofit", "files": [*files, MARK]}, indent=2))
+    forget(kept)
     say(f"\n{report}\n\nreloaded model gives the same logits: {'yes' if same else 'NO'}\nwritten to {out}/")
     if not same:
         raise CheckpointError(f"the model reloaded from {out / 'model'} gives other logits than the one saved")

@@ -226,7 +226,8 @@ def test_run_takes_model_data_and_folder_from_the_command_line(tmp_path: Path, m
         def to_json(self) -> str:
             return "{}"
 
-    def spy(recipe, out, *, say):
+    def spy(recipe, out, *, say, resume):
+        assert not resume
         seen.append((recipe, out))
         say("a stage")
         return Found()

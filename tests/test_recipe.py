@@ -32,6 +32,7 @@ from ltm_retrofit.recipe import (
 from ltm_retrofit.saving.load import load_model
 from ltm_retrofit.tuning import sources
 from ltm_retrofit.tuning.digits import load_canvases
+from ltm_retrofit.tuning.loop import Run
 from ltm_retrofit.tuning.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -305,9 +306,9 @@ def test_a_run_without_labels_never_reads_them(folder_of, tmp_path: Path, monkey
     seen: list[list[str]] = []
     tune = recipes.finetune
 
-    def spy(model, train, *, config):
+    def spy(model, train, **settings):
         seen.append(train.column_names)
-        return tune(model, train, config=config)
+        return tune(model, train, **settings)
 
     monkeypatch.setattr(recipes, "finetune", spy)
     recipe = tiny(folder_of("timm-vit", 10), distill=1.0)
@@ -403,6 +404,31 @@ def test_a_failure_midway_leaves_the_old_folder(where: str, folder_of, tmp_path:
         f"one/{MARK}",
     ]
     assert (out / "model" / "weights").read_text() == "old"
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_an_interrupted_run_goes_on_where_it_was(folder_of, tmp_path: Path, monkeypatch) -> None:
+    recipe = tiny(folder_of("timm-vit", 10))
+    expected = run_recipe(recipe, tmp_path / "whole", say=lambda _: None)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith(".")] == []
+
+    steps, step = [], Run.step
+
+    def stepping(run: Run) -> None:
+        steps.append(run)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        step(run)
+
+    monkeypatch.setattr(Run, "step", stepping)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path / "broken", say=lambda _: None)
+    assert (tmp_path / ".broken.checkpoints" / "converted").is_dir() and not (tmp_path / "broken").exists()
+    found = run_recipe(recipe, tmp_path / "broken", say=lambda _: None, resume=True)
+    assert found.accuracy == expected.accuracy
+    assert found.extra["history"]["losses"] == expected.extra["history"]["losses"]
+    assert len(steps) == 4 + 2 * 2, "the first fine-tune was not run again"
+    assert not (tmp_path / ".broken.checkpoints").exists()
 
 
 def test_a_folder_with_foreign_files_is_refused_before_any_work(tmp_path: Path, monkeypatch) -> None:

@@ -47,6 +47,8 @@ class SimilarityMask(nn.Module):
 
     #: whether ``forward`` wants the block's present key map
     wants_key = False
+    #: how much of the way from N to P is gone: a fine-tune may begin with all tokens
+    reached = 1.0
     source_positions: Tensor
 
     def __init__(self, dim: int, tokens_in: int, tokens_out: int, prefix: int) -> None:
@@ -66,9 +68,10 @@ class SimilarityMask(nn.Module):
             CountError: where there is no patch token.
         """
         count = int(tokens.shape[1])  # a tensor while it is traced
-        if count == self.tokens_in:
+        if count == self.tokens_in and self.reached == 1:
             return Counts(count, self.tokens_out, self.partition, self.source_positions)
         kept = kept_at(count, self.tokens_in, self.tokens_out, self.prefix)
+        kept = count - round(self.reached * (count - kept))
         split = partition(count, kept, self.prefix)
         return Counts(count, kept, split, sources_of(count - self.prefix, split).to(tokens.device))
 

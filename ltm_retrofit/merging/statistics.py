@@ -92,7 +92,7 @@ class Statistics(nn.Module):
         self.register_buffer("counts", torch.zeros(clusters, classes, dtype=torch.float32))
         self.register_buffer("beta", torch.ones((), dtype=torch.float32))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.float32))
-        self._recent: tuple[Tensor, Tensor] | None = None  # descriptors (m, D) and soft labels (m, C), newest last
+        self.memory: tuple[Tensor, Tensor] | None = None  # descriptors (m, D) and soft labels (m, C), newest last
 
     def extra_repr(self) -> str:
         """Say what the module does in a printed model."""
@@ -173,9 +173,9 @@ class Statistics(nn.Module):
 
         The new clusters have other numbers: whatever was said of cluster a before does not hold after.
         """
-        if self._recent is None or len(self._recent[0]) < SAMPLES_PER_CLUSTER * len(self.centroids):
+        if self.memory is None or len(self.memory[0]) < SAMPLES_PER_CLUSTER * len(self.centroids):
             return False
-        self.fit(*self._recent, generator)
+        self.fit(*self.memory, generator)
         return True
 
     def bound(self, x: Tensor, targets: Tensor, kind: str = "ceb", gamma: float | None = None) -> Tensor:
@@ -233,11 +233,11 @@ class Statistics(nn.Module):
 
     def _remember(self, x: Tensor, targets: Tensor) -> None:
         """Put a batch into the memory; the oldest samples beyond ``capacity`` drop out."""
-        if self._recent is None:
-            self._recent = x[-self.capacity :].clone(), targets[-self.capacity :].clone()
+        if self.memory is None:
+            self.memory = x[-self.capacity :].clone(), targets[-self.capacity :].clone()
             return
-        kept_x, kept_targets = (kept.to(x.device) for kept in self._recent)
-        self._recent = (
+        kept_x, kept_targets = (kept.to(x.device) for kept in self.memory)
+        self.memory = (
             torch.cat([kept_x, x[-self.capacity :]])[-self.capacity :].clone(),
             torch.cat([kept_targets, targets[-self.capacity :]])[-self.capacity :].clone(),
         )

@@ -1,4 +1,4 @@
-"""Transforms and loaders from the model's own configuration; labels checked before anything is trained."""
+"""Transforms from the model's own configuration; labels checked before anything is trained; batches taken apart."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from ltm_retrofit.errors import DataError
 from ltm_retrofit.graph.example import input_size
@@ -88,23 +87,14 @@ def make_transform(wanted: Preprocessing, augment: str = "none") -> Callable[[An
 UNLABELLED = -1
 
 
-class _Images(Dataset[tuple[Tensor, int]]):
-    """Rows of a `datasets` data set as (image, label)."""
-
-    def __init__(self, rows: Any, transform: Callable[[Any], Tensor]) -> None:
-        self.rows, self.transform = rows, transform
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        row = self.rows[index]
-        return self.transform(row["image"]), int(row.get("label", UNLABELLED))
-
-
 def is_table(data: Data) -> bool:
     """Say whether data is a `datasets` data set, as opposed to a loader."""
     return hasattr(data, "column_names") and hasattr(data, "features")
+
+
+def is_stream(data: Data) -> bool:
+    """Say whether data is a `datasets` data set that is read as it goes by, of unknown length."""
+    return is_table(data) and not hasattr(data, "__len__")
 
 
 def check_labels(data: Data, classes: int, split: str) -> None:
@@ -113,12 +103,14 @@ def check_labels(data: Data, classes: int, split: str) -> None:
     Raises:
         DataError: columns missing, labels outside the classes, or a class that no image has.
     """
-    missing = {"image", "label"} - set(data.column_names)
-    if missing:
+    columns = data.column_names or list(next(iter(data), {}))  # a stream may not know before it has read a row
+    if {"image", "label"} - set(columns):
         raise DataError(
-            f"the {split} split has columns {', '.join(data.column_names)}; expected image and label: rename them with "
+            f"the {split} split has columns {', '.join(columns)}; expected image and label: rename them with "
             "dataset.rename_column, or name them in the recipe's data section"
         )
+    if is_stream(data):
+        return  # its labels are checked as they come
     if len(data) == 0:
         raise DataError(f"the {split} split is empty")
     seen = set(data["label"])
@@ -137,29 +129,6 @@ def check_labels(data: Data, classes: int, split: str) -> None:
             f"({len(absent)} of the model's {classes} classes): use a split that has all of them, stratified for "
             "example, or give the model another head"
         )
-
-
-def make_loader(
-    model: nn.Module,
-    data: Data,
-    *,
-    batch_size: int,
-    shuffle: bool,
-    augment: str = "none",
-    seed: int = 0,
-    workers: int = 0,
-) -> Iterable[Any]:
-    """Return batches ``(images, labels)`` of a data set as the model wants them; a loader is returned as it is."""
-    if not is_table(data):
-        return data  # type: ignore[no-any-return]
-    return DataLoader(
-        _Images(data, make_transform(preprocessing_of(model), augment)),
-        batch_size=batch_size,
-        shuffle=shuffle,
-        generator=torch.Generator().manual_seed(seed),
-        num_workers=workers,
-        drop_last=shuffle and len(data) >= batch_size,
-    )
 
 
 def split_batch(batch: Any, labelled: bool = True) -> tuple[Any, Tensor | None]:

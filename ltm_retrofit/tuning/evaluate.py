@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from ltm_retrofit.convert import get_retrofit, is_retrofitted
 from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.graph.example import home, logits_of, prepare_example, run
-from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table, make_loader
+from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table
+from ltm_retrofit.tuning.images import make_loader
 from ltm_retrofit.undisturbed import undisturbed
 
 

@@ -18,6 +18,7 @@ from ltm_retrofit.graph.example import logits_of, run
 from ltm_retrofit.graph.probe import record
 from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.tracing import bound_loss, trace
+from ltm_retrofit.tuning.information import Information
 from ltm_retrofit.tuning.settings import TrainConfig
 
 
@@ -37,6 +38,7 @@ class Objective:
         self.bounded = config.bound != "none" and is_retrofitted(model) and get_retrofit(model).readout is not None
         self.teacher = teacher_of(model) if config.distill or config.distill_token else None
         self.readouts: tuple[str, ...] = ()
+        self.information = Information(model) if self.bounded else None
         kinds = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
         mixes = [
             kind(alpha=getattr(config, name), num_classes=classes)
@@ -97,6 +99,8 @@ class Objective:
             losses["bound"] = bound_loss(
                 traced, soft, sites=self.config.bound_sites, kind=self.config.bound, gamma=self.config.gamma
             )
+            if self.information is not None and self.model.training:
+                self.information.add(traced, soft)
             if bound:
                 loss = loss + self.config.bound_weight * losses["bound"]
         if taught is not None:
@@ -106,6 +110,30 @@ class Objective:
                 losses["distill"] = losses["distill"] + self.config.distill_token * (1 - near).mean()
             loss = loss + losses["distill"]
         return {"loss": loss, **losses}
+
+    @contextmanager
+    def informed(self) -> Iterator[None]:
+        """Let the forward passes inside say what the network was given, so that `estimate` knows."""
+        handle = None if self.information is None else self.information.listen()
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    def estimate(self) -> dict[str, float]:
+        """Return what the feature knows of image and class: see `Information.estimate`."""
+        return {} if self.information is None else self.information.estimate()
+
+    @property
+    def seen(self) -> list[Tensor]:
+        """What an estimate is made of, for a checkpoint."""
+        return [] if self.information is None else self.information.memory
+
+    @seen.setter
+    def seen(self, memory: list[Tensor]) -> None:
+        if self.information is not None:
+            self.information.memory = memory
 
     def _task(self, logits: Tensor, targets: Tensor) -> Tensor:
         smoothing = self.config.label_smoothing

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, DistributedType
 
@@ -71,3 +73,17 @@ def check_alone(processes: int) -> None:
 def is_main() -> bool:
     """Say whether this process writes files and speaks: the first of a launch, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def checkpoints_beside(out: Path, resume: bool) -> Path:
+    """Return the folder for the checkpoints of a run that writes to ``out``; emptied where it is not to go on."""
+    folder = out.absolute().parent / f".{out.name}.checkpoints"
+    if not resume and folder.exists():
+        forget(folder)
+    return folder
+
+
+def forget(folder: Path) -> None:
+    """Remove a folder of checkpoints, once for all processes."""
+    with PartialState().main_process_first():
+        shutil.rmtree(folder, ignore_errors=True)

@@ -12,7 +12,15 @@ from ltm_retrofit.tuning.data import AUGMENTS
 TRAINS = ("all", "masks", "masks+norms", "lora")
 BOUNDS = ("ceb", "ibb", "none")
 FROM_ZERO = ("seed", "workers")  # of the whole numbers; the others count something
-SHARES = ("layer_decay", "ema", "warmup", "bound_warmup", "label_smoothing")  # of the numbers, at most 1
+SHARES = (
+    "layer_decay",
+    "ema",
+    "warmup",
+    "bound_warmup",
+    "label_smoothing",
+    "unreadable",
+    "anneal",
+)  # of the numbers, at most 1
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,11 @@ class TrainConfig(Strict):
         augment: ``"none"``, or ``"crop"``: shifts by up to a sixteenth of the image.
         mixed_precision: Accelerate's: ``"no"``, ``"bf16"`` or ``"fp16"``.
         workers: of the data loader.
+        steps: in an epoch; needed for a stream, which does not know its length. Where the data ends before, it starts
+            over.
+        unreadable: share of the training images that may be unreadable; the next one takes the place of each.
+        checkpoint_every: steps between two checkpoints, where `finetune` is given a folder for them.
+        anneal: share of the steps in which the token counts fall from all to those of the plan.
     """
 
     epochs: int = 1
@@ -83,16 +96,22 @@ class TrainConfig(Strict):
     augment: str = "none"
     mixed_precision: str = "no"
     workers: int = 0
+    steps: int | None = None
+    unreadable: float = 0.01
+    checkpoint_every: int = 500
+    anneal: float = 0.0
 
     def __post_init__(self) -> None:
         """Check every value; nothing is corrected silently."""
         for entry in fields(self):
             name, value = entry.name, getattr(self, entry.name)
-            if entry.type == "int":
+            if value is None and str(entry.type).endswith("| None"):
+                continue
+            if str(entry.type).startswith("int"):
                 least = 0 if name in FROM_ZERO else 1
                 if not isinstance(value, int) or isinstance(value, bool) or value < least:
                     raise RecipeError(f"{name} must be a whole number from {least} on, got {value!r}")
-            elif entry.type == "float" or (entry.type == "float | None" and value is not None):
+            elif str(entry.type).startswith("float"):
                 most = 1 if name in SHARES else math.inf
                 if type(value) not in (int, float) or not 0 <= value <= most or math.isinf(value):
                     hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) else ""

@@ -2,65 +2,63 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
-from torch import Tensor, nn
+from accelerate.utils import find_executable_batch_size
+from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from ltm_retrofit.blocks import CHILD, FINETUNED
-from ltm_retrofit.convert import mark_finetuned
-from ltm_retrofit.errors import DataError, TrainingError
+from ltm_retrofit.blocks import FINETUNED
+from ltm_retrofit.errors import CheckpointError, DataError, TrainingError
 from ltm_retrofit.graph.example import home
-from ltm_retrofit.interception.masks import LEARNABLE
-from ltm_retrofit.merging.grid import GridMask
-from ltm_retrofit.merging.mask import MaskModule
+from ltm_retrofit.interception.masks import MASKS
+from ltm_retrofit.merging.mask import SimilarityMask
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table, make_loader, size_of
-from ltm_retrofit.tuning.evaluate import count_classes, evaluate
-from ltm_retrofit.tuning.objective import Objective
-from ltm_retrofit.tuning.parameters import checkpointed, chosen, low_rank, make_optimizer
+from ltm_retrofit.tuning import checkpoints
+from ltm_retrofit.tuning.data import Data, check_labels, is_stream, is_table
+from ltm_retrofit.tuning.evaluate import count_classes
+from ltm_retrofit.tuning.history import History
+from ltm_retrofit.tuning.images import Order, Stream, make_loader
+from ltm_retrofit.tuning.loop import Run
+from ltm_retrofit.tuning.parameters import checkpointed, chosen, low_rank
+from ltm_retrofit.tuning.passes import Passes
 from ltm_retrofit.tuning.processes import make_accelerator
 from ltm_retrofit.tuning.settings import TrainConfig
 
-#: steps between two copies of the weights that a non-finite loss falls back to
-KEEP_EVERY = 20
 
-
-@dataclass
-class History:
-    """What a fine-tune went through: one entry an epoch, and the loss of every step."""
-
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
-
-def finetune(model: nn.Module, train: Data, val: Data | None = None, *, config: TrainConfig | None = None) -> History:
+def finetune(
+    model: nn.Module,
+    train: Data,
+    val: Data | None = None,
+    *,
+    config: TrainConfig | None = None,
+    checkpoints_to: str | Path | None = None,
+    resume: bool = False,
+) -> History:
     """Fine-tune a model in place, converted or not, through Accelerate.
+
+    Where a batch of a data set does not fit into memory, the run starts over with batches of half the size, twice as
+    many to a step, and warns.
 
     Args:
         model: any classifier; the bound is left out where there is no learnable mask.
-        train: a `datasets` data set with columns ``image`` and ``label``, or a loader of batches.
-        val: likewise; its accuracy is noted after every epoch.
+        train: a `datasets` data set with columns ``image`` and ``label``, streamed or not, or a loader of batches.
+        val: likewise, not streamed; its accuracy is noted after every epoch.
         config: see `TrainConfig`.
+        checkpoints_to: folder for a checkpoint every ``config.checkpoint_every`` steps and after each epoch.
+        resume: go on from that folder's checkpoint where it has one, with the model as it was given at first. On a CPU
+            losses and weights are those of a run that was never interrupted, bit for bit.
 
     Returns:
         The history. The model keeps its device, training flags and ``requires_grad``.
 
     Raises:
+        CheckpointError: a checkpoint that is not to be resumed, is of another run, or cannot be written.
         DataError: labels that do not fit the model's classes, columns missing, a class without images.
         TrainingError: no classifier, nothing to train, or a loss that is not finite (the model then holds the last
             weights whose loss was).
@@ -72,18 +70,78 @@ def finetune(model: nn.Module, train: Data, val: Data | None = None, *, config: 
         if (
             data is not None
             and is_table(data)
-            and ("label" in data.column_names or split == "validation" or not config.distill)
+            and ("label" in (data.column_names or ()) or split == "validation" or not config.distill)
         ):
             check_labels(data, classes, split)
-    loader = make_loader(
-        model,
-        train,
-        batch_size=config.batch_size,
-        shuffle=True,
-        augment=config.augment,
-        seed=config.seed,
-        workers=config.workers,
-    )
+    if is_stream(train) and accelerator.num_processes > 1:
+        raise DataError(f"a stream cannot be shared out among {accelerator.num_processes} processes: use a data set")
+    _check_annealed(model, config)
+    folder = None if checkpoints_to is None else Path(checkpoints_to)
+    state = None if folder is None else checkpoints.read(folder)
+    if resume and folder is None:
+        raise CheckpointError("resume needs the folder that the checkpoints were written to: set checkpoints_to")
+    if state is not None and not resume:
+        raise CheckpointError(
+            f"{folder} holds a checkpoint of an earlier run: go on from it with resume, or name another folder"
+        )
+    start = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    size = config.batch_size if state is None else int(state["batch_images"])
+
+    def halve() -> int:
+        nonlocal size
+        least = accelerator.num_processes
+        if not is_table(train) or size % (2 * least):
+            raise TrainingError(
+                f"a batch of {size} images does not fit into memory"
+                + (", and cannot be halved" if is_table(train) else ": pass a loader with smaller ones")
+            )
+        size //= 2
+        model.load_state_dict(start)
+        for module in model.modules():
+            if isinstance(module, Statistics):
+                module.memory = None
+        together = config.batch_size * config.accumulate // size
+        warnings.warn(f"out of memory: starting over with {size} images at once, {together} times a step", stacklevel=2)
+        return size
+
+    @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)  # type: ignore[untyped-decorator]
+    def attempt(batch_size: int) -> History:
+        loader = make_loader(
+            model,
+            train,
+            batch_size=batch_size,
+            shuffle=True,
+            augment=config.augment,
+            seed=config.seed,
+            workers=config.workers,
+            unreadable=config.unreadable,
+        )
+        passes = _passes(loader, accelerator, config, batch_size)
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(config.seed + accelerator.process_index)
+            stack.enter_context(low_rank(model, config))
+            stack.enter_context(checkpointed(model, config.checkpointing))
+            stack.enter_context(_kept_state(model, config.train))
+            accumulate = config.accumulate * config.batch_size // batch_size
+            run = Run(model, accelerator, config, classes, passes, accumulate, folder)
+            if state is not None and int(state["batch_images"]) == batch_size:
+                run.resume(state)
+            return run.go(val)
+
+    history: History = attempt()
+    return history
+
+
+def _passes(loader: object, accelerator: Accelerator, config: TrainConfig, images: int) -> Passes:
+    """Let the processes share a loader.
+
+    Raises:
+        DataError: where it is none that can be shared.
+    """
+    place: Order | Stream | None = None
+    if isinstance(loader, DataLoader):
+        place = next((part for part in (loader.sampler, loader.dataset) if isinstance(part, (Order, Stream))), None)
     if accelerator.num_processes > 1:
         if not isinstance(loader, DataLoader):
             raise DataError(
@@ -91,154 +149,24 @@ def finetune(model: nn.Module, train: Data, val: Data | None = None, *, config: 
                 f"{type(loader).__name__}"
             )
         loader = accelerator.prepare_data_loader(loader)
-    try:
-        length = len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        raise DataError("finetune needs to know how many steps an epoch has: pass a loader that has a length") from None
-    if length == 0:
-        raise DataError("the training loader has no batch: it needs at least one")
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
-        torch.manual_seed(config.seed + accelerator.process_index)
-        stack.enter_context(low_rank(model, config))
-        stack.enter_context(checkpointed(model, config.checkpointing))
-        stack.enter_context(_kept_state(model, config.train))
-        return _Run(model, accelerator, config, classes, length).epochs(loader, val)
+    together = config.accumulate * config.batch_size // images
+    length = None if config.steps is None else config.steps * together
+    return Passes(loader, place, length=length, images=images, epochs=config.epochs)
 
 
-class _Run:
-    """One fine-tune: optimizer, schedule, bound, and the weights to fall back to."""
+def _check_annealed(model: nn.Module, config: TrainConfig) -> None:
+    """Check that token counts can fall during training.
 
-    def __init__(
-        self, model: nn.Module, accelerator: Accelerator, config: TrainConfig, classes: int, length: int
-    ) -> None:
-        self.model, self.accelerator, self.config = model, accelerator, config
-        steps = -(-length // config.accumulate)  # of the optimizer, in an epoch
-        self.total, self.length, self.step = steps * config.epochs, length, 0
-        self.objective = Objective(model, config, classes)
-        optimizer = make_optimizer(model, config)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        self.wrapped, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
-        self.ema = ModelEmaV3(model, decay=config.ema, exclude_buffers=True) if config.ema else None
-        self.good: dict[str, Tensor] = {}
-        self.good_step = 0
-        self.optimizer.zero_grad()
-
-    def _rate(self, step: int) -> float:
-        done, warmup = step / max(1, self.total), self.config.warmup
-        return (step + 1) / (warmup * self.total + 1) if done < warmup else 0.5 * (1 + math.cos(math.pi * done))
-
-    def epochs(self, loader: Any, val: Data | None) -> History:
-        history = History()
-        for epoch in range(self.config.epochs):
-            began, sums = time.perf_counter(), defaultdict[str, float](float)
-            images = 0
-            self.wrapped.train()
-            batches = batches_on(loader, self.accelerator.device, labelled=not self.config.distill)
-            alone = self.accelerator.is_local_main_process
-            bar = tqdm(
-                batches,
-                total=self.length,
-                desc=f"epoch {epoch + 1}/{self.config.epochs}",
-                leave=False,
-                disable=None if alone else True,
-            )
-            for number, (inputs, labels) in enumerate(bar, start=1):
-                losses = self.train_step(inputs, labels, number)
-                for key, value in losses.items():
-                    sums[key] += value / self.length
-                history.losses.append(losses["loss"])
-                images += size_of(inputs) * self.accelerator.num_processes
-                bar.set_postfix(loss=f"{losses['loss']:.3f}")
-            self.refresh()
-            seconds = time.perf_counter() - began
-            history.epochs.append(
-                {
-                    "epoch": epoch + 1,
-                    **sums,
-                    "lr": self.schedule.get_last_lr()[0],
-                    "val_accuracy": None if val is None else self.validate(val),
-                    "seconds": seconds,
-                    "images_per_second": images / seconds,
-                    "sites": self.sites(),
-                }
-            )
-        if self.ema is not None:
-            with torch.no_grad():
-                for parameter, mean in zip(self.model.parameters(), self.ema.module.parameters(), strict=True):
-                    parameter.copy_(mean)
-        return history
-
-    def train_step(self, inputs: Any, labels: Tensor | None, number: int) -> dict[str, float]:
-        """Learn from one batch of an epoch; stops before the step where the loss or its gradient is not finite."""
-        together = self.config.accumulate  # batches that make this step: fewer are left at the end of an epoch
-        before = (number - 1) // together * together
-        together = min(together, self.length - before)
-        joins = self.step >= self.config.bound_warmup * self.total
-        losses = self.objective(self.wrapped, inputs, labels, bound=joins)
-        means = self.means(losses)
-        value = means["loss"]
-        if math.isfinite(value):
-            self.accelerator.backward(losses["loss"] / together)
-            if number < before + together:
-                return means
-            norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip or math.inf)
-            if norm is not None and not bool(torch.isfinite(norm)) and self.config.mixed_precision != "fp16":
-                value = math.nan
-        if not math.isfinite(value):
-            self.fall_back(value)
-        if self.step % KEEP_EVERY == 0:
-            self.good = {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
-            self.good_step = self.step
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        mark_finetuned(self.model)
-        self.schedule.step()
-        self.step += 1
-        if self.ema is not None:
-            self.ema.update(self.model)
-        images = self.config.batch_size * self.config.accumulate
-        if self.step * images // 1024 >= 1 and (self.step - 1) * images < 1024:
-            self.refresh()  # the first fit saw few images for each cluster; now the memory is full
-        return means
-
-    def validate(self, val: Data) -> float:
-        """Return the accuracy on validation data, which the processes share."""
-        model = self.model if self.ema is None else self.ema.module
-        return evaluate(model, val, self.config.batch_size, self.accelerator)
-
-    def means(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the means over all processes."""
-        stacked = torch.stack([value.detach().float().to(self.accelerator.device) for value in losses.values()])
-        return dict(zip(losses, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
-
-    def fall_back(self, value: float) -> None:
-        """Put the last good weights back and stop."""
-        if self.good:
-            self.model.load_state_dict(self.good)
+    Raises:
+        TrainingError: where there is nothing to anneal, or a mask has a fixed grid.
+    """
+    masks = [module for module in model.modules() if isinstance(module, MASKS)]
+    if config.anneal and not (masks and all(isinstance(mask, SimilarityMask) for mask in masks)):
+        kinds = ", ".join(sorted({type(mask).__name__ for mask in masks})) or "no mask"
         raise TrainingError(
-            f"the loss or its gradient is not finite at step {self.step + 1} of {self.total} (loss {value}): the model "
-            f"holds the weights from before step {self.good_step + 1}. Lower lr ({self.config.lr:g}), check the images "
-            "for NaN, or use mixed_precision='no'"
+            f"anneal lets the counts of masks by similarity fall (methods ltm and tome, no grids), and this model has "
+            f"{kinds}: set it to 0"
         )
-
-    def refresh(self) -> None:
-        """Fit all statistics anew to their memories."""
-        for module in self.model.modules():
-            if isinstance(module, Statistics):
-                module.refresh()
-
-    def sites(self) -> dict[str, dict[str, float]]:
-        """Return what each mask has learned: η and the temperature of its softmax."""
-        return {
-            name.removesuffix(CHILD).rstrip("."): {
-                "eta": module.eta.item(),
-                **({"temperature": math.exp(-module.log_scale.item())} if isinstance(module, MaskModule) else {}),
-                **({"alpha": module.alpha.item()} if isinstance(module, GridMask) else {}),
-            }
-            for name, module in self.model.named_modules()
-            if isinstance(module, LEARNABLE)
-        }
 
 
 @contextmanager
@@ -261,6 +189,9 @@ def _kept_state(model: nn.Module, train: str) -> Iterator[None]:
             del model.__dict__[name]
         if forward is not None:
             model.__dict__["forward"] = forward
+        for module in model.modules():
+            if isinstance(module, SimilarityMask):
+                module.__dict__.pop("reached", None)
         model.to(device)
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)

@@ -118,7 +118,7 @@ def test_a_batch_that_is_not_finite_is_ignored(bad):
     statistics.update(batch(16)[0], targets)
     statistics.update(x[:0], targets[:0])
     assert same(statistics, before)
-    assert torch.equal(statistics._recent[0], before._recent[0])
+    assert torch.equal(statistics.memory[0], before.memory[0])
     with pytest.raises(DataError, match="finite"):
         statistics.fit(x, targets)
 
@@ -170,7 +170,7 @@ def test_centroids_follow_features_that_drift_and_a_refresh_fetches_those_left_b
     assert (statistics.centroids.mean(0) - x.mean(0)).abs().max() < 1.5
 
 
-def test_a_refresh_is_a_fit_to_the_most_recent_samples():
+def test_a_refresh_is_a_fit_to_the_mostmemory_samples():
     statistics = fresh()
     batches = [batch(40, seed=seed) for seed in range(5)]
     for x, targets in batches:
@@ -201,9 +201,9 @@ def test_the_memory_holds_the_newest_samples_up_to_its_capacity(sizes):
         statistics.update(x, targets)
         seen = torch.cat([seen, x])
     if len(seen):
-        assert torch.equal(statistics._recent[0], seen[-128:])
-        assert len(statistics._recent[1]) == min(len(seen), 128)
-        assert statistics._recent[0].untyped_storage().nbytes() <= 128 * DIM * 4
+        assert torch.equal(statistics.memory[0], seen[-128:])
+        assert len(statistics.memory[1]) == min(len(seen), 128)
+        assert statistics.memory[0].untyped_storage().nbytes() <= 128 * DIM * 4
 
 
 # -------------------------------------------------------------------------------------------------- bound and direction

@@ -16,8 +16,6 @@ from ltm_retrofit.tuning.data import (
     Preprocessing,
     batches_on,
     check_labels,
-    is_table,
-    make_loader,
     make_transform,
     preprocessing_of,
     split_batch,
@@ -157,34 +155,6 @@ def test_an_empty_split_is_refused() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- batches
-
-
-def test_a_loader_passes_through_untouched() -> None:
-    model = nn.Linear(3, 3)
-    for loader in ([(torch.zeros(1, 3), torch.zeros(1))], iter(())):
-        assert make_loader(model, loader, batch_size=4, shuffle=True) is loader
-        assert not is_table(loader)
-
-
-def test_loader_of_a_table_goes_through_all_images_in_order(pictures, build) -> None:
-    data = pictures(11)
-    assert is_table(data)
-    batches = list(make_loader(build("timm-vit"), data, batch_size=4, shuffle=False))
-    assert [len(labels) for _, labels in batches] == [4, 4, 3]
-    assert torch.cat([labels for _, labels in batches]).tolist() == data["label"][:]
-    assert batches[0][0].shape == (4, 3, 32, 32)
-
-
-def test_training_loader_shuffles_by_its_seed_and_drops_a_rest(pictures, build) -> None:
-    model, data = build("timm-vit"), pictures(30)
-
-    def order(seed: int) -> list[int]:
-        loader = make_loader(model, data, batch_size=8, shuffle=True, seed=seed)
-        return torch.cat([labels for _, labels in loader]).tolist()
-
-    assert len(order(0)) == 24
-    assert order(0) == order(0) != order(1)
-    assert len(list(make_loader(model, pictures(7), batch_size=8, shuffle=True))) == 1, "fewer images than a batch"
 
 
 def test_split_batch_takes_pairs_and_mappings() -> None:

@@ -122,7 +122,7 @@ def test_images_without_labels_teach_what_the_teacher_says(shape, build, picture
     held = weights(teacher)
     config = TrainConfig(epochs=4, batch_size=14, lr=5e-4, distill=1.0, bound="none", weight_decay=0.0)
     history = ltm.finetune(model, data, config=config)
-    assert history.epochs[0]["task"] == 0 and history.epochs[-1]["distill"] < 0.7 * history.epochs[0]["distill"]
+    assert history.epochs[0]["task"] == 0 and history.epochs[-1]["distill"] < 0.8 * history.epochs[0]["distill"]
     assert equal(weights(teacher), held)
 
 

@@ -1,0 +1,137 @@
+"""Where an interrupted fine-tune goes on: one file, replaced whole or not at all, that holds no pickled objects."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ltm_retrofit.errors import CheckpointError
+
+#: file name in the folder that a fine-tune is given
+NAME = "checkpoint.safetensors"
+FORMAT = 1
+
+
+def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Turn nested mappings, lists, numbers and tensors into what JSON holds; tensors go into ``tensors``.
+
+    Raises:
+        CheckpointError: on any other kind of value.
+    """
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"items": [[pack(key, tensors), pack(entry, tensors)] for key, entry in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [pack(entry, tensors) for entry in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise CheckpointError(f"a checkpoint holds numbers, text and tensors, and cannot keep a {type(value).__name__}")
+
+
+def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Turn what `pack` made back; tuples come back as lists."""
+    if isinstance(value, list):
+        return [unpack(entry, tensors) for entry in value]
+    if isinstance(value, dict) and "tensor" in value:
+        return tensors[value["tensor"]]
+    if isinstance(value, dict):
+        return {unpack(key, tensors): unpack(entry, tensors) for key, entry in value["items"]}
+    return value
+
+
+def write(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint in place of the last one: to another name, to the disk, then under its own name.
+
+    Raises:
+        CheckpointError: where it cannot be written, for want of room for example; the last one is as it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    values = json.dumps({"format": FORMAT, "state": pack(state, tensors)})
+    unfinished = folder / f"{NAME}.unfinished"
+    try:
+        save_file(tensors, unfinished, metadata={"ltm_retrofit": values})
+        _to_disk(unfinished)
+        os.replace(unfinished, folder / NAME)
+        _to_disk(folder)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        kept = "the last good one is still there" if (folder / NAME).exists() else "there is none yet"
+        raise CheckpointError(
+            f"cannot write a checkpoint to {folder}: {error}; {kept}. Make room, and go on from it with resume"
+        ) from error
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """Return the checkpoint of a folder; None where it has none.
+
+    Raises:
+        CheckpointError: where the file is no checkpoint of ours.
+    """
+    file = folder / NAME
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            values = json.loads(opened.metadata()["ltm_retrofit"])
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} is no checkpoint of a fine-tune: {type(error).__name__}: {error}") from error
+    if values.get("format") != FORMAT:
+        raise CheckpointError(f"{file} has format {values.get('format')!r}, this version reads {FORMAT}")
+    state: dict[str, Any] = unpack(values["state"], tensors)
+    return state
+
+
+def random_state() -> dict[str, Any]:
+    """Return where this process's sources of randomness are: Python's, NumPy's, torch's."""
+    kind, internal, position, has_gauss, gauss = np.random.get_state()
+    version, numbers, normal = random.getstate()
+    return {
+        "python": [version, list(numbers), normal],
+        "numpy": [kind, torch.from_numpy(np.asarray(internal, dtype=np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put the sources of randomness back to where `random_state` found them."""
+    version, numbers, normal = state["python"]
+    random.setstate((version, tuple(numbers), normal))
+    kind, internal, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, internal.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def of_every_rank(value: Any, accelerator: Accelerator) -> list[Any]:
+    """Return a value of every process, in rank order; all have to call it."""
+    return list(gather_object([value])) if accelerator.num_processes > 1 else [value]

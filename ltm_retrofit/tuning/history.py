@@ -1,0 +1,61 @@
+"""What a fine-tune starts from, how far it has come, and what it went through."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ltm_retrofit.errors import CheckpointError
+from ltm_retrofit.fingerprints import fingerprints_of
+from ltm_retrofit.tuning.settings import TrainConfig
+
+#: settings that a run may change when it goes on
+FREE = ("workers", "checkpoint_every")
+
+
+@dataclass
+class History:
+    """What a fine-tune went through: one entry an epoch, and the loss of every batch."""
+
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class Progress:
+    """How far a fine-tune has come: epochs done, batches done of the next one, steps in all, sums over the epoch."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+def beginning(model: nn.Module, config: TrainConfig, images: int, processes: int) -> dict[str, Any]:
+    """Say what a run starts from: settings, weights, images of an epoch, processes."""
+    weights = repr(sorted(fingerprints_of(model).items())).encode()
+    settings = {key: value for key, value in config.to_dict().items() if key not in FREE}
+    return {**settings, "weights": hashlib.sha256(weights).hexdigest()[:16], "images": images, "processes": processes}
+
+
+def check_same(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Check that a checkpoint's run began as this one did.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    differing = [key for key in here if there.get(key) != here[key]]
+    if differing:
+        shown = ", ".join(f"{key} ({there.get(key)!r} there, {here[key]!r} here)" for key in differing)
+        raise CheckpointError(
+            f"the checkpoint is of another run, which differs in {shown}: go on with the same settings, model and "
+            "data, or start anew in another folder"
+        )

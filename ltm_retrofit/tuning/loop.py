@@ -1,0 +1,277 @@
+"""One fine-tune, step by step: what it has come to, how it goes on, and what it falls back to."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ltm_retrofit.blocks import CHILD
+from ltm_retrofit.convert import mark_finetuned
+from ltm_retrofit.errors import TrainingError
+from ltm_retrofit.interception.masks import LEARNABLE
+from ltm_retrofit.merging.grid import GridMask
+from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
+from ltm_retrofit.merging.statistics import Statistics
+from ltm_retrofit.tuning import checkpoints
+from ltm_retrofit.tuning.data import Data, batches_on, size_of
+from ltm_retrofit.tuning.evaluate import evaluate
+from ltm_retrofit.tuning.history import History, Progress, beginning, check_same
+from ltm_retrofit.tuning.objective import Objective
+from ltm_retrofit.tuning.parameters import make_optimizer
+from ltm_retrofit.tuning.passes import Passes
+from ltm_retrofit.tuning.settings import TrainConfig
+
+#: steps between two copies of the weights that a non-finite loss falls back to
+KEEP_EVERY = 20
+
+
+class Run:
+    """Optimizer, schedule, bound, and the weights to fall back to.
+
+    Args:
+        model: what is trained.
+        accelerator: of this run.
+        config: as asked for.
+        classes: C.
+        accumulate: batches that make a step, in the memory that there is.
+        passes: through the training data, as Accelerate prepared it.
+        folder: of checkpoints, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        config: TrainConfig,
+        classes: int,
+        passes: Passes,
+        accumulate: int,
+        folder: Path | None,
+    ) -> None:
+        self.model, self.accelerator, self.config = model, accelerator, config
+        self.passes, self.accumulate, self.folder, self.length = passes, accumulate, folder, passes.length
+        self.total = -(-self.length // accumulate) * config.epochs  # steps of the optimizer
+        self.began = beginning(model, config, self.length * passes.images, accelerator.num_processes)
+        self.objective = Objective(model, config, classes)
+        optimizer = make_optimizer(model, config)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        self.wrapped, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
+        self.ema = ModelEmaV3(model, decay=config.ema, exclude_buffers=True) if config.ema else None
+        self.progress, self.history = Progress(), History()
+        self.good: dict[str, Tensor] = {}
+        self.good_step = 0
+        self.optimizer.zero_grad()
+
+    def _rate(self, step: int) -> float:
+        done, warmup = step / max(1, self.total), self.config.warmup
+        return (step + 1) / (warmup * self.total + 1) if done < warmup else 0.5 * (1 + math.cos(math.pi * done))
+
+    def go(self, val: Data | None) -> History:
+        """Train to the end from wherever the progress is."""
+        progress = self.progress
+        while progress.epoch < self.config.epochs:
+            self.wrapped.train()
+            bar = tqdm(
+                total=self.length,
+                initial=progress.batch,
+                desc=f"epoch {progress.epoch + 1}/{self.config.epochs}",
+                leave=False,
+                disable=None if self.accelerator.is_local_main_process else True,
+            )
+            drawn = self.passes.draw(progress.epoch, progress.batch)
+            with bar, self.objective.informed():
+                clock = time.perf_counter()
+                for inputs, labels in batches_on(drawn, self.accelerator.device, labelled=not self.config.distill):
+                    came = time.perf_counter()
+                    losses = self.train_batch(inputs, labels)
+                    self._add("waiting", came - clock)
+                    self._add("seconds", time.perf_counter() - clock)
+                    bar.update()
+                    bar.set_postfix(loss=f"{losses['loss']:.3f}")
+                    if self._due():
+                        self.keep()
+                    clock = time.perf_counter()
+            clock = time.perf_counter()
+            self.refresh()
+            self._add("seconds", time.perf_counter() - clock)
+            self.finish_epoch(val)
+            if self.folder is not None:
+                self.keep()
+        if self.ema is not None:
+            with torch.no_grad():
+                for parameter, mean in zip(self.model.parameters(), self.ema.module.parameters(), strict=True):
+                    parameter.copy_(mean)
+        return self.history
+
+    def train_batch(self, inputs: Any, labels: Tensor | None) -> dict[str, float]:
+        """Learn from one batch; stops before the step where the loss or its gradient is not finite."""
+        progress = self.progress
+        before = progress.batch // self.accumulate * self.accumulate
+        together = min(self.accumulate, self.length - before)  # fewer are left at the end of an epoch
+        self.anneal()
+        joins = progress.step >= self.config.bound_warmup * self.total
+        losses = self.objective(self.wrapped, inputs, labels, bound=joins)
+        means = self.means(losses)
+        value = means["loss"]
+        if math.isfinite(value):
+            self.accelerator.backward(losses["loss"] / together)
+            if progress.batch + 1 == before + together:
+                norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip or math.inf)
+                if norm is not None and not bool(torch.isfinite(norm)) and self.config.mixed_precision != "fp16":
+                    value = math.nan
+        if not math.isfinite(value):
+            self.fall_back(value)
+        progress.batch += 1
+        if progress.batch == before + together:
+            self.step()
+        self.history.losses.append(means["loss"])
+        for key, mean in means.items():
+            self._add(key, mean / self.length)
+        self._add("images", size_of(inputs) * self.accelerator.num_processes)
+        return means
+
+    def step(self) -> None:
+        """Change the weights by the gradient that has come together."""
+        progress = self.progress
+        if progress.step % KEEP_EVERY == 0:
+            self.keep_good()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        mark_finetuned(self.model)
+        self.schedule.step()
+        progress.step += 1
+        if self.ema is not None:
+            self.ema.update(self.model)
+        images = self.config.batch_size * self.config.accumulate
+        if progress.step * images // 1024 >= 1 and (progress.step - 1) * images < 1024:
+            self.refresh()  # the first fit saw few images for each cluster; now the memory is full
+
+    def keep_good(self) -> None:
+        """Copy the weights that a loss which is not finite falls back to."""
+        self.good = {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
+        self.good_step = self.progress.step
+
+    def anneal(self) -> None:
+        """Let the token counts fall towards the plan's, over the first steps of the run."""
+        share = self.progress.step / (self.config.anneal * self.total) if self.config.anneal else 1.0
+        for module in self.model.modules():
+            if isinstance(module, SimilarityMask):
+                module.reached = min(1.0, share)
+
+    def _due(self) -> bool:
+        """Say whether it is time for a checkpoint: between two steps, and not at the end, where there is one anyway."""
+        progress = self.progress
+        whole = progress.batch % self.accumulate == 0 and progress.batch < self.length
+        return self.folder is not None and whole and progress.step % self.config.checkpoint_every == 0
+
+    def finish_epoch(self, val: Data | None) -> None:
+        """Note what the epoch brought."""
+        progress, sums = self.progress, self.progress.sums
+        images = int(sums.pop("images"))
+        unreadable = torch.tensor(self.passes.unreadable, device=self.accelerator.device)
+        entry = {
+            "epoch": progress.epoch + 1,
+            **sums,
+            **self.objective.estimate(),
+            "lr": self.schedule.get_last_lr()[0],
+            "val_accuracy": None if val is None else self.validate(val),
+            "images_per_second": images / sums["seconds"],
+            "unreadable": int(self.accelerator.reduce(unreadable, "sum")),
+            "sites": self.sites(),
+        }
+        self.history.epochs.append(entry)
+        progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, {}
+
+    def validate(self, val: Data) -> float:
+        """Return the accuracy on validation data, which the processes share."""
+        model = self.model if self.ema is None else self.ema.module
+        return evaluate(model, val, self.config.batch_size, self.accelerator)
+
+    def means(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the means over all processes."""
+        stacked = torch.stack([value.detach().float().to(self.accelerator.device) for value in losses.values()])
+        return dict(zip(losses, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+
+    def fall_back(self, value: float) -> None:
+        """Put the last good weights back and stop."""
+        if self.good:
+            self.model.load_state_dict(self.good)
+        kept = f" The last checkpoint in {self.folder} is of finite weights, too." if self.folder is not None else ""
+        raise TrainingError(
+            f"the loss or its gradient is not finite at step {self.progress.step + 1} of {self.total} (loss {value}): "
+            f"the model holds the weights from before step {self.good_step + 1}.{kept} Lower lr ({self.config.lr:g}), "
+            "check the images for NaN, or use mixed_precision='no'"
+        )
+
+    def refresh(self) -> None:
+        """Fit all statistics anew to their memories."""
+        for _, module in self._statistics():
+            module.refresh()
+
+    def sites(self) -> dict[str, dict[str, float]]:
+        """Return what each mask has learned: η and the temperature of its softmax."""
+        return {
+            name.removesuffix(CHILD).rstrip("."): {
+                "eta": module.eta.item(),
+                **({"temperature": math.exp(-module.log_scale.item())} if isinstance(module, MaskModule) else {}),
+                **({"alpha": module.alpha.item()} if isinstance(module, GridMask) else {}),
+            }
+            for name, module in self.model.named_modules()
+            if isinstance(module, LEARNABLE)
+        }
+
+    def _add(self, key: str, value: float) -> None:
+        self.progress.sums[key] = self.progress.sums.get(key, 0.0) + value
+
+    def keep(self) -> None:
+        """Write a checkpoint; the first process does, all have to call it."""
+        assert self.folder is not None
+        own = {"now": checkpoints.random_state(), "epoch": self.passes.random}
+        randoms = checkpoints.of_every_rank(own, self.accelerator)
+        if self.accelerator.is_main_process:
+            state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
+            state |= {"began": self.began, "batch_images": self.passes.images, "random": randoms}
+            state |= {"progress": asdict(self.progress), "history": asdict(self.history)}
+            state |= {"memories": {name: module.memory for name, module in self._statistics()}}
+            checkpoints.write(self.folder, state | {"seen": self.objective.seen})
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            CheckpointError: where it is of another run: other settings, model, data, or number of processes.
+        """
+        check_same(state["began"], self.began)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        device = self.accelerator.device
+        for name, module in self._statistics():
+            memory = state["memories"][name]
+            module.memory = None if memory is None else (memory[0].to(device), memory[1].to(device))
+        self.objective.seen = [part.to(device) for part in state["seen"]]
+        self.progress, self.history = Progress(**state["progress"]), History(**state["history"])
+        own = state["random"][self.accelerator.process_index]
+        self.passes.random = own["epoch"]
+        checkpoints.set_random_state(own["now"])
+        self.keep_good()
+        if self.progress.step:
+            mark_finetuned(self.model)
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
+        parts |= {} if self.ema is None else {"ema": self.ema.module}
+        return parts | ({} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler})
+
+    def _statistics(self) -> Iterator[tuple[str, Statistics]]:
+        return ((name, module) for name, module in self.model.named_modules() if isinstance(module, Statistics))

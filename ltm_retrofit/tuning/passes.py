@@ -1,0 +1,96 @@
+"""Epoch after epoch through the training data, from any place on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from ltm_retrofit.errors import DataError
+from ltm_retrofit.tuning import checkpoints
+from ltm_retrofit.tuning.images import Images, Order, Stream
+
+
+class Passes:
+    """The epochs of a run.
+
+    Args:
+        loader: as Accelerate prepared it.
+        place: what of a data set's own loader can be sent to an epoch; None of any other loader.
+        length: batches in an epoch; None is all that the loader has.
+        images: in a batch, in all processes.
+        epochs: of the run.
+
+    Raises:
+        DataError: where the length is neither given nor known, or zero.
+    """
+
+    def __init__(
+        self, loader: Any, place: Order | Stream | None, *, length: int | None, images: int, epochs: int
+    ) -> None:
+        self.loader, self.place, self.images, self.epochs = loader, place, images, epochs
+        try:
+            known = len(loader)
+        except TypeError:
+            known = None
+        if length is None and known is None:
+            raise DataError(
+                "finetune needs to know how many steps an epoch has: pass a loader that has a length, or set "
+                "TrainConfig.steps"
+            )
+        if known == 0:
+            raise DataError("the training loader has no batch: it needs at least one")
+        self.length = length or known or 0
+        self.whole = self.length == known
+        self.random: dict[str, Any] = {}  # what the epoch began with
+
+    @property
+    def unreadable(self) -> int:
+        """How many images of a data set could not be read so far, by this process."""
+        dataset = getattr(self.loader, "dataset", None)
+        return int(dataset.unreadable.sum()) if isinstance(dataset, Images) else 0
+
+    def draw(self, epoch: int, done: int) -> Iterator[Any]:
+        """Go through the batches of an epoch that are not done.
+
+        A data set's own loader goes to the place at once. Any other is drawn from up to there: the same batches come
+        wherever their order follows from the random numbers that the epoch began with.
+        """
+        own = self.loader.generator if isinstance(self.loader, DataLoader) else None
+        if not done:
+            self.random = {"process": checkpoints.random_state(), "loader": None if own is None else own.get_state()}
+        if isinstance(self.place, Order) and self.whole:
+            self.place.begin(epoch, done * self.images)
+            return iter(self.loader)
+        if self.place is not None:
+            self.place.begin(epoch)
+        after = checkpoints.random_state()
+        if done:
+            checkpoints.set_random_state(self.random["process"])
+            if own is not None:
+                own.set_state(self.random["loader"])
+        drawn = iter(self.loader) if self.whole else islice(self._over_and_over(epoch), self.length)
+        if done:
+            for _ in range(done):
+                next(drawn)
+            checkpoints.set_random_state(after)
+        return drawn
+
+    def _over_and_over(self, epoch: int) -> Iterator[Any]:
+        """Go through a loader as often as it takes; each time in another order where it is a data set's.
+
+        Raises:
+            DataError: where it has no batch.
+        """
+        while True:
+            empty = True
+            for batch in self.loader:
+                empty = False
+                yield batch
+            if empty:
+                raise DataError("the training loader has no batch: it needs at least one")
+            epoch += self.epochs
+            if self.place is not None:
+                self.place.begin(epoch)

@@ -1,0 +1,154 @@
+"""Loaders: the order of images and their augmentation follow from seed, epoch and place; damaged images are counted."""
+
+from __future__ import annotations
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import ltm_retrofit as ltm
+from ltm_retrofit.errors import DataError
+from ltm_retrofit.tuning.data import is_stream, is_table
+from ltm_retrofit.tuning.evaluate import evaluate
+from ltm_retrofit.tuning.images import make_loader, seed_of
+
+
+def test_a_loader_passes_through_untouched() -> None:
+    model = nn.Linear(3, 3)
+    for loader in ([(torch.zeros(1, 3), torch.zeros(1))], iter(())):
+        assert make_loader(model, loader, batch_size=4, shuffle=True) is loader
+        assert not is_table(loader)
+
+
+def test_loader_of_a_table_goes_through_all_images_in_order(pictures, build) -> None:
+    data = pictures(11)
+    assert is_table(data)
+    batches = list(make_loader(build("timm-vit"), data, batch_size=4, shuffle=False))
+    assert [len(labels) for _, labels in batches] == [4, 4, 3]
+    assert torch.cat([labels for _, labels in batches]).tolist() == data["label"][:]
+    assert batches[0][0].shape == (4, 3, 32, 32)
+
+
+def test_training_loader_shuffles_by_its_seed_and_drops_a_rest(pictures, build) -> None:
+    model, data = build("timm-vit"), pictures(30)
+
+    def order(seed: int) -> list[int]:
+        loader = make_loader(model, data, batch_size=8, shuffle=True, seed=seed)
+        return torch.cat([labels for _, labels in loader]).tolist()
+
+    assert len(order(0)) == 24
+    assert order(0) == order(0) != order(1)
+    assert len(list(make_loader(model, pictures(7), batch_size=8, shuffle=True))) == 1, "fewer images than a batch"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_is_the_same_from_any_place_on(workers: int, pictures, build) -> None:
+    model, data = build("timm-vit"), pictures(30)
+    shared = {"batch_size": 8, "shuffle": True, "augment": "crop", "seed": 3}
+    whole = make_loader(model, data, workers=0, **shared)
+    later = make_loader(model, data, workers=workers, **shared)
+    torch.manual_seed(workers)  # of no consequence
+    for epoch in (0, 1):
+        whole.sampler.begin(epoch)
+        before = list(whole)
+        torch.rand(3)
+        later.sampler.begin(epoch, 8)
+        after = list(later)
+        assert len(before) == 3 and len(after) == 2
+        for (x, y), (again, label) in zip(before[1:], after, strict=True):
+            assert torch.equal(x, again) and torch.equal(y, label)
+    whole.sampler.begin(0)
+    first = next(iter(whole))[0]
+    whole.sampler.begin(2)
+    assert not torch.equal(first, next(iter(whole))[0]), "another epoch, another order"
+
+
+def test_augmentation_leaves_the_processs_own_random_numbers_alone(pictures, build) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    list(make_loader(build("timm-vit"), pictures(16), batch_size=8, shuffle=True, augment="crop"))
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_seeds_differ_in_every_number() -> None:
+    seeds = {seed_of(a, b, c) for a in range(6) for b in range(6) for c in range(6)}
+    assert len(seeds) == 216 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+# ---------------------------------------------------------------------------------------------------- damaged images
+
+
+def encoded(count: int, damaged: tuple[int, ...]) -> datasets.Dataset:
+    """Pictures as bytes, one colour for each class, some cut off in the middle."""
+    rows = []
+    for index in range(count):
+        out = io.BytesIO()
+        noise = np.random.default_rng(index).integers(0, 60, (32, 32, 3))
+        Image.fromarray((noise + 20 * (index % 7)).astype(np.uint8)).save(out, "PNG")
+        whole = out.getvalue()
+        rows.append({"bytes": whole[: len(whole) // 2] if index in damaged else whole, "path": None})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    return datasets.Dataset.from_dict({"image": rows, "label": [i % 7 for i in range(count)]}, features=features)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_images_are_counted_and_replaced_by_the_next(workers: int, converted) -> None:
+    model = converted("timm-vit")
+    config = ltm.TrainConfig(batch_size=8, unreadable=0.1, workers=workers)
+    history = ltm.finetune(model, encoded(40, damaged=(3, 4)), config=config)
+    assert history.epochs[-1]["unreadable"] == 2 and len(history.losses) == 5
+    config = ltm.TrainConfig(batch_size=8, unreadable=0.04, workers=workers)
+    with pytest.raises(DataError, match=r"2 of 40 images cannot be read, the last one found is row [34] \(OSError"):
+        ltm.finetune(model, encoded(40, damaged=(3, 4)), config=config)
+
+
+def test_what_replaces_a_damaged_image_brings_its_own_label(build) -> None:
+    loader = make_loader(build("timm-vit"), encoded(6, damaged=(1, 5)), batch_size=6, shuffle=False, unreadable=0.5)
+    ((images, labels),) = loader
+    assert labels.tolist() == [0, 2, 2, 3, 4, 0]
+    assert torch.equal(images[1], images[2]) and torch.equal(images[5], images[0])
+
+
+def test_an_evaluation_accepts_no_damaged_image(build) -> None:
+    with pytest.raises(DataError, match="1 of 14 images cannot be read, the last one found is row 3"):
+        evaluate(build("timm-vit"), encoded(14, damaged=(3,)))
+
+
+# ----------------------------------------------------------------------------------------------------------- streams
+
+
+def test_a_stream_trains_for_as_many_steps_as_it_is_told(converted) -> None:
+    model, stream = converted("timm-vit"), encoded(40, damaged=()).to_iterable_dataset(num_shards=2)
+    assert is_stream(stream) and not is_stream(encoded(4, damaged=()))
+    history = ltm.finetune(model, stream, config=ltm.TrainConfig(batch_size=8, steps=7, epochs=2, lr=1e-3))
+    assert len(history.losses) == 14 and sum(history.losses[-4:]) < sum(history.losses[:4])
+
+
+def test_a_stream_asks_for_its_length(build) -> None:
+    stream = encoded(16, damaged=()).to_iterable_dataset()
+    with pytest.raises(DataError, match=r"set TrainConfig\.steps"):
+        ltm.finetune(build("timm-vit"), stream, config=ltm.TrainConfig(batch_size=8))
+
+
+def test_a_damaged_image_of_a_stream_is_named(build) -> None:
+    stream = encoded(16, damaged=(5,)).to_iterable_dataset()
+    with pytest.raises(DataError, match="of the stream cannot be read"):
+        ltm.finetune(build("timm-vit"), stream, config=ltm.TrainConfig(batch_size=8, steps=2))
+
+
+def test_labels_of_a_stream_are_checked_as_they_come(build) -> None:
+    stream = encoded(16, damaged=()).map(lambda row: {"label": row["label"] + 5}).to_iterable_dataset()
+    with pytest.raises(DataError, match=r"expected class indices \(n,\) from 0 to 6"):
+        ltm.finetune(build("timm-vit"), stream, config=ltm.TrainConfig(batch_size=8, steps=2))
+
+
+@pytest.mark.parametrize("steps", [2, 9])
+def test_an_epoch_of_a_table_may_be_cut_or_repeated(steps: int, converted) -> None:
+    history = ltm.finetune(converted("timm-vit"), encoded(40, ()), config=ltm.TrainConfig(batch_size=8, steps=steps))
+    assert len(history.losses) == steps

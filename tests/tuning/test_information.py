@@ -1,0 +1,119 @@
+"""What is logged of every epoch, and token counts that fall during training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pieces import batches
+from torch import nn
+
+import ltm_retrofit as ltm
+from ltm_retrofit.errors import TrainingError
+from ltm_retrofit.interception.masks import LEARNABLE
+from ltm_retrofit.merging import ib
+from ltm_retrofit.merging.mask import SimilarityMask
+from ltm_retrofit.tuning.information import Information, entrance_of
+
+MANY = batches(50, 7)
+
+
+def test_the_information_of_every_epoch_is_logged(converted) -> None:
+    history = ltm.finetune(converted("timm-vit"), MANY, config=ltm.TrainConfig(epochs=2, batch_size=7, lr=1e-3))
+    for entry in history.epochs:
+        assert entry["ib"] == pytest.approx(entry["i_input"] - entry["i_label"])
+        assert 0 <= entry["i_label"] <= torch.tensor(7.0).log() + 1e-6
+        assert 1 <= entry["perplexity"] <= 64 and entry["i_input"] >= 0
+        assert 0 <= entry["waiting"] <= entry["seconds"]
+    first, last = history.epochs
+    assert last["i_label"] > first["i_label"], "the feature learns the class"
+
+
+def test_there_is_no_information_before_a_fit_or_without_a_mask(converted) -> None:
+    for method, count in (("ltm", 2), ("slice", 50)):
+        history = ltm.finetune(converted("timm-vit", method), batches(count), config=ltm.TrainConfig(batch_size=7))
+        assert "ib" not in history.epochs[-1]
+
+
+def test_the_estimate_is_that_of_the_definitions(converted) -> None:
+    model = converted("timm-vit").train()
+    information = Information(model)
+    handle = information.listen()
+    inputs: list[torch.Tensor] = []
+    other = model.blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0].mean(dim=1)))
+    features, targets = [], []
+    for images, labels in MANY:
+        with torch.no_grad(), ltm.trace(model) as traced:
+            model(images)
+            ltm.bound_loss(traced, labels)
+        targets.append(ib.soft_targets(labels, 7))
+        information.add(traced, targets[-1])
+        features.append(traced.feature)
+    handle.remove()
+    other.remove()
+    statistics = model.ltm.readout
+    x, z, y = torch.cat(inputs), torch.cat(features), torch.cat(targets)
+    places = ib.kmeans(x, 64, generator=torch.Generator().manual_seed(0))
+    phi_x = ib.log_assign(x, places, ib.beta_for_perplexity(x, places, statistics.target_perplexity)).exp()
+    phi = ib.log_assign(z, statistics.centroids, statistics.beta).exp()
+    found = information.estimate()
+    assert found["ib"] == pytest.approx(ib.information_bottleneck(phi, phi_x, y).item(), abs=1e-5)
+    assert found["perplexity"] == pytest.approx(statistics.perplexity(z).item(), rel=1e-4)
+
+
+def test_memory_is_bounded(converted) -> None:
+    model = converted("timm-vit")
+    information = Information(model)
+    for _ in range(3):
+        information.latest = torch.zeros(700, 48)
+        with ltm.trace(model) as traced, torch.no_grad():
+            model(torch.zeros(1, 3, 32, 32))
+        traced.features = {name: torch.zeros(700, 48) for name in traced.features}
+        information.add(traced, torch.zeros(700, 7))
+    assert sum(map(len, information.memory)) == 1400
+
+
+def test_the_input_is_what_the_first_block_reads(converted) -> None:
+    model = converted("timm-vit")
+    assert entrance_of(model, "blocks.3") == "blocks.0"
+    assert entrance_of(nn.Sequential(), "encoder") == "encoder"
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 48), (2, 48, 4, 4), (2, 4, 4, 48)], ids=["tokens", "nchw", "nhwc"])
+def test_tokens_are_averaged_whatever_their_layout(shape, converted) -> None:
+    information = Information(converted("timm-vit"))
+    assert information._mean(torch.zeros(shape)).shape == (2, 48)
+
+
+# --------------------------------------------------------------------------------------------------------- annealing
+
+
+@pytest.mark.parametrize("method", ["ltm", "tome"])
+def test_counts_fall_from_all_to_the_plans(method: str, converted) -> None:
+    model, seen = converted("timm-vit", method), []
+    model.blocks[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    planned = seen.pop()
+    ltm.finetune(model, batches(10), config=ltm.TrainConfig(batch_size=7, anneal=0.5))
+    assert seen[0] == max(seen) > planned and seen[5:] == [planned] * 5
+    assert seen == sorted(seen, reverse=True)
+    assert all("reached" not in vars(module) for module in model.modules() if isinstance(module, SimilarityMask))
+
+
+def test_all_tokens_are_the_original_model(converted, build) -> None:
+    model, host = converted("timm-vit"), build("timm-vit")
+    masks = [module for module in model.modules() if isinstance(module, LEARNABLE)]
+    for mask in masks:
+        mask.reached = 0.0
+    images = MANY[0][0]
+    with torch.no_grad():
+        assert torch.allclose(model(images), host(images), atol=1e-5)
+        for mask in masks:
+            mask.reached = 1.0
+        assert not torch.allclose(model(images), host(images), atol=1e-5)
+
+
+def test_fixed_counts_cannot_be_annealed(converted, build) -> None:
+    for model, named in ((converted("timm-vit", "slice"), "SliceMask"), (build("timm-vit"), "no mask")):
+        with pytest.raises(TrainingError, match=rf"anneal lets .* this model has {named}"):
+            ltm.finetune(model, batches(2), config=ltm.TrainConfig(anneal=0.3))

@@ -1,0 +1,262 @@
+"""Interrupted at any step, or while it is writing: a run goes on to the same losses and the same bits."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pieces import batches, equal, weights
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import ltm_retrofit as ltm
+from ltm_retrofit.errors import CheckpointError, TrainingError
+from ltm_retrofit.tuning import checkpoints
+from ltm_retrofit.tuning.loop import Run
+
+#: all that has a state of its own: dropout, mixing, an average of weights, gradients over two batches, a teacher
+CONFIG = ltm.TrainConfig(
+    **{"epochs": 3, "batch_size": 8, "accumulate": 2, "lr": 1e-3, "ema": 0.9, "mixup": 0.4, "cutmix": 0.4},
+    **{"distill": 0.5, "distill_token": 0.1, "augment": "crop", "workers": 2, "bound_warmup": 0.3, "anneal": 0.5},
+    checkpoint_every=2,
+)
+STEPS = 3 * 3  # six batches an epoch
+TIMES = ("seconds", "waiting", "images_per_second")
+
+
+@pytest.fixture
+def model(build) -> nn.Module:
+    """A converted model with dropout."""
+    host = build("timm-vit")
+    host.pos_drop.p = 0.2
+    return ltm.retrofit(host, ltm.LTMConfig(flops=0.7))
+
+
+def outcome(model: nn.Module, history: ltm.History) -> tuple[Any, ...]:
+    told = [{key: value for key, value in entry.items() if key not in TIMES} for entry in history.epochs]
+    return history.losses, told, weights(model)
+
+
+def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    return one[:2] == other[:2] and equal(one[2], other[2])
+
+
+def dies(work: Any) -> None:
+    """Do something in a process of its own, which is killed."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def nth(function: Any, count: int, then: Any) -> Any:
+    """A function that does something else when it is called for the n-th time."""
+    calls = iter(range(1, 10_000))
+    return lambda *args, **kwargs: then() if next(calls) == count else function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("where", ["step", "rename", "write"])
+def test_killed_and_resumed_gives_the_same_bits(where: str, model, pictures, tmp_path, monkeypatch) -> None:
+    data, fresh = pictures(52), copy.deepcopy(model)
+    expected = outcome(model, ltm.finetune(model, data, config=CONFIG))
+    at = random.SystemRandom().randrange(1, STEPS + 1) if where == "step" else 3
+
+    def work() -> None:
+        if where == "step":
+            Run.step = nth(Run.step, at, kill)  # type: ignore[method-assign]
+        elif where == "rename":
+            os.replace = nth(os.replace, at, kill)
+        else:
+            checkpoints._to_disk = nth(checkpoints._to_disk, at, kill)  # type: ignore[assignment]
+        ltm.finetune(copy.deepcopy(fresh), data, config=CONFIG, checkpoints_to=tmp_path)
+
+    dies(work)
+    assert where != "rename" or (tmp_path / f"{checkpoints.NAME}.unfinished").exists()
+    seen = checkpoints.read(tmp_path)
+    assert (seen is None) == (where == "step" and at <= 2), "a checkpoint every two steps"
+    resumed = ltm.finetune(fresh, data, config=CONFIG, checkpoints_to=tmp_path, resume=True)
+    assert same(outcome(fresh, resumed), expected), f"killed at {where} {at}"
+
+
+def test_a_finished_run_is_not_run_again(model, pictures, tmp_path, monkeypatch) -> None:
+    data, fresh = pictures(52), copy.deepcopy(model)
+    expected = outcome(model, ltm.finetune(model, data, config=CONFIG, checkpoints_to=tmp_path))
+    monkeypatch.setattr(Run, "train_batch", None)
+    resumed = ltm.finetune(fresh, data, config=CONFIG, checkpoints_to=tmp_path, resume=True)
+    assert same(outcome(fresh, resumed), expected) and ltm.is_retrofitted(fresh)
+
+
+@pytest.mark.parametrize("generator", [None, 3], ids=["global", "own-generator"])
+def test_anyones_loader_is_drawn_from_up_to_the_place(generator: int | None, model, tmp_path, monkeypatch) -> None:
+    images, labels = (torch.cat(parts) for parts in zip(*batches(6), strict=True))
+    config = ltm.TrainConfig(epochs=2, lr=1e-3, checkpoint_every=2)
+
+    def loader() -> DataLoader:
+        source = None if generator is None else torch.Generator().manual_seed(generator)
+        return DataLoader(TensorDataset(images, labels), batch_size=7, shuffle=True, generator=source)
+
+    fresh = copy.deepcopy(model)
+    expected = outcome(model, ltm.finetune(model, loader(), config=config))
+    broken = copy.deepcopy(fresh)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "step", nth(Run.step, 11, lambda: signal.raise_signal(signal.SIGINT)))
+        ltm.finetune(broken, loader(), config=config, checkpoints_to=tmp_path)
+    resumed = ltm.finetune(fresh, loader(), config=config, checkpoints_to=tmp_path, resume=True)
+    assert same(outcome(fresh, resumed), expected)
+
+
+@pytest.mark.parametrize("train", ["lora", "masks"])
+def test_what_trains_may_be_a_part(train: str, model, pictures, tmp_path, monkeypatch) -> None:
+    data, fresh = pictures(24), copy.deepcopy(model)
+    config = ltm.TrainConfig(epochs=2, batch_size=8, train=train, mask_lr=1e-2, checkpoint_every=1)
+    expected = outcome(model, ltm.finetune(model, data, config=config))
+    broken = copy.deepcopy(fresh)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "step", nth(Run.step, 5, lambda: signal.raise_signal(signal.SIGINT)))
+        ltm.finetune(broken, data, config=config, checkpoints_to=tmp_path)
+    resumed = ltm.finetune(fresh, data, config=config, checkpoints_to=tmp_path, resume=True)
+    assert same(outcome(fresh, resumed), expected)
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_an_earlier_runs_checkpoint_is_not_overwritten(model, tmp_path) -> None:
+    config = ltm.TrainConfig(batch_size=7)
+    ltm.finetune(model, batches(2), config=config, checkpoints_to=tmp_path)
+    with pytest.raises(CheckpointError, match="holds a checkpoint of an earlier run"):
+        ltm.finetune(model, batches(2), config=config, checkpoints_to=tmp_path)
+
+
+@pytest.mark.parametrize("what", ["lr", "weights", "images"])
+def test_another_runs_checkpoint_is_refused(what: str, model, tmp_path) -> None:
+    fresh = copy.deepcopy(model)
+    ltm.finetune(model, batches(2), config=ltm.TrainConfig(batch_size=7), checkpoints_to=tmp_path)
+    if what == "weights":
+        with torch.no_grad():
+            fresh.head.weight.add_(1)
+    before = weights(fresh)
+    config = ltm.TrainConfig(batch_size=7, lr=1e-5 if what == "lr" else 3e-4)
+    with pytest.raises(CheckpointError, match=rf"of another run, which differs in {what} \("):
+        ltm.finetune(fresh, batches(3 if what == "images" else 2), config=config, checkpoints_to=tmp_path, resume=True)
+    assert equal(weights(fresh), before)
+
+
+def test_workers_may_differ(model, pictures, tmp_path) -> None:
+    fresh, data = copy.deepcopy(model), pictures(16)
+    ltm.finetune(model, data, config=ltm.TrainConfig(batch_size=8), checkpoints_to=tmp_path)
+    config = ltm.TrainConfig(batch_size=8, workers=1, checkpoint_every=7)
+    ltm.finetune(fresh, data, config=config, checkpoints_to=tmp_path, resume=True)
+
+
+def test_resume_needs_a_folder(model) -> None:
+    with pytest.raises(CheckpointError, match="set checkpoints_to"):
+        ltm.finetune(model, batches(2), resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"not ours", (8).to_bytes(8, "little") + b"{}      "])
+def test_a_file_that_is_no_checkpoint_is_named(content: bytes, model, tmp_path) -> None:
+    (tmp_path / checkpoints.NAME).write_bytes(content)
+    with pytest.raises(CheckpointError, match="is no checkpoint of a fine-tune"):
+        ltm.finetune(model, batches(2), checkpoints_to=tmp_path, resume=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(model, tmp_path, monkeypatch) -> None:
+    fresh, config = copy.deepcopy(model), ltm.TrainConfig(batch_size=7, checkpoint_every=1)
+    expected = outcome(fresh, ltm.finetune(fresh, batches(4), config=config))
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    again = copy.deepcopy(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", nth(checkpoints.save_file, 3, full))
+        with pytest.raises(CheckpointError, match=r"No space left on device.*the last good one is still there"):
+            ltm.finetune(model, batches(4), config=config, checkpoints_to=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [checkpoints.NAME]
+    assert checkpoints.read(tmp_path)["progress"]["step"] == 2
+    history = ltm.finetune(again, batches(4), config=config, checkpoints_to=tmp_path, resume=True)
+    assert same(outcome(again, history), expected)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(model, tmp_path) -> None:
+    drawn = batches(6)
+    drawn[4] = (drawn[4][0] * torch.nan, drawn[4][1])
+    config = ltm.TrainConfig(batch_size=7, checkpoint_every=2)
+    with pytest.raises(TrainingError, match=r"not finite at step 5 of 6.*The last checkpoint in .* of finite weights"):
+        ltm.finetune(model, drawn, config=config, checkpoints_to=tmp_path)
+    kept = checkpoints.read(tmp_path)
+    assert kept["progress"]["step"] == 4
+    assert all(torch.isfinite(value).all() for value in kept["model"].values() if value.is_floating_point())
+
+
+def test_a_checkpoint_holds_no_pickles(model, tmp_path) -> None:
+    ltm.finetune(model, batches(2), config=ltm.TrainConfig(batch_size=7, ema=0.5), checkpoints_to=tmp_path)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    json.loads(header.pop("__metadata__")["ltm_retrofit"])
+    assert {entry["dtype"] for entry in header.values()} <= {"F32", "I64", "U8", "BOOL"}
+
+
+def test_only_plain_values_are_packed() -> None:
+    with pytest.raises(CheckpointError, match=r"cannot keep a \w*Path"):
+        checkpoints.pack({"folder": [Path()]}, {})
+
+
+# -------------------------------------------------------------------------------------------------------- out of memory
+
+
+class Hungry(nn.Module):
+    """A host whose batches have to be small."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.most:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 TB")
+        return x
+
+
+def test_a_batch_too_large_is_halved_and_learns_the_same(model, pictures) -> None:
+    data, fresh = pictures(48), copy.deepcopy(model)
+    fresh.pos_drop.p = model.pos_drop.p = 0.0
+    config = ltm.TrainConfig(batch_size=16, bound="none")
+    whole = ltm.finetune(model, data, config=config)
+    fresh.patch_embed.norm = Hungry(4)
+    with pytest.warns(UserWarning, match="starting over with 4 images at once, 4 times a step"):
+        parts = ltm.finetune(fresh, data, config=config)
+    assert len(whole.losses) == 3 and len(parts.losses) == 12
+    means = torch.tensor(parts.losses).view(3, 4).mean(dim=1)
+    assert torch.allclose(means, torch.tensor(whole.losses), atol=1e-4)
+    assert all(
+        torch.allclose(value, fresh.state_dict()[key], atol=1e-4)
+        for key, value in model.state_dict().items()
+        if "ltm" not in key
+    )
+
+
+@pytest.mark.parametrize("case", ["loader", "odd"])
+def test_a_batch_that_cannot_be_halved_is_named(case: str, model, pictures) -> None:
+    before = weights(model)
+    model.patch_embed.norm = Hungry(2)
+    data = batches(2) if case == "loader" else pictures(42)
+    message = "does not fit into memory: pass a loader" if case == "loader" else "batch of 7 images .* cannot be halved"
+    with pytest.raises(TrainingError, match=message):
+        ltm.finetune(model, data, config=ltm.TrainConfig(batch_size=7))
+    assert equal(weights(model), before)
