@@ -135,7 +135,7 @@ def information_bottleneck(phi: Tensor, phi_x: Tensor, targets: Tensor) -> Tenso
 
 
 def ibb(log_phi: Tensor, log_phi_x: Tensor | None, q: Tensor, targets: Tensor) -> Tensor:
-    """The separable bound of Wang & Yang: ``IB ≤ IBB + H(b)`` for any Q > 0 whose columns sum to one.
+    """The separable bound of Wang & Yang, in nats: ``IB ≤ IBB + H(b)`` for any Q > 0 whose columns sum to one.
 
     ``IBB = mean_i Σ_b φ'_ib log φ'_ib − mean_i Σ_a φ_ia Σ_y t_iy log Q(a|y)``; the first term does not depend on φ.
 
@@ -144,9 +144,6 @@ def ibb(log_phi: Tensor, log_phi_x: Tensor | None, q: Tensor, targets: Tensor) -
         log_phi_x: log φ' ``(n, B)``; None leaves its term out, which no gradient flows into.
         q: Q(a|y) ``(A, C)``.
         targets: ``(n, C)``.
-
-    Returns:
-        A scalar in nats, without H(b).
     """
     log_phi, q, targets = lift(log_phi, q, targets)
     constant = 0.0 if log_phi_x is None else _expected(log_phi_x, log_phi_x).mean()
@@ -157,7 +154,7 @@ def ceb(log_phi: Tensor, q: Tensor, targets: Tensor, p_y: Tensor | None = None, 
     """The conditional entropy bottleneck on cluster assignments (METHOD; Fischer 2020), mean over images.
 
     ``CEB_γ = mean_i Σ_a φ_ia [log φ_ia − Σ_y t_iy (log Q(a|y) + γ log p(y|a))]``. For any Q > 0 whose columns and
-    p(y|a) > 0 whose rows sum to one, ``I(a;b) − (1 + γ) I(a;y) ≤ CEB_γ − γ H(y)``, and CEB_γ ≥ 0.
+    p(y|a) > 0 whose rows sum to one, ``I(a;b) − (1 + γ) I(a;y) ≤ CEB_γ − γ H(y)``, and CEB_γ ≥ 0: a scalar in nats.
 
     Args:
         log_phi: log φ ``(n, A)``.
@@ -165,9 +162,6 @@ def ceb(log_phi: Tensor, q: Tensor, targets: Tensor, p_y: Tensor | None = None, 
         targets: ``(n, C)``.
         p_y: p(y|a) ``(A, C)``, read where γ is not 0.
         gamma: weight γ of the half that predicts the class.
-
-    Returns:
-        A scalar in nats.
 
     Raises:
         RecipeError: where γ is not 0 and ``p_y`` is missing.
@@ -178,6 +172,11 @@ def ceb(log_phi: Tensor, q: Tensor, targets: Tensor, p_y: Tensor | None = None, 
     log_terms = finite_log(q)
     if gamma != 0 and p_y is not None:
         log_terms = log_terms + gamma * finite_log(p_y.to(q.dtype))
+    return ceb_of_logs(log_phi, log_terms, targets)
+
+
+def ceb_of_logs(log_phi: Tensor, log_terms: Tensor, targets: Tensor) -> Tensor:
+    """`ceb` where ``log Q(a|y) + γ log p(y|a)``, finite ``(A, C)``, is known already."""
     return (_expected(log_phi, log_phi) - _class_term(log_phi, log_terms, targets)).mean()
 
 

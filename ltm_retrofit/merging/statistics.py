@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ltm_retrofit.config import check_choice
 from ltm_retrofit.errors import DataError, RecipeError
 from ltm_retrofit.merging import ib
+from ltm_retrofit.merging.memory import Memory
 
 #: no fit before the memory holds this many samples for each cluster
 SAMPLES_PER_CLUSTER = 4
@@ -92,7 +93,7 @@ class Statistics(nn.Module):
         self.register_buffer("counts", torch.zeros(clusters, classes, dtype=torch.float32))
         self.register_buffer("beta", torch.ones((), dtype=torch.float32))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.float32))
-        self.memory: tuple[Tensor, Tensor] | None = None  # descriptors (m, D) and soft labels (m, C), newest last
+        self.memory = Memory(capacity)  # of descriptors (m, D) and soft labels (m, C)
 
     def extra_repr(self) -> str:
         """Say what the module does in a printed model."""
@@ -126,7 +127,7 @@ class Statistics(nn.Module):
         x, targets = self._checked(x, targets)
         if len(x) == 0 or not _finite(x, targets):
             return
-        self._remember(x, targets)
+        self.memory.add(x, targets)
         if not bool(self.fitted):
             self.refresh(generator)
             return
@@ -134,7 +135,7 @@ class Statistics(nn.Module):
             phi = ib.log_assign(x, self.centroids, self.beta).exp()
             nearest = F.one_hot(phi.argmax(dim=1), len(self.centroids)).to(x.dtype)
             fresh = (1 - self.decay) * self.capacity / len(x)
-            counts = self.decay * self.counts + fresh * torch.mm(phi.t(), targets)
+            counts = torch.addmm(self.counts, phi.t(), targets, beta=self.decay, alpha=fresh)
             old = self.decay * self.counts.sum(dim=1, keepdim=True)
             sums = old * self.centroids + fresh * torch.mm(nearest.t(), x)
             size = old + fresh * nearest.sum(dim=0).unsqueeze(1)
@@ -173,9 +174,10 @@ class Statistics(nn.Module):
 
         The new clusters have other numbers: whatever was said of cluster a before does not hold after.
         """
-        if self.memory is None or len(self.memory[0]) < SAMPLES_PER_CLUSTER * len(self.centroids):
+        if len(self.memory) < SAMPLES_PER_CLUSTER * len(self.centroids):
             return False
-        self.fit(*self.memory, generator)
+        x, targets = self.memory.latest()
+        self.fit(x, targets, generator)
         return True
 
     def bound(self, x: Tensor, targets: Tensor, kind: str = "ceb", gamma: float | None = None) -> Tensor:
@@ -194,7 +196,8 @@ class Statistics(nn.Module):
         if kind == "ibb":
             return ib.ibb(log_phi, None, reading.log_q.exp(), targets.detach())
         gamma = self.gamma if gamma is None else gamma
-        return ib.ceb(log_phi, reading.log_q.exp(), targets.detach(), reading.log_p_y.exp(), gamma)
+        log_terms = torch.add(reading.log_q, reading.log_p_y, alpha=gamma)
+        return ib.ceb_of_logs(*ib.lift(log_phi, log_terms, targets.detach()))
 
     def step_direction(self, x: Tensor) -> Tensor:
         """Return the gradient of each image's CEB_γ at ``x (n, D)``, ``(n, D)``: see `ib.bound_gradient`.
@@ -231,17 +234,6 @@ class Statistics(nn.Module):
             )
         return x.detach().to(device, torch.float32), targets.detach().to(device, torch.float32)
 
-    def _remember(self, x: Tensor, targets: Tensor) -> None:
-        """Put a batch into the memory; the oldest samples beyond ``capacity`` drop out."""
-        if self.memory is None:
-            self.memory = x[-self.capacity :].clone(), targets[-self.capacity :].clone()
-            return
-        kept_x, kept_targets = (kept.to(x.device) for kept in self.memory)
-        self.memory = (
-            torch.cat([kept_x, x[-self.capacity :]])[-self.capacity :].clone(),
-            torch.cat([kept_targets, targets[-self.capacity :]])[-self.capacity :].clone(),
-        )
-
 
 @torch.no_grad()
 def of_all_ranks(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,4 +256,5 @@ def of_all_ranks(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _finite(*tensors: Tensor) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    """Say whether all numbers are finite, as far as their sum tells: one number to wait for."""
+    return bool(torch.stack([tensor.sum() for tensor in tensors]).isfinite().all())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ltm_retrofit.blocks import masks_of
 from ltm_retrofit.convert import get_retrofit
 from ltm_retrofit.merging import ib
+from ltm_retrofit.merging.memory import Memory
 from ltm_retrofit.merging.statistics import of_all_ranks
 from ltm_retrofit.tracing import MergeTrace
 
@@ -30,7 +31,7 @@ class Information:
         self.site = next(iter(masks_of(model)))
         self.entrance = entrance_of(model, self.site)
         self.dim = int(getattr(masks_of(model)[self.site], "dim", 0))
-        self.memory: list[Tensor] = []  # batches, oldest first
+        self.memory = Memory(SAMPLES)  # of inputs, features and soft labels
         self.latest: Tensor | None = None
 
     def listen(self) -> Any:
@@ -52,10 +53,7 @@ class Information:
         """Remember a batch: the input of its forward pass, its feature, its soft labels ``(B, C)``."""
         if self.latest is None or len(self.latest) != len(targets):
             return
-        parts = self.latest, traced.feature.detach().float(), targets.detach().float()
-        self.memory.append(torch.cat([part.to(targets.device) for part in parts], dim=1))
-        while sum(map(len, self.memory[1:])) >= SAMPLES:
-            self.memory.pop(0)
+        self.memory.add(self.latest, traced.feature.float(), targets.float())
 
     @torch.no_grad()
     def estimate(self) -> dict[str, float]:
@@ -67,9 +65,8 @@ class Information:
         if statistics is None or not bool(statistics.fitted) or not self.memory:
             return {}
         clusters, width = statistics.centroids.shape
-        classes = statistics.counts.shape[1]
-        memory = torch.cat(self.memory)[-SAMPLES:]
-        rows, targets = of_all_ranks(memory[:, :-classes], memory[:, -classes:])
+        inputs, features, targets = self.memory.latest()
+        rows, targets = of_all_ranks(torch.cat([inputs, features], dim=1), targets)
         inputs, features = rows[:, :-width], rows[:, -width:]
         places = ib.kmeans(inputs, clusters, generator=torch.Generator().manual_seed(0))
         beta = ib.beta_for_perplexity(inputs, places, statistics.target_perplexity)

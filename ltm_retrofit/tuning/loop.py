@@ -21,6 +21,7 @@ from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging.grid import GridMask
 from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
+from ltm_retrofit.merging.memory import Memory
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.data import Data, batches_on, size_of
@@ -242,8 +243,8 @@ class Run:
             state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
             state |= {"began": self.began, "batch_images": self.passes.images, "random": randoms}
             state |= {"progress": asdict(self.progress), "history": asdict(self.history)}
-            state |= {"memories": {name: module.memory for name, module in self._statistics()}}
-            checkpoints.write(self.folder, state | {"seen": self.objective.seen})
+            state |= {"memories": {name: memory.batches for name, memory in self._memories()}}
+            checkpoints.write(self.folder, state)
         self.accelerator.wait_for_everyone()
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -256,10 +257,8 @@ class Run:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         device = self.accelerator.device
-        for name, module in self._statistics():
-            memory = state["memories"][name]
-            module.memory = None if memory is None else (memory[0].to(device), memory[1].to(device))
-        self.objective.seen = [part.to(device) for part in state["seen"]]
+        for name, memory in self._memories():
+            memory.batches = [tuple(part.to(device) for part in batch) for batch in state["memories"][name]]
         self.progress, self.history = Progress(**state["progress"]), History(**state["history"])
         own = state["random"][self.accelerator.process_index]
         self.passes.random = own["epoch"]
@@ -275,3 +274,8 @@ class Run:
 
     def _statistics(self) -> Iterator[tuple[str, Statistics]]:
         return ((name, module) for name, module in self.model.named_modules() if isinstance(module, Statistics))
+
+    def _memories(self) -> Iterator[tuple[str, Memory]]:
+        yield from ((name, module.memory) for name, module in self._statistics())
+        if self.objective.information is not None:
+            yield "information", self.objective.information.memory

@@ -125,16 +125,6 @@ class Objective:
         """Return what the feature knows of image and class: see `Information.estimate`."""
         return {} if self.information is None else self.information.estimate()
 
-    @property
-    def seen(self) -> list[Tensor]:
-        """What an estimate is made of, for a checkpoint."""
-        return [] if self.information is None else self.information.memory
-
-    @seen.setter
-    def seen(self, memory: list[Tensor]) -> None:
-        if self.information is not None:
-            self.information.memory = memory
-
     def _task(self, logits: Tensor, targets: Tensor) -> Tensor:
         smoothing = self.config.label_smoothing
         if self.config.loss == "bce":

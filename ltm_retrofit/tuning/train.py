@@ -18,6 +18,7 @@ from ltm_retrofit.errors import CheckpointError, DataError, TrainingError
 from ltm_retrofit.graph.example import home
 from ltm_retrofit.interception.masks import MASKS
 from ltm_retrofit.merging.mask import SimilarityMask
+from ltm_retrofit.merging.memory import Memory
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.data import Data, check_labels, is_stream, is_table
@@ -99,7 +100,7 @@ def finetune(
         model.load_state_dict(start)
         for module in model.modules():
             if isinstance(module, Statistics):
-                module.memory = None
+                module.memory = Memory(module.capacity)
         together = config.batch_size * config.accumulate // size
         warnings.warn(f"out of memory: starting over with {size} images at once, {together} times a step", stacklevel=2)
         return size

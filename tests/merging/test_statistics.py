@@ -118,7 +118,7 @@ def test_a_batch_that_is_not_finite_is_ignored(bad):
     statistics.update(batch(16)[0], targets)
     statistics.update(x[:0], targets[:0])
     assert same(statistics, before)
-    assert torch.equal(statistics.memory[0], before.memory[0])
+    assert torch.equal(statistics.memory.latest()[0], before.memory.latest()[0])
     with pytest.raises(DataError, match="finite"):
         statistics.fit(x, targets)
 
@@ -170,7 +170,7 @@ def test_centroids_follow_features_that_drift_and_a_refresh_fetches_those_left_b
     assert (statistics.centroids.mean(0) - x.mean(0)).abs().max() < 1.5
 
 
-def test_a_refresh_is_a_fit_to_the_mostmemory_samples():
+def test_a_refresh_is_a_fit_to_the_most_recent_samples():
     statistics = fresh()
     batches = [batch(40, seed=seed) for seed in range(5)]
     for x, targets in batches:
@@ -201,9 +201,12 @@ def test_the_memory_holds_the_newest_samples_up_to_its_capacity(sizes):
         statistics.update(x, targets)
         seen = torch.cat([seen, x])
     if len(seen):
-        assert torch.equal(statistics.memory[0], seen[-128:])
-        assert len(statistics.memory[1]) == min(len(seen), 128)
-        assert statistics.memory[0].untyped_storage().nbytes() <= 128 * DIM * 4
+        assert len(statistics.memory) == min(len(seen), 128)
+        if len(seen):
+            kept, targets = statistics.memory.latest()
+            assert torch.equal(kept, seen[-128:]) and len(targets) == len(kept)
+        held = [part for kept in statistics.memory.batches for part in kept]
+        assert sum(part.untyped_storage().nbytes() for part in held) <= 2 * 128 * (DIM + CLASSES) * 4
 
 
 # -------------------------------------------------------------------------------------------------- bound and direction
