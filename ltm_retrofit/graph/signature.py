@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ltm_retrofit.errors import UnsupportedBlock
 
-#: flags that transformers hands down to every layer though its hooks do the recording, outside of the layer
-RECORDING_FLAGS = ("output_hidden_states", "output_attentions", "return_dict")
+#: what transformers hands down to every layer though only its hooks and losses read it, outside of the layer
+HANDED_DOWN = ("output_hidden_states", "output_attentions", "return_dict", "num_items_in_batch")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Signature:
             given = {key: value for key, value in given.items() if key not in self.masks}  # in proofs: it masks nothing
         for key, value in given.items():
             wanted = expected.get(key)
-            if key in RECORDING_FLAGS and key not in self.names:
+            if key in HANDED_DOWN and key not in self.names:
                 continue
             boolean = isinstance(value, Tensor) and value.dtype == torch.bool
             if wanted is None and boolean and torch.compiler.is_exporting():
