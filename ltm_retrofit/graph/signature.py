@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import UnsupportedBlock
 
 #: what transformers hands down to every layer though only its hooks and losses read it, outside of the layer
-HANDED_DOWN = ("output_hidden_states", "output_attentions", "return_dict", "num_items_in_batch")
+HANDED_DOWN = ("output_hidden_states", "output_attentions", "return_dict", "num_items_in_batch", "use_cache")
 
 
 @dataclass(frozen=True)
