@@ -141,7 +141,10 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
             "things. Give both splits the same class folders"
         )
     say(f"data     {recipe.data.name}: {len(train)} training and {len(test)} test images, {len(names)} classes")
-    if set_classes(model, names):
+    head = set_classes(model, names)
+    if head == "by name":
+        say(f"head     the pretrained one's rows for these {len(names)} classes, found by name")
+    elif head is not None:
         if not recipe.data.labelled:
             raise DataError(
                 f"{recipe.model.name} has another number of classes than the data's {len(names)}, and without labels "

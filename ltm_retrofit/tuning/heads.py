@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset  # type: ignore[attr-defined]
 from torch import nn
 
 from ltm_retrofit.convert import is_retrofitted
@@ -17,28 +19,79 @@ from ltm_retrofit.undisturbed import undisturbed
 NEW_HEAD = "ltm_new_head"
 
 
-def set_classes(model: nn.Module, names: Sequence[str]) -> bool:
-    """Give a model as many classes as there are names; return whether it needed a new head.
+def set_classes(model: nn.Module, names: Sequence[str]) -> str | None:
+    """Give a model the classes of these names, in this order; return how: ``"new"``, ``"by name"``, or None.
 
-    timm models through their own ``reset_classifier``; others by replacing the linear modules that put out the logits.
+    Where the model knows all of the names, its head becomes the rows of these classes: the same head in another order,
+    or a part of it. Where it has another number of classes and does not know them, it gets a head that is ``"new"``.
+    None is the head as it is. timm models get a head through their own ``reset_classifier``; others by replacing the
+    linear modules that put out the logits.
 
     Raises:
         AlreadyRetrofitted: change the head before converting.
-        DataError: where the model has no linear classifier to replace.
+        DataError: where the model has no linear classifier to replace, or has as many classes, knows some of the names
+            and has them elsewhere.
     """
     if is_retrofitted(model):
         raise AlreadyRetrofitted("the statistics of a converted model belong to its classes: restore it first")
     with undisturbed(model), torch.no_grad():
         recording = record(model, prepare_example(model, None))
     logits = logits_of(recording.output)
-    if logits is not None and logits.shape[1] == len(names):
-        return False
-    with torch.random.fork_rng():
+    classes = 0 if logits is None else logits.shape[1]
+    places = [_places(model, classes).get(_plain(name)) for name in names]
+    whole = [place for place in places if place is not None]
+    known = len(whole) == len(set(whole)) == len(names)
+    if classes == len(names):
+        moved = [(name, place) for at, (name, place) in enumerate(zip(names, places, strict=True)) if place != at]
+        if not moved or not whole:
+            return None
+        elsewhere = [(name, place) for name, place in moved if place is not None]
+        if elsewhere and not known:
+            raise DataError(
+                f"the data's class {names.index(elsewhere[0][0])} is {elsewhere[0][0]!r}, which {type(model).__name__} "
+                f"knows as its class {elsewhere[0][1]}, and it does not know all of them: give the data the model's "
+                "class names, or the model a head of its own"
+            )
+        if not known:
+            return None
+    readouts = recording.readouts(classes) if classes else ()
+    old = {name: copy.deepcopy(model.get_submodule(name)) for name in readouts}
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)  # a new head is the same in every run
         before = set(model.parameters())
-        _replace_head(model, names, recording.readouts(logits.shape[1]) if logits is not None else ())
+        _replace_head(model, names, readouts)
+        if known:
+            for name, head in old.items():
+                for key, parameter in model.get_submodule(name).named_parameters():
+                    parameter.copy_(head.get_parameter(key)[whole])
+            if isinstance(given := getattr(model, "pretrained_cfg", None), Mapping):
+                model.pretrained_cfg = {**given, "label_names": list(names)}  # type: ignore[assignment]
     model.__dict__[NEW_HEAD] = tuple(name for name, p in model.named_parameters() if p not in before)
-    return True
+    return "by name" if known else "new"
+
+
+def _places(model: nn.Module, classes: int) -> dict[str, int]:
+    """Return the class of each name that a model knows its classes by; a name of two classes is none."""
+    said = getattr(getattr(model, "config", None), "id2label", None) or {}
+    labels = {int(index): [label, *str(label).split(",")] for index, label in said.items()}
+    given = getattr(model, "pretrained_cfg", None)
+    given = given if isinstance(given, Mapping) else {}
+    if given.get("label_names"):
+        labels = {index: [label] for index, label in enumerate(given["label_names"])}
+    elif "pretrained_cfg" in model.__dict__ and (subset := infer_imagenet_subset(model)):
+        info = ImageNetInfo(subset)
+        texts = ((info.index_to_label_name(index), info.index_to_description(index)) for index in range(classes))
+        labels = {index: [synset, text, *text.split(",")] for index, (synset, text) in enumerate(texts)}
+    found: dict[str, set[int]] = {}
+    for index, names in labels.items():
+        for name in names:
+            found.setdefault(_plain(name), set()).add(index)
+    unnamed = {f"label {index}" for index in labels}  # what transformers calls classes that nobody named
+    return {name: indices.pop() for name, indices in found.items() if len(indices) == 1 and name not in unnamed}
+
+
+def _plain(name: str) -> str:
+    return str(name).lower().replace("_", " ").strip()
 
 
 def new_head(model: nn.Module) -> set[nn.Parameter]:

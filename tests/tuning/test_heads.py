@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -37,7 +38,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_new_head_and_nothing_else(name: str, build) -> None:
     model = build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert set_classes(model, NAMES) is True
+    assert set_classes(model, NAMES) == "new"
     after = model.state_dict()
     changed = {key.rsplit(".", 1)[0] for key in before if not torch.equal(before[key], after[key])}
     assert changed == HEADS[name] and set(before) == set(after)
@@ -50,7 +51,7 @@ def test_new_head_and_nothing_else(name: str, build) -> None:
 def test_as_many_classes_as_before_keeps_the_head(name: str, build) -> None:
     model = build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert set_classes(model, [str(index) for index in range(7)]) is False
+    assert set_classes(model, [str(index) for index in range(7)]) is None
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
@@ -109,4 +110,60 @@ def test_a_converted_model_keeps_its_classes(converted) -> None:
     with pytest.raises(AlreadyRetrofitted, match="restore it first"):
         set_classes(model, NAMES)
     assert logits(model).shape == (1, 7)
-    assert set_classes(ltm.restore(model), NAMES) is True
+    assert set_classes(ltm.restore(model), NAMES) == "new"
+
+
+# -------------------------------------------------------------------------------------------------- classes by name
+
+
+@pytest.fixture
+def named(build):
+    """Two models that know their seven classes by name."""
+    words = ["ant", "bee", "cat, house cat", "dog", "Eel_Fish", "crane, bird", "crane, machine"]
+    hf, timm_vit = build("hf-vit"), build("timm-vit")
+    hf.config.id2label = dict(enumerate(words))
+    timm_vit.pretrained_cfg = {**timm_vit.pretrained_cfg, "label_names": words}
+    return {"hf-vit": hf, "timm-vit": timm_vit}
+
+
+@pytest.mark.parametrize("name", ["hf-vit", "timm-vit"])
+@pytest.mark.parametrize("places", [[3, 0], [4, 1, 0], [1, 0, 3, 4]], ids=str)
+def test_a_part_of_the_known_classes_keeps_their_rows(name: str, places: list[int], named) -> None:
+    model, words = named[name], ["ant", "BEE", "?", "dog", "eel fish"]
+    before = logits(model)
+    assert set_classes(model, [words[place] for place in places]) == "by name"
+    assert torch.allclose(logits(model), before[:, places], atol=1e-6)
+    assert count_classes(model) == len(places)
+
+
+def test_synonyms_are_known_and_ambiguous_ones_are_not(named) -> None:
+    model = named["hf-vit"]
+    before = logits(model)
+    assert set_classes(model, ["house cat", "bird"]) == "by name"
+    assert torch.allclose(logits(model), before[:, [2, 5]], atol=1e-6)
+    assert set_classes(named["timm-vit"], ["ant", "crane"]) == "new", "two classes are called crane"
+
+
+def test_all_classes_in_another_order_are_put_in_order(named) -> None:
+    model = named["timm-vit"]
+    before, words = logits(model), model.pretrained_cfg["label_names"]
+    assert set_classes(model, words) is None
+    assert set_classes(model, words[::-1]) == "by name"
+    assert torch.allclose(logits(model), before.flip(1), atol=1e-6)
+
+
+def test_as_many_classes_of_which_some_are_known_elsewhere(named) -> None:
+    before = logits(named["hf-vit"])
+    with pytest.raises(DataError, match=r"class 0 is 'bee', which ViTForImage\w+ knows as its class 1"):
+        set_classes(named["hf-vit"], ["bee", "u", "v", "w", "x", "y", "z"])
+    assert torch.equal(logits(named["hf-vit"]), before)
+
+
+def test_imagenets_classes_are_known_by_synset_and_by_word() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=24, num_heads=2, depth=4).eval()
+    before = logits(model)
+    assert set_classes(model, ["n01440764", "golden retriever", "Tinca tinca"]) == "new", "one of them twice"
+    model = timm.create_model("vit_tiny_patch16_224", embed_dim=24, num_heads=2, depth=4).eval()
+    before = logits(model)
+    assert set_classes(model, ["golden retriever", "n01440764"]) == "by name"
+    assert torch.allclose(logits(model), before[:, [207, 0]], atol=1e-6)
