@@ -201,7 +201,11 @@ def _finetune(arguments: argparse.Namespace) -> None:
     report = measure(model, data=load_split(section, section.test_split), batches=())
     save_pretrained(model, arguments.out, overwrite=arguments.overwrite, report=report)
     shutil.rmtree(kept)
-    _show(arguments, f"{report}\nwritten to {arguments.out}/", {**report.to_dict(), "history": history.to_dict()})
+    _show(
+        arguments,
+        f"{report}\n\n{history}\nwritten to {arguments.out}/",
+        {**report.to_dict(), "history": history.to_dict()},
+    )
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -133,14 +133,15 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     model = loaded.model
     say(f"model    {recipe.model.name}: {loaded.origin}")
     train, test = (load_split(recipe.data, split) for split in (recipe.data.train_split, recipe.data.test_split))
-    known = train if recipe.data.labelled else test
+    known = train if recipe.data.labelled and not recipe.data.streaming else test
     names = getattr(known.features["label"], "names", None) or [str(label) for label in sorted(set(known["label"]))]
     if (others := getattr(test.features["label"], "names", None)) not in (None, names):
         raise DataError(
             f"the training split has classes {names[:5]} and the test split {others[:5]}: one label would mean two "
             "things. Give both splits the same class folders"
         )
-    say(f"data     {recipe.data.name}: {len(train)} training and {len(test)} test images, {len(names)} classes")
+    many = "a stream of" if recipe.data.streaming else len(train)
+    say(f"data     {recipe.data.name}: {many} training and {len(test)} test images, {len(names)} classes")
     head = set_classes(model, names)
     if head == "by name":
         say(f"head     the pretrained one's rows for these {len(names)} classes, found by name")
@@ -162,6 +163,7 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     say("tuning   the converted model" + ", the original and a sliced one, each in the same way" * others)
     tune = partial(finetune, train=train, config=recipe.train, resume=True)  # where there is something to resume
     history = tune(model, checkpoints_to=kept / "converted")
+    say(f"         {history}")
     accuracies["finetuned"] = evaluate(model, test)
     if others:
         control = copy.deepcopy(original)

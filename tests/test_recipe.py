@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from ltm_retrofit.recipe import (
 )
 from ltm_retrofit.saving.load import load_model
 from ltm_retrofit.tuning import sources
+from ltm_retrofit.tuning.data import is_stream
 from ltm_retrofit.tuning.digits import load_canvases
 from ltm_retrofit.tuning.loop import Run
 from ltm_retrofit.tuning.settings import TrainConfig
@@ -193,6 +195,42 @@ def test_parquet_folders_columns_and_limit(tmp_path: Path, pictures) -> None:
         load_split(DataSection(str(tmp_path)), "train")
     with pytest.raises(DataError, match=r"neither valid\*\.parquet nor valid/CLASS/IMAGE files"):
         load_split(dataclasses.replace(section, train_split="valid"), "valid")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folders"])
+def test_streamed_images_are_those_of_the_table(kind: str, tmp_path: Path, class_folders: Path, pictures) -> None:
+    if kind == "parquet":
+        for split in ("train", "test"):
+            pictures(21).rename_columns({"label": "kind"}).to_parquet(tmp_path / f"{split}.parquet")
+    section = DataSection(
+        str(tmp_path if kind == "parquet" else class_folders), label="kind" if kind == "parquet" else "label"
+    )
+    table, stream = (load_split(dataclasses.replace(section, streaming=on), "train") for on in (False, True))
+    assert not is_stream(table) and is_stream(stream)
+    for row, streamed in zip(table, stream, strict=True):
+        assert row["label"] == streamed["label"] and np.array_equal(row["image"], streamed["image"])
+    section = dataclasses.replace(section, streaming=True, limit=5, labelled=False)
+    assert [list(row) for row in load_split(section, "train")] == [["image"]] * 5
+    assert not is_stream(load_split(section, "test")), "what is tested on is read whole"
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_run_over_a_stream(folder_of, tmp_path: Path, class_folders: Path) -> None:
+    said: list[str] = []
+    recipe = dataclasses.replace(
+        tiny(folder_of("timm-vit", 10)),
+        data=DataSection(str(class_folders), streaming=True),
+        train=TrainConfig(batch_size=6, steps=4),
+    )
+    found = run_recipe(recipe, tmp_path / "run", say=said.append)
+    assert len(found.extra["history"]["losses"]) == 4
+    assert any("a stream of training and 6 test images, 3 classes" in line for line in said)
+    assert any(re.search(r"\d+ images/s, \d+% of the time waiting for the loader$", line) for line in said)
+
+
+def test_the_embedded_digits_are_not_streamed() -> None:
+    with pytest.raises(RecipeError, match="drawn, not streamed"):
+        DataSection(streaming=True)
 
 
 def test_data_that_is_nowhere(tmp_path: Path) -> None:

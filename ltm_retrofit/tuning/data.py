@@ -97,13 +97,18 @@ def is_stream(data: Data) -> bool:
     return is_table(data) and not hasattr(data, "__len__")
 
 
+def columns_of(data: Data) -> list[str]:
+    """Name a data set's columns; a stream may not know them before it has read a row."""
+    return list(data.column_names or next(iter(data), {}))
+
+
 def check_labels(data: Data, classes: int, split: str) -> None:
     """Check a data set's columns and labels against a model's classes.
 
     Raises:
         DataError: columns missing, labels outside the classes, or a class that no image has.
     """
-    columns = data.column_names or list(next(iter(data), {}))  # a stream may not know before it has read a row
+    columns = columns_of(data)
     if {"image", "label"} - set(columns):
         raise DataError(
             f"the {split} split has columns {', '.join(columns)}; expected image and label: rename them with "

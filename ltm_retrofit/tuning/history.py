@@ -24,6 +24,16 @@ class History:
     epochs: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        """Say how fast it went, and whether the loader kept up."""
+        seconds, waiting = (sum(entry[key] for entry in self.epochs) for key in ("seconds", "waiting"))
+        images = sum(entry["images_per_second"] * entry["seconds"] for entry in self.epochs)
+        missing = self.epochs[-1]["unreadable"]
+        return (
+            f"{images / seconds:.0f} images/s, {waiting / seconds:.0%} of the time waiting for the loader"
+            + f"; {missing} images could not be read" * bool(missing)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return asdict(self)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from ltm_retrofit.config import Strict, check_choice
 from ltm_retrofit.errors import DataError, RecipeError
+from ltm_retrofit.tuning.data import columns_of, is_stream
 from ltm_retrofit.tuning.digits import SPLITS, Split, load_canvases
 
 
@@ -17,6 +18,7 @@ class DataSection(Strict):
 
     ``train_per_digit`` and ``test_per_digit`` are canvases for each source digit; ``limit`` caps the training images.
     ``labelled`` says whether the training labels are read: without them the unconverted model says what is there.
+    ``streaming`` reads training images as they come instead of fetching all first; the train section then says steps.
     """
 
     name: str = "digits"
@@ -28,6 +30,7 @@ class DataSection(Strict):
     test_per_digit: int = 8
     limit: int | None = None
     labelled: bool = True
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         """Check every value; nothing is corrected silently."""
@@ -38,8 +41,11 @@ class DataSection(Strict):
             value = getattr(self, name)
             if (type(value) is not int or value < 1) and not (name == "limit" and value is None):
                 raise RecipeError(f"{name} must be a whole number from 1 on, got {value!r}")
-        if not isinstance(self.labelled, bool):
-            raise RecipeError(f"labelled must be true or false, got {self.labelled!r}")
+        for name in ("labelled", "streaming"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.streaming and self.name == "digits":
+            raise RecipeError("the embedded digits are drawn, not streamed: set streaming to false")
         if self.train_split == self.test_split:
             raise RecipeError(f"train_split and test_split are both {self.train_split!r}: test on other images")
         if self.name == "digits":
@@ -60,7 +66,7 @@ def load_split(section: DataSection, split: str) -> Any:
         return _limited(load_canvases(cast("Split", split), per_digit=per_digit, seed=seed), section, test)
     import datasets
 
-    folder = Path(section.name)
+    folder, stream = Path(section.name), section.streaming and not test
     try:
         if folder.is_dir():
             files = sorted(str(file) for file in folder.glob(f"{split}*.parquet"))
@@ -69,9 +75,9 @@ def load_split(section: DataSection, split: str) -> Any:
             files = files or sorted(str(file) for file in (folder / split).glob("*/*") if file.is_file())
             if not files:
                 raise DataError(f"{folder} has neither {split}*.parquet nor {split}/CLASS/IMAGE files")
-            table = datasets.load_dataset(kind, data_files={split: files}, split=split)
+            table = datasets.load_dataset(kind, data_files={split: files}, split=split, streaming=stream)
         else:
-            table = datasets.load_dataset(section.name, split=split)
+            table = datasets.load_dataset(section.name, split=split, streaming=stream)
     except DataError:
         raise
     except Exception as error:
@@ -80,10 +86,11 @@ def load_split(section: DataSection, split: str) -> Any:
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
     wants = [("image", section.image), ("label", section.label)]
+    columns = columns_of(table)
     for wanted, name in wants if test or section.labelled else wants[:1]:
-        if name not in table.column_names:
+        if name not in columns:
             raise DataError(
-                f"data {section.name!r} has columns {', '.join(table.column_names)}, not {name!r}: name its {wanted} "
+                f"data {section.name!r} has columns {', '.join(columns)}, not {name!r}: name its {wanted} "
                 "column in the data section"
             )
         if name != wanted:
@@ -92,6 +99,8 @@ def load_split(section: DataSection, split: str) -> Any:
 
 
 def _limited(table: Any, section: DataSection, test: bool) -> Any:
-    if not test and section.limit is not None and len(table) > section.limit:
+    if not test and section.limit is not None and is_stream(table):
+        table = table.take(section.limit)
+    elif not test and section.limit is not None and len(table) > section.limit:
         table = table.shuffle(seed=0).select(range(section.limit))
     return table if test or section.labelled else table.select_columns(["image"])

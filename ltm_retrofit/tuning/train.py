@@ -21,7 +21,7 @@ from ltm_retrofit.merging.mask import SimilarityMask
 from ltm_retrofit.merging.memory import Memory
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints
-from ltm_retrofit.tuning.data import Data, check_labels, is_stream, is_table
+from ltm_retrofit.tuning.data import Data, check_labels, columns_of, is_stream, is_table
 from ltm_retrofit.tuning.evaluate import count_classes
 from ltm_retrofit.tuning.history import History
 from ltm_retrofit.tuning.images import Order, Stream, make_loader
@@ -71,7 +71,7 @@ def finetune(
         if (
             data is not None
             and is_table(data)
-            and ("label" in (data.column_names or ()) or split == "validation" or not config.distill)
+            and ("label" in columns_of(data) or split == "validation" or not config.distill)
         ):
             check_labels(data, classes, split)
     if is_stream(train) and accelerator.num_processes > 1:
