@@ -33,8 +33,13 @@ SCRIPT = textwrap.dedent(
     loader = DataLoader(TensorDataset(images, labels), batch_size=16, shuffle=True,
                         generator=torch.Generator().manual_seed(3))
     val = DataLoader(TensorDataset(images[:50], labels[:50]), batch_size=16)
-    history = ltm.finetune(model, loader, val, config=ltm.TrainConfig(
-        epochs=2, batch_size=16, lr=1e-3, bound_weight=0.2, bound_sites=0.5, bound_warmup=0.3))
+    kept, stop = os.environ.get("KEPT"), int(os.environ.get("STOP", 0))
+    if stop:
+        from ltm_retrofit.tuning.loop import Run
+        step = Run.step
+        Run.step = lambda run: os.kill(os.getpid(), 9) if run.progress.step == stop else step(run)
+    history = ltm.finetune(model, loader, val, checkpoints_to=kept, resume=kept is not None, config=ltm.TrainConfig(
+        epochs=2, batch_size=16, lr=1e-3, bound_weight=0.2, bound_sites=0.5, bound_warmup=0.3, checkpoint_every=4))
     rank = os.environ.get("RANK", "0")
     torch.save(model.state_dict(), f"{sys.argv[1]}/state{rank}.pt")
     with open(f"{sys.argv[1]}/history{rank}.json", "w") as file:
@@ -77,6 +82,23 @@ def test_two_processes_learn_what_one_learns(tmp_path):
     for ours, theirs in zip(first["epochs"], second["epochs"], strict=True):
         assert theirs["val_accuracy"] == ours["val_accuracy"]
         assert theirs["bound"] == pytest.approx(ours["bound"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_that_were_killed_go_on_to_the_same_bits(tmp_path):
+    parallel = {"ACCELERATE_USE_CPU": "true"}
+    done = launch(tmp_path / "whole", *TORCHRUN, **parallel)
+    assert done.returncode == 0, done.stderr
+    kept = {**parallel, "KEPT": str(tmp_path / "kept")}
+    assert launch(tmp_path / "killed", *TORCHRUN, **kept, STOP="14").returncode != 0
+    assert (tmp_path / "kept" / "checkpoint.safetensors").exists()
+    done = launch(tmp_path / "resumed", *TORCHRUN, **kept)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        whole, resumed = (torch.load(tmp_path / name / f"state{rank}.pt") for name in ("whole", "resumed"))
+        assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+    first, second = (json.loads((tmp_path / name / "history0.json").read_text()) for name in ("whole", "resumed"))
+    assert first["losses"] == second["losses"] and len(first["losses"]) == 20
 
 
 @pytest.mark.parametrize(
