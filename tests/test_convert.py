@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import transformers as tr
+from conftest import FAMILIES
 from pieces import snapshot
 from torch import Tensor, nn
 
@@ -351,7 +352,18 @@ def test_compiling_makes_one_graph_with_equal_results(converted, images, family)
     assert equal(outputs(model, images), expected)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic-batch"])
+#: of the exports with a dynamic batch, those that CI runs
+DYNAMIC = ("timm-vit", "hf-vit")
+
+
+@pytest.mark.parametrize(
+    "family, dynamic",
+    [pytest.param(name, False, id=f"{name}-static") for name in FAMILIES]
+    + [
+        pytest.param(name, True, id=f"{name}-dynamic-batch", marks=[] if name in DYNAMIC else pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
 def test_exporting_gives_equal_results_and_leaves_the_model_alone(family, converted, images, dynamic):
     model = converted(family)
     expected = outputs(model, images)

@@ -328,7 +328,7 @@ def tiny(path: Path, **train: object) -> Recipe:
 
 
 @pytest.mark.usefixtures("few_digits")
-@pytest.mark.parametrize("train", ["masks", "masks+norms"])
+@pytest.mark.parametrize("train", ["masks", pytest.param("masks+norms", marks=pytest.mark.slow)])
 def test_a_run_of_masks_alone_leaves_an_adapter_and_tunes_nothing_else(train: str, folder_of, tmp_path: Path) -> None:
     folder = folder_of("timm-vit", 10)
     found = run_recipe(tiny(folder, train=train), tmp_path / "run", say=lambda text: None)

@@ -117,7 +117,9 @@ def test_rows_follow_their_tokens(name):
 
 
 @pytest.mark.parametrize("method", ["ltm", "tome", "pool"])
-@pytest.mark.parametrize("name", ["timm-vit", "timm-swin", "hf-swin", "timm-mobilevit"])
+@pytest.mark.parametrize(
+    "name", ["timm-vit", "timm-swin", "hf-swin", pytest.param("timm-mobilevit", marks=pytest.mark.slow)]
+)
 def test_equal_tokens_of_a_cell_survive(name, method):
     model, example = ZOO[name]()
     before: dict[str, torch.Size] = {}
@@ -235,7 +237,9 @@ def sized(name: str) -> tuple[nn.Module, nn.Module, int]:
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name.endswith("pool") else name for name in SIZED]
+)
 def test_another_input_size_runs_and_saves(name, size, count):
     model, original, side = sized(name)
     height, width = (int(side * share) for share in SIZES[size])

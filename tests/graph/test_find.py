@@ -466,7 +466,7 @@ def test_trailing_prefix_tokens_keep_merging_local_and_stay_out_of_it():
             {"LOCAL"},
             id="swin",
         ),
-        pytest.param("mobilevitv2_050", {}, {"GRID", "LOCAL"}, id="mobilevitv2"),
+        pytest.param("mobilevitv2_050", {}, {"GRID", "LOCAL"}, id="mobilevitv2", marks=pytest.mark.slow),
         pytest.param(
             "eva02_tiny_patch14_224",
             {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3},

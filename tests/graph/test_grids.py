@@ -64,6 +64,7 @@ def test_what_a_grid_costs_does_not_depend_on_where_it_was_merged(fused):
         ltm.restore(model)
 
 
+@pytest.mark.slow
 def test_the_pyramid_of_mobilenet_v5_is_counted_as_planned():
     model, example = ZOO["timm-mobilenetv5"]()
     sites = ltm.find_sites(model, example)

@@ -359,6 +359,7 @@ class Group(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_lists_within_lists_are_planned_for_without_numbers(monkeypatch) -> None:
     monkeypatch.setattr(find, "SHORTENED", 0)
     with torch.device("meta"):

@@ -200,7 +200,7 @@ def test_few_of_many_local_sites_are_drawn(build: Build, images: Tensor, monkeyp
     assert "3 of 6 such sites" in " ".join(figure.get_supxlabel().split())
 
 
-@pytest.mark.parametrize("method", ["ltm", "pool", "slice"])
+@pytest.mark.parametrize("method", ["ltm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pool", "slice"))])
 def test_a_smaller_grid_is_drawn_by_who_takes_most_of_each_place(method: str) -> None:
     model, image = of_zoo("timm-efficientvit-mit-b", method, "GRID")
     rows, panels = merges(model), drawn(model, image)
