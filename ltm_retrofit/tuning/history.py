@@ -26,6 +26,8 @@ class History:
 
     def __str__(self) -> str:
         """Say how fast it went, and whether the loader kept up."""
+        if not self.epochs:
+            return "no epoch"
         seconds, waiting = (sum(entry[key] for entry in self.epochs) for key in ("seconds", "waiting"))
         images = sum(entry["images_per_second"] * entry["seconds"] for entry in self.epochs)
         missing = self.epochs[-1]["unreadable"]

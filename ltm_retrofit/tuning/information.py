@@ -57,7 +57,7 @@ class Information:
 
     @torch.no_grad()
     def estimate(self) -> dict[str, float]:
-        """Return ``ib``, ``i_input`` I(X̃;X), ``i_label`` I(X̃;Y) in nats and ``perplexity``; nothing before a fit.
+        """Return ``ib``, ``i_input`` I(X̃;X), ``i_label`` I(X̃;Y) in nats, ``perplexity`` and ``beta``; {} before a fit.
 
         In distributed training all processes call it.
         """
@@ -80,6 +80,7 @@ class Information:
             "i_input": i_input,
             "i_label": i_label,
             "perplexity": ib.entropy(phi).median().exp().item(),
+            "beta": statistics.beta.item(),
         }
 
 

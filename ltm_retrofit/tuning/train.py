@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
 from torch import nn
@@ -85,7 +84,7 @@ def finetune(
         raise CheckpointError(
             f"{folder} holds a checkpoint of an earlier run: go on from it with resume, or name another folder"
         )
-    start = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    start = {key: value.detach().cpu().clone() for key, value in model.state_dict().items() if is_table(train)}
     size = config.batch_size if state is None else int(state["batch_images"])
 
     def halve() -> int:
@@ -119,8 +118,7 @@ def finetune(
         )
         passes = _passes(loader, accelerator, config, batch_size)
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng())
-            torch.manual_seed(config.seed + accelerator.process_index)
+            stack.enter_context(checkpoints.own_random_state(config.seed + accelerator.process_index))
             stack.enter_context(low_rank(model, config))
             stack.enter_context(checkpointed(model, config.checkpointing))
             stack.enter_context(_kept_state(model, config.train))

@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pieces import batches, equal, weights
@@ -25,11 +26,11 @@ from ltm_retrofit.tuning.loop import Run
 
 #: all that has a state of its own: dropout, mixing, an average of weights, gradients over two batches, a teacher
 CONFIG = ltm.TrainConfig(
-    **{"epochs": 3, "batch_size": 8, "accumulate": 2, "lr": 1e-3, "ema": 0.9, "mixup": 0.4, "cutmix": 0.4},
+    **{"epochs": 2, "batch_size": 8, "accumulate": 2, "lr": 1e-3, "ema": 0.9, "mixup": 0.4, "cutmix": 0.4},
     **{"distill": 0.5, "distill_token": 0.1, "augment": "crop", "workers": 2, "bound_warmup": 0.3, "anneal": 0.5},
     checkpoint_every=2,
 )
-STEPS = 3 * 3  # six batches an epoch
+STEPS = 2 * 3  # six batches an epoch
 TIMES = ("seconds", "waiting", "images_per_second")
 
 
@@ -62,6 +63,10 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def nth(function: Any, count: int, then: Any) -> Any:
     """A function that does something else when it is called for the n-th time."""
     calls = iter(range(1, 10_000))
@@ -87,8 +92,14 @@ def test_killed_and_resumed_gives_the_same_bits(where: str, model, pictures, tmp
     assert where != "rename" or (tmp_path / f"{checkpoints.NAME}.unfinished").exists()
     seen = checkpoints.read(tmp_path)
     assert (seen is None) == (where == "step" and at <= 2), "a checkpoint every two steps"
+    for source in (random.seed, np.random.seed, torch.manual_seed):
+        source(11)
+    drawn = random.random(), np.random.random(), torch.rand(1)
+    for source in (random.seed, np.random.seed, torch.manual_seed):
+        source(11)
     resumed = ltm.finetune(fresh, data, config=CONFIG, checkpoints_to=tmp_path, resume=True)
     assert same(outcome(fresh, resumed), expected), f"killed at {where} {at}"
+    assert (random.random(), np.random.random(), torch.rand(1)) == drawn, "random numbers of others stay"
 
 
 def test_a_finished_run_is_not_run_again(model, pictures, tmp_path, monkeypatch) -> None:
@@ -112,7 +123,7 @@ def test_anyones_loader_is_drawn_from_up_to_the_place(generator: int | None, mod
     expected = outcome(model, ltm.finetune(model, loader(), config=config))
     broken = copy.deepcopy(fresh)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "step", nth(Run.step, 11, lambda: signal.raise_signal(signal.SIGINT)))
+        patch.setattr(Run, "step", nth(Run.step, 11, interrupt))
         ltm.finetune(broken, loader(), config=config, checkpoints_to=tmp_path)
     resumed = ltm.finetune(fresh, loader(), config=config, checkpoints_to=tmp_path, resume=True)
     assert same(outcome(fresh, resumed), expected)
@@ -125,7 +136,7 @@ def test_what_trains_may_be_a_part(train: str, model, pictures, tmp_path, monkey
     expected = outcome(model, ltm.finetune(model, data, config=config))
     broken = copy.deepcopy(fresh)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "step", nth(Run.step, 5, lambda: signal.raise_signal(signal.SIGINT)))
+        patch.setattr(Run, "step", nth(Run.step, 5, interrupt))
         ltm.finetune(broken, data, config=config, checkpoints_to=tmp_path)
     resumed = ltm.finetune(fresh, data, config=config, checkpoints_to=tmp_path, resume=True)
     assert same(outcome(fresh, resumed), expected)
