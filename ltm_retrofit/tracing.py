@@ -20,6 +20,9 @@ from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.merging.statistics import of_all_ranks
 from ltm_retrofit.merging.tokens import Step, accumulated, carried_by
 
+#: images that statistics learn from at once: at small batches learning from each would be a twentieth of a step
+TOGETHER = 128
+
 
 @dataclass
 class MergeTrace:
@@ -156,7 +159,7 @@ def bound_loss(
         if sites:
             loss = loss + sites / len(masks) * mask.statistics.bound(descriptor, targets, kind, gamma)
         if traced.model.training:
-            mask.statistics.update(*of_all_ranks(descriptor, targets))
+            mask.statistics.update(*of_all_ranks(descriptor, targets), together=TOGETHER)
     if traced.model.training:
-        kept.readout.update(*of_all_ranks(feature, targets))
+        kept.readout.update(*of_all_ranks(feature, targets), together=TOGETHER)
     return loss

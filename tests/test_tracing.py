@@ -140,7 +140,7 @@ def test_soft_labels_that_are_hard_count_the_same_and_mixtures_lie_between(model
 def test_statistics_learn_in_training_mode_only(model):
     fit(model)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    images, labels = draw(8, 3)
+    images, labels = draw(128, 3)
 
     def once() -> set[str]:
         with ltm.trace(model) as traced, torch.no_grad():

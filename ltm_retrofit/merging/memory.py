@@ -16,6 +16,7 @@ class Memory:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.batches: list[tuple[Tensor, ...]] = []  # of as many parts as each sample has; newest last
+        self.fresh = 0  # samples since `take_fresh`
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -24,13 +25,22 @@ class Memory:
     def add(self, *parts: Tensor) -> None:
         """Add a batch: tensors ``(n, …)``, the parts of its samples; what is beyond the capacity drops out."""
         self.batches.append(tuple(part.detach()[-self.capacity :].clone() for part in parts))
+        self.fresh += len(parts[0])
         while sum(len(batch[0]) for batch in self.batches[1:]) >= self.capacity:
             del self.batches[0]
 
-    def latest(self) -> tuple[Tensor, ...]:
-        """Return each part of all samples ``(n, …)``, oldest first, where the newest batch lies."""
-        newest = self.batches[-1]
-        return tuple(
-            torch.cat([part.to(newest[0].device) for part in parts])[-self.capacity :]
-            for parts in zip(*self.batches, strict=True)
-        )
+    def latest(self, count: int | None = None) -> tuple[Tensor, ...]:
+        """Return each part of the latest samples, all that count or fewer: ``(n, …)``, oldest first, on one device."""
+        count = self.capacity if count is None else min(count, self.capacity)
+        first, held = len(self.batches), 0
+        while first > 0 and held < count:
+            first -= 1
+            held += len(self.batches[first][0])
+        device = self.batches[-1][0].device
+        parts = zip(*self.batches[first:], strict=True)
+        return tuple(torch.cat([batch.to(device) for batch in part])[max(0, held - count) :] for part in parts)
+
+    def take_fresh(self) -> tuple[Tensor, ...]:
+        """Return each part of the samples that have come since the last call, as far as they still count."""
+        count, self.fresh = self.fresh, 0
+        return self.latest(count)

@@ -111,7 +111,9 @@ class Statistics(nn.Module):
         return self
 
     @torch.no_grad()
-    def update(self, x: Tensor, targets: Tensor, generator: torch.Generator | None = None) -> None:
+    def update(
+        self, x: Tensor, targets: Tensor, generator: torch.Generator | None = None, *, together: int = 1
+    ) -> None:
         """Learn from a batch: fit as soon as 4·A samples have come, from then on let the old fade by ``decay``.
 
         A batch that is not finite is ignored. May be called between a forward pass and its backward pass.
@@ -120,6 +122,7 @@ class Statistics(nn.Module):
             x: descriptors ``(n, D)``; in distributed training of all ranks, or the ranks drift apart.
             targets: soft labels ``(n, C)``.
             generator: source of randomness for the fit; None is a fresh one with seed 0.
+            together: samples of several batches that fade the old once; small batches are remembered until then.
 
         Raises:
             DataError: where the shapes do not fit.
@@ -130,7 +133,11 @@ class Statistics(nn.Module):
         self.memory.add(x, targets)
         if not bool(self.fitted):
             self.refresh(generator)
-            return
+        elif self.memory.fresh >= together:
+            self._fold(*self.memory.take_fresh())
+
+    def _fold(self, x: Tensor, targets: Tensor) -> None:
+        """Let centroids and counts fade, and add the samples."""
         with ib.full_precision(x):
             phi = ib.log_assign(x, self.centroids, self.beta).exp()
             nearest = F.one_hot(phi.argmax(dim=1), len(self.centroids)).to(x.dtype)
@@ -177,6 +184,7 @@ class Statistics(nn.Module):
         if len(self.memory) < SAMPLES_PER_CLUSTER * len(self.centroids):
             return False
         x, targets = self.memory.latest()
+        self.memory.fresh = 0
         self.fit(x, targets, generator)
         return True
 

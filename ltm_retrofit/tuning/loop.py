@@ -243,7 +243,7 @@ class Run:
             state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
             state |= {"began": self.began, "batch_images": self.passes.images, "random": randoms}
             state |= {"progress": asdict(self.progress), "history": asdict(self.history)}
-            state |= {"memories": {name: memory.batches for name, memory in self._memories()}}
+            state |= {"memories": {name: [memory.batches, memory.fresh] for name, memory in self._memories()}}
             checkpoints.write(self.folder, state)
         self.accelerator.wait_for_everyone()
 
@@ -258,7 +258,8 @@ class Run:
             part.load_state_dict(state[name])
         device = self.accelerator.device
         for name, memory in self._memories():
-            memory.batches = [tuple(part.to(device) for part in batch) for batch in state["memories"][name]]
+            batches, memory.fresh = state["memories"][name]
+            memory.batches = [tuple(part.to(device) for part in batch) for batch in batches]
         self.progress, self.history = Progress(**state["progress"]), History(**state["history"])
         own = state["random"][self.accelerator.process_index]
         self.passes.random = own["epoch"]

@@ -363,3 +363,13 @@ def test_shapes_that_do_not_fit_are_refused():
     for bad in ((x[:, 1:], targets), (x, targets[:, 1:]), (x[1:], targets), (x, torch.zeros(4))):
         with pytest.raises(DataError, match="soft_targets makes soft labels"):
             fresh().update(*bad)
+
+
+def test_small_batches_are_learned_from_together():
+    one, several = fitted(), fitted()
+    x, targets = batch(48, seed=3)
+    one.update(x, targets)
+    for part in range(3):
+        assert torch.equal(several.counts, fitted().counts)
+        several.update(x[16 * part : 16 * part + 16], targets[16 * part : 16 * part + 16], together=48)
+    assert same(one, several) and one.memory.fresh == several.memory.fresh == 0
