@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import errno
 import json
-import multiprocessing
-import os
 import random
-import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +51,6 @@ def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return one[:2] == other[:2] and equal(one[2], other[2])
 
 
-def dies(work: Any) -> None:
-    """Do something in a process of its own, which is killed."""
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def interrupt() -> None:
     raise KeyboardInterrupt
 
@@ -73,33 +61,58 @@ def nth(function: Any, count: int, then: Any) -> Any:
     return lambda *args, **kwargs: then() if next(calls) == count else function(*args, **kwargs)
 
 
-@pytest.mark.parametrize("where", ["step", "rename", "write"])
-def test_killed_and_resumed_gives_the_same_bits(where: str, model, pictures, tmp_path, monkeypatch) -> None:
+#: forks from a process that has trained nothing yet: autograd's threads do not survive a fork
+KILLER = textwrap.dedent(
+    """
+    import os, signal, sys, torch
+    import ltm_retrofit as ltm
+    from ltm_retrofit.tuning import checkpoints
+    from ltm_retrofit.tuning.loop import Run
+
+    torch.set_num_threads(1)
+    model, data, config, cases = torch.load(f"{sys.argv[1]}/given.pt", weights_only=False)
+
+    def kill_at(function, count):
+        calls = iter(range(1, 10_000))
+        return lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == count else function(*a, **k)
+
+    for where, at in cases.items():
+        child = os.fork()
+        if child == 0:
+            if where == "step":
+                Run.step = kill_at(Run.step, at)
+            elif where == "rename":
+                os.replace = kill_at(os.replace, at)
+            else:
+                checkpoints._to_disk = kill_at(checkpoints._to_disk, at)
+            ltm.finetune(model, data, config=config, checkpoints_to=f"{sys.argv[1]}/{where}")
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (where, status)
+    """
+)
+
+
+def test_killed_and_resumed_gives_the_same_bits(model, pictures, tmp_path) -> None:
     data, fresh = pictures(52), copy.deepcopy(model)
+    cases = {"step": random.SystemRandom().randrange(1, STEPS + 1), "rename": 3, "write": 3}
+    torch.save((fresh, data, CONFIG, cases), tmp_path / "given.pt")
+    done = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     expected = outcome(model, ltm.finetune(model, data, config=CONFIG))
-    at = random.SystemRandom().randrange(1, STEPS + 1) if where == "step" else 3
-
-    def work() -> None:
-        if where == "step":
-            Run.step = nth(Run.step, at, kill)  # type: ignore[method-assign]
-        elif where == "rename":
-            os.replace = nth(os.replace, at, kill)
-        else:
-            checkpoints._to_disk = nth(checkpoints._to_disk, at, kill)  # type: ignore[assignment]
-        ltm.finetune(copy.deepcopy(fresh), data, config=CONFIG, checkpoints_to=tmp_path)
-
-    dies(work)
-    assert where != "rename" or (tmp_path / f"{checkpoints.NAME}.unfinished").exists()
-    seen = checkpoints.read(tmp_path)
-    assert (seen is None) == (where == "step" and at <= 2), "a checkpoint every two steps"
-    for source in (random.seed, np.random.seed, torch.manual_seed):
-        source(11)
-    drawn = random.random(), np.random.random(), torch.rand(1)
-    for source in (random.seed, np.random.seed, torch.manual_seed):
-        source(11)
-    resumed = ltm.finetune(fresh, data, config=CONFIG, checkpoints_to=tmp_path, resume=True)
-    assert same(outcome(fresh, resumed), expected), f"killed at {where} {at}"
-    assert (random.random(), np.random.random(), torch.rand(1)) == drawn, "random numbers of others stay"
+    for where, at in cases.items():
+        folder, again = tmp_path / where, copy.deepcopy(fresh)
+        assert where != "rename" or (folder / f"{checkpoints.NAME}.unfinished").exists()
+        seen = checkpoints.read(folder)
+        assert (seen is None) == (where == "step" and at <= 2), "a checkpoint every two steps"
+        for source in (random.seed, np.random.seed, torch.manual_seed):
+            source(11)
+        drawn = random.random(), np.random.random(), torch.rand(1)
+        for source in (random.seed, np.random.seed, torch.manual_seed):
+            source(11)
+        resumed = ltm.finetune(again, data, config=CONFIG, checkpoints_to=folder, resume=True)
+        assert same(outcome(again, resumed), expected), f"killed at {where} {at}"
+        assert (random.random(), np.random.random(), torch.rand(1)) == drawn, "random numbers of others stay"
 
 
 def test_a_finished_run_is_not_run_again(model, pictures, tmp_path, monkeypatch) -> None:
