@@ -88,6 +88,7 @@ def timed_step(model, objective, optimizer, x, y) -> float:
     with objective.informed():
         loss = objective(model, x, y, bound=True)["loss"]
         loss.backward()
+        objective.learn()
     optimizer.step()
     optimizer.zero_grad()
     return time.perf_counter() - began

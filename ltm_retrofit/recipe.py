@@ -28,7 +28,7 @@ from ltm_retrofit.saving.hub import from_pretrained, save_pretrained, swap
 from ltm_retrofit.saving.load import load_model
 from ltm_retrofit.tuning.evaluate import evaluate
 from ltm_retrofit.tuning.heads import set_classes
-from ltm_retrofit.tuning.processes import checkpoints_beside, forget, is_main
+from ltm_retrofit.tuning.processes import checkpoints_beside, is_main
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.tuning.sources import DataSection, load_split
 from ltm_retrofit.tuning.train import finetune
@@ -135,11 +135,13 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     train, test = (load_split(recipe.data, split) for split in (recipe.data.train_split, recipe.data.test_split))
     known = train if recipe.data.labelled and not recipe.data.streaming else test
     names = getattr(known.features["label"], "names", None) or [str(label) for label in sorted(set(known["label"]))]
-    if (others := getattr(test.features["label"], "names", None)) not in (None, names):
-        raise DataError(
-            f"the training split has classes {names[:5]} and the test split {others[:5]}: one label would mean two "
-            "things. Give both splits the same class folders"
-        )
+    for split, table in (("training", train), ("test", test)):
+        others = getattr((table.features or {}).get("label"), "names", None)
+        if others not in (None, names):
+            raise DataError(
+                f"the {split} split has classes {others[:5]} and the other one {names[:5]}: one label would mean two "
+                "things. Give both splits the same class folders"
+            )
     many = "a stream of" if recipe.data.streaming else len(train)
     say(f"data     {recipe.data.name}: {many} training and {len(test)} test images, {len(names)} classes")
     head = set_classes(model, names)
@@ -192,7 +194,7 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
             show_merges(model, test[index]["image"]).savefig(folder / f"merges_{index}.png", dpi=100)
         files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
         (folder / MARK).write_text(json.dumps({"written_by": "ltm_retrofit", "files": [*files, MARK]}, indent=2))
-    forget(kept)
+    shutil.rmtree(kept, ignore_errors=True)
     say(f"\n{report}\n\nreloaded model gives the same logits: {'yes' if same else 'NO'}\nwritten to {out}/")
     if not same:
         raise CheckpointError(f"the model reloaded from {out / 'model'} gives other logits than the one saved")

@@ -123,7 +123,13 @@ def _keep_feature(traced: MergeTrace, name: str, module: nn.Module, args: tuple[
 
 
 def bound_loss(
-    traced: MergeTrace, labels: Tensor, *, sites: float = 0.0, kind: str = "ceb", gamma: float | None = None
+    traced: MergeTrace,
+    labels: Tensor,
+    *,
+    sites: float = 0.0,
+    kind: str = "ceb",
+    gamma: float | None = None,
+    learn: bool = True,
 ) -> Tensor:
     """Return CEB_γ (METHOD, "Against collapse") at the feature that the classifier reads, in nats.
 
@@ -137,6 +143,8 @@ def bound_loss(
         sites: weight of the mean bound on each site's own descriptor, added to the feature's.
         kind: ``"ceb"``, or ``"ibb"``, the part of Wang & Yang's bound that depends on the features.
         gamma: γ of CEB_γ instead of the statistics' own.
+        learn: whether the statistics learn right away. With gradient checkpointing they must not before the backward
+            pass, which would recompute with other ones: leave it to `learn_from` then, after it.
 
     Raises:
         DataError: where labels do not fit the classes that the model was converted with.
@@ -150,16 +158,31 @@ def bound_loss(
     if len(targets) != len(feature):
         raise DataError(f"{len(targets)} labels for {len(feature)} traced images: trace the batch that they belong to")
     loss = kept.readout.bound(feature, targets, kind, gamma)
+    if sites:
+        for mask, descriptor in _descriptors(traced, len(targets)):
+            share = sites / len(traced.sites)
+            loss = loss + share * mask.statistics.bound(descriptor, targets, kind, gamma)
+    if learn:
+        learn_from(traced, targets)
+    return loss
+
+
+@torch.no_grad()
+def learn_from(traced: MergeTrace, targets: Tensor) -> None:
+    """Let the statistics of the feature and of every site learn from a traced batch, in training mode only."""
+    kept = get_retrofit(traced.model)
+    if not traced.model.training or kept.readout is None:
+        return
+    for mask, descriptor in _descriptors(traced, len(targets)):
+        mask.statistics.update(*of_all_ranks(descriptor, targets), together=TOGETHER)
+    kept.readout.update(*of_all_ranks(traced.feature, targets), together=TOGETHER)
+
+
+def _descriptors(traced: MergeTrace, images: int) -> Iterator[tuple[Any, Tensor]]:
+    """Return each site's mask and its descriptor of each image ``(B, D)``."""
     masks = masks_of(traced.model)
     for name, step in zip(traced.sites, traced.steps, strict=True):
         mask = masks[name]
         assert isinstance(mask, LEARNABLE) and step.descriptor is not None
         descriptor = step.descriptor  # of each sequence: an image may have several (windows)
-        descriptor = descriptor.reshape(len(targets), -1, descriptor.shape[-1]).mean(dim=1)
-        if sites:
-            loss = loss + sites / len(masks) * mask.statistics.bound(descriptor, targets, kind, gamma)
-        if traced.model.training:
-            mask.statistics.update(*of_all_ranks(descriptor, targets), together=TOGETHER)
-    if traced.model.training:
-        kept.readout.update(*of_all_ranks(feature, targets), together=TOGETHER)
-    return loss
+        yield mask, descriptor.reshape(images, -1, descriptor.shape[-1]).mean(dim=1)

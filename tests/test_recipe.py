@@ -209,7 +209,9 @@ def test_streamed_images_are_those_of_the_table(kind: str, tmp_path: Path, class
     assert not is_stream(table) and is_stream(stream)
     for row, streamed in zip(table, stream, strict=True):
         assert row["label"] == streamed["label"] and np.array_equal(row["image"], streamed["image"])
-    section = dataclasses.replace(section, streaming=True, limit=5, labelled=False)
+    section = dataclasses.replace(section, streaming=True, limit=9)
+    assert len({row["label"] for row in load_split(section, "train")}) > 1, "not the first class folder alone"
+    section = dataclasses.replace(section, limit=5, labelled=False)
     assert [list(row) for row in load_split(section, "train")] == [["image"]] * 5
     assert not is_stream(load_split(section, "test")), "what is tested on is read whole"
 

@@ -37,19 +37,27 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": name}
     if isinstance(value, Mapping):
         return {"items": [[pack(key, tensors), pack(entry, tensors)] for key, entry in value.items()]}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, tuple):
+        return {"tuple": [pack(entry, tensors) for entry in value]}
+    if isinstance(value, list):
         return [pack(entry, tensors) for entry in value]
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise CheckpointError(f"a checkpoint holds numbers, text and tensors, and cannot keep a {type(value).__name__}")
 
 
 def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Turn what `pack` made back; tuples come back as lists."""
+    """Turn what `pack` made back."""
     if isinstance(value, list):
         return [unpack(entry, tensors) for entry in value]
     if isinstance(value, dict) and "tensor" in value:
         return tensors[value["tensor"]]
+    if isinstance(value, dict) and "tuple" in value:
+        return tuple(unpack(entry, tensors) for entry in value["tuple"])
+    if isinstance(value, dict) and "dtype" in value:
+        return getattr(torch, value["dtype"])
     if isinstance(value, dict):
         return {unpack(key, tensors): unpack(entry, tensors) for key, entry in value["items"]}
     return value
@@ -61,11 +69,11 @@ def write(folder: Path, state: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: where it cannot be written, for want of room for example; the last one is as it was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     values = json.dumps({"format": FORMAT, "state": pack(state, tensors)})
     unfinished = folder / f"{NAME}.unfinished"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, unfinished, metadata={"ltm_retrofit": values})
         _to_disk(unfinished)
         os.replace(unfinished, folder / NAME)
@@ -134,7 +142,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def own_random_state(seed: int) -> Iterator[None]:
-    """Draw from a seed inside, and leave all sources of randomness as they were."""
+    """Let torch draw from a seed inside, and leave all sources of randomness as they were."""
     before = random_state()
     torch.manual_seed(seed)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -55,17 +54,12 @@ def set_classes(model: nn.Module, names: Sequence[str]) -> str | None:
         if not known:
             return None
     readouts = recording.readouts(classes) if classes else ()
-    old = {name: copy.deepcopy(model.get_submodule(name)) for name in readouts}
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)  # a new head is the same in every run
         before = set(model.parameters())
-        _replace_head(model, names, readouts)
-        if known:
-            for name, head in old.items():
-                for key, parameter in model.get_submodule(name).named_parameters():
-                    parameter.copy_(head.get_parameter(key)[whole])
-            if isinstance(given := getattr(model, "pretrained_cfg", None), Mapping):
-                model.pretrained_cfg = {**given, "label_names": list(names)}  # type: ignore[assignment]
+        _replace_head(model, names, readouts, whole if known else None)
+    if isinstance(given := getattr(model, "pretrained_cfg", None), Mapping):
+        model.pretrained_cfg = {**given, "label_names": list(names)}  # type: ignore[assignment]
     model.__dict__[NEW_HEAD] = tuple(name for name, p in model.named_parameters() if p not in before)
     return "by name" if known else "new"
 
@@ -95,14 +89,15 @@ def _plain(name: str) -> str:
 
 
 def new_head(model: nn.Module) -> set[nn.Parameter]:
-    """Return the parameters of a head that `set_classes` made: nothing pretrained is in them."""
+    """Return the parameters of a head that `set_classes` made: no checkpoint of the base has them as they are."""
     named = dict(model.named_parameters())
     return {named[name] for name in model.__dict__.get(NEW_HEAD, ()) if name in named}
 
 
-def _replace_head(model: nn.Module, names: Sequence[str], readouts: Sequence[str]) -> None:
+def _replace_head(model: nn.Module, names: Sequence[str], readouts: Sequence[str], rows: Sequence[int] | None) -> None:
+    """Put a new head in place, or, with ``rows``, the linear modules' own rows of these classes."""
     reset = getattr(model, "reset_classifier", None)
-    if callable(reset):
+    if callable(reset) and rows is None:
         reset(len(names))
         return
     if not readouts:
@@ -114,6 +109,9 @@ def _replace_head(model: nn.Module, names: Sequence[str], readouts: Sequence[str
         old = model.get_submodule(name)
         weight = old.get_parameter("weight")
         head = nn.Linear(weight.shape[1], len(names), bias=getattr(old, "bias", None) is not None)
+        if rows is not None:
+            for key, parameter in head.named_parameters():
+                parameter.copy_(old.get_parameter(key)[list(rows)])
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, head.to(weight).train(old.training))
     config = getattr(model, "config", None)
@@ -121,3 +119,5 @@ def _replace_head(model: nn.Module, names: Sequence[str], readouts: Sequence[str
         config.id2label = dict(enumerate(names))
         config.label2id = {label: index for index, label in enumerate(names)}
         model.num_labels = len(names)  # type: ignore[assignment]
+    elif isinstance(getattr(model, "num_classes", None), int):
+        model.num_classes = len(names)  # type: ignore[assignment]

@@ -90,7 +90,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def _count(self, index: int, error: Exception) -> None:
         self.unreadable[index] = True
-        if (found := int(self.unreadable.sum())) > self.limit * len(self):
+        if (found := int(self.unreadable.sum())) > self.limit * len(self) or found == len(self):
             raise DataError(
                 f"{found} of {len(self)} images cannot be read, the last one found is row {index} "
                 f"({type(error).__name__}: {error}); accepted is a share of {self.limit:g}: remove them, or raise "

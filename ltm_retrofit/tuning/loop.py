@@ -80,6 +80,7 @@ class Run:
     def go(self, val: Data | None) -> History:
         """Train to the end from wherever the progress is."""
         progress = self.progress
+        self.keep_good()
         while progress.epoch < self.config.epochs:
             self.wrapped.train()
             bar = tqdm(
@@ -126,6 +127,7 @@ class Run:
         value = means["loss"]
         if math.isfinite(value):
             self.accelerator.backward(losses["loss"] / together)
+            self.objective.learn()
             if progress.batch + 1 == before + together:
                 norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip or math.inf)
                 if norm is not None and not bool(torch.isfinite(norm)) and self.config.mixed_precision != "fp16":
@@ -205,9 +207,9 @@ class Run:
 
     def fall_back(self, value: float) -> None:
         """Put the last good weights back and stop."""
-        if self.good:
-            self.model.load_state_dict(self.good)
-        kept = f" The last checkpoint in {self.folder} is of finite weights, too." if self.folder is not None else ""
+        self.model.load_state_dict(self.good)
+        there = self.folder is not None and (self.folder / checkpoints.NAME).exists()
+        kept = f" The last checkpoint in {self.folder} is of finite weights, too." if there else ""
         raise TrainingError(
             f"the loss or its gradient is not finite at step {self.progress.step + 1} of {self.total} (loss {value}): "
             f"the model holds the weights from before step {self.good_step + 1}.{kept} Lower lr ({self.config.lr:g}), "
@@ -237,7 +239,7 @@ class Run:
     def keep(self) -> None:
         """Write a checkpoint; the first process does, all have to call it."""
         assert self.folder is not None
-        own = {"now": checkpoints.random_state(), "epoch": self.passes.random}
+        own = {"now": checkpoints.random_state(), "loader": self.passes.generators(), "epoch": self.passes.random}
         randoms = checkpoints.of_every_rank(own, self.accelerator)
         if self.accelerator.is_main_process:
             state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
@@ -264,6 +266,7 @@ class Run:
         own = state["random"][self.accelerator.process_index]
         self.passes.random = own["epoch"]
         checkpoints.set_random_state(own["now"])
+        self.passes.set_generators(own["loader"])
         self.keep_good()
         if self.progress.step:
             mark_finetuned(self.model)

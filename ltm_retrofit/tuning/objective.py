@@ -17,7 +17,7 @@ from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.graph.example import logits_of, run
 from ltm_retrofit.graph.probe import record
 from ltm_retrofit.merging.ib import soft_targets
-from ltm_retrofit.tracing import bound_loss, trace
+from ltm_retrofit.tracing import MergeTrace, bound_loss, learn_from, trace
 from ltm_retrofit.tuning.information import Information
 from ltm_retrofit.tuning.settings import TrainConfig
 
@@ -38,6 +38,7 @@ class Objective:
         self.bounded = config.bound != "none" and is_retrofitted(model) and get_retrofit(model).readout is not None
         self.teacher = teacher_of(model) if config.distill or config.distill_token else None
         self.readouts: tuple[str, ...] = ()
+        self.pending: tuple[MergeTrace, Tensor] | None = None
         self.information = Information(model) if self.bounded else None
         kinds = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
         mixes = [
@@ -97,8 +98,14 @@ class Objective:
             soft = targets if targets is not None or taught is None else taught.softmax(dim=-1)
             assert soft is not None
             losses["bound"] = bound_loss(
-                traced, soft, sites=self.config.bound_sites, kind=self.config.bound, gamma=self.config.gamma
+                traced,
+                soft,
+                sites=self.config.bound_sites,
+                kind=self.config.bound,
+                gamma=self.config.gamma,
+                learn=False,
             )
+            self.pending = traced, soft
             if self.information is not None and self.model.training:
                 self.information.add(traced, soft)
             if bound:
@@ -110,6 +117,12 @@ class Objective:
                 losses["distill"] = losses["distill"] + self.config.distill_token * (1 - near).mean()
             loss = loss + losses["distill"]
         return {"loss": loss, **losses}
+
+    def learn(self) -> None:
+        """Let the statistics learn from the latest batch: after its backward pass, which may run parts anew."""
+        if self.pending is not None:
+            learn_from(*self.pending)
+            self.pending = None
 
     @contextmanager
     def informed(self) -> Iterator[None]:

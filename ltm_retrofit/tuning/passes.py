@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ltm_retrofit.errors import DataError
@@ -52,15 +54,30 @@ class Passes:
         dataset = getattr(self.loader, "dataset", None)
         return int(dataset.unreadable.sum()) if isinstance(dataset, Images) else 0
 
+    def _own_generators(self) -> list[torch.Generator]:
+        loader = self.loader if isinstance(self.loader, DataLoader) else None
+        samplers = [getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)]
+        found = [getattr(owner, "generator", None) for owner in (loader, *samplers)]
+        found.append(getattr(loader, "synchronized_generator", None))  # Accelerate's
+        return [one for one in found if isinstance(one, torch.Generator)]
+
+    def generators(self) -> list[Tensor]:
+        """Return where the loader's own sources of randomness are."""
+        return [generator.get_state() for generator in self._own_generators()]
+
+    def set_generators(self, states: list[Tensor]) -> None:
+        """Put them back there."""
+        for generator, state in zip(self._own_generators(), states, strict=True):
+            generator.set_state(state)
+
     def draw(self, epoch: int, done: int) -> Iterator[Any]:
         """Go through the batches of an epoch that are not done.
 
         A data set's own loader goes to the place at once. Any other is drawn from up to there: the same batches come
         wherever their order follows from the random numbers that the epoch began with.
         """
-        own = self.loader.generator if isinstance(self.loader, DataLoader) else None
         if not done:
-            self.random = {"process": checkpoints.random_state(), "loader": None if own is None else own.get_state()}
+            self.random = {"process": checkpoints.random_state(), "loader": self.generators()}
         if isinstance(self.place, Order) and self.whole:
             self.place.begin(epoch, done * self.images)
             return iter(self.loader)
@@ -69,8 +86,7 @@ class Passes:
         after = checkpoints.random_state()
         if done:
             checkpoints.set_random_state(self.random["process"])
-            if own is not None:
-                own.set_state(self.random["loader"])
+            self.set_generators(self.random["loader"])
         drawn = iter(self.loader) if self.whole else islice(self._over_and_over(epoch), self.length)
         if done:
             for _ in range(done):

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, DistributedType
 
@@ -78,12 +78,6 @@ def is_main() -> bool:
 def checkpoints_beside(out: Path, resume: bool) -> Path:
     """Return the folder for the checkpoints of a run that writes to ``out``; emptied where it is not to go on."""
     folder = out.absolute().parent / f".{out.name}.checkpoints"
-    if not resume and folder.exists():
-        forget(folder)
-    return folder
-
-
-def forget(folder: Path) -> None:
-    """Remove a folder of checkpoints, once for all processes."""
-    with PartialState().main_process_first():
+    if not resume and is_main():
         shutil.rmtree(folder, ignore_errors=True)
+    return folder

@@ -10,6 +10,7 @@ from ltm_retrofit.config import Strict, check_choice
 from ltm_retrofit.errors import DataError, RecipeError
 from ltm_retrofit.tuning.data import columns_of, is_stream
 from ltm_retrofit.tuning.digits import SPLITS, Split, load_canvases
+from ltm_retrofit.tuning.images import BUFFER
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def load_split(section: DataSection, split: str) -> Any:
 
 def _limited(table: Any, section: DataSection, test: bool) -> Any:
     if not test and section.limit is not None and is_stream(table):
-        table = table.take(section.limit)
+        table = table.shuffle(seed=0, buffer_size=BUFFER).take(section.limit)
     elif not test and section.limit is not None and len(table) > section.limit:
         table = table.shuffle(seed=0).select(range(section.limit))
     return table if test or section.labelled else table.select_columns(["image"])

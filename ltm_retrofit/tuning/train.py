@@ -85,17 +85,21 @@ def finetune(
             f"{folder} holds a checkpoint of an earlier run: go on from it with resume, or name another folder"
         )
     start = {key: value.detach().cpu().clone() for key, value in model.state_dict().items() if is_table(train)}
-    size = config.batch_size if state is None else int(state["batch_images"])
+    size = config.batch_size
+    if state is not None and config.batch_size % int(state["batch_images"]) == 0:  # it did not all fit into memory
+        size = int(state["batch_images"])
+
+    retried = False
 
     def halve() -> int:
-        nonlocal size
-        least = accelerator.num_processes
-        if not is_table(train) or size % (2 * least):
+        nonlocal size, retried
+        if not is_table(train) or size % 2 or accelerator.num_processes > 1:
             raise TrainingError(
                 f"a batch of {size} images does not fit into memory"
-                + (", and cannot be halved" if is_table(train) else ": pass a loader with smaller ones")
+                + (", and cannot be halved: lower batch_size" if is_table(train) else ": pass a loader of smaller ones")
             )
-        size //= 2
+        size, retried = size // 2, True
+        accelerator.free_memory()  # it holds on to the optimizer of the attempt that failed
         model.load_state_dict(start)
         for module in model.modules():
             if isinstance(module, Statistics):
@@ -124,7 +128,7 @@ def finetune(
             stack.enter_context(_kept_state(model, config.train))
             accumulate = config.accumulate * config.batch_size // batch_size
             run = Run(model, accelerator, config, classes, passes, accumulate, folder)
-            if state is not None and int(state["batch_images"]) == batch_size:
+            if state is not None and not retried:
                 run.resume(state)
             return run.go(val)
 

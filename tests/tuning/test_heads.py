@@ -167,3 +167,16 @@ def test_imagenets_classes_are_known_by_synset_and_by_word() -> None:
     before = logits(model)
     assert set_classes(model, ["golden retriever", "n01440764"]) == "by name"
     assert torch.allclose(logits(model), before[:, [207, 0]], atol=1e-6)
+
+
+def test_what_else_a_classifier_holds_stays() -> None:
+    words = [f"word {index}" for index in range(7)]
+    model = timm.create_model("levit_128s", num_classes=7).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            nn.init.uniform_(module.running_mean)
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": words}
+    before = logits(model)
+    assert set_classes(model, words[::-1]) == "by name"
+    torch.testing.assert_close(logits(model), before.flip(1))
+    assert set_classes(model, ["x", "y"]) == "new" and set_classes(model, ["x", "y"]) is None

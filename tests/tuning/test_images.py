@@ -152,3 +152,8 @@ def test_labels_of_a_stream_are_checked_as_they_come(build) -> None:
 def test_an_epoch_of_a_table_may_be_cut_or_repeated(steps: int, converted) -> None:
     history = ltm.finetune(converted("timm-vit"), encoded(40, ()), config=ltm.TrainConfig(batch_size=8, steps=steps))
     assert len(history.losses) == steps
+
+
+def test_nothing_but_damaged_images_is_an_error(build) -> None:
+    with pytest.raises(DataError, match="7 of 7 images cannot be read"):
+        list(make_loader(build("timm-vit"), encoded(7, tuple(range(7))), batch_size=7, shuffle=False, unreadable=1.0))

@@ -179,7 +179,10 @@ def test_recomputed_activations_give_the_same_training(name, build) -> None:
     except ltm.BudgetError as error:
         ltm.retrofit(model, ltm.LTMConfig(flops=error.nearest))
     size = 64 if name == "timm-swin" else 32
-    data = [(torch.nn.functional.interpolate(images, size=(size, size)), labels % 5) for images, labels in batches(3)]
+    data = [
+        (torch.nn.functional.interpolate(images, size=(size, size)), labels % 5)
+        for images, labels in batches(60 if name == "timm-vit" else 3)
+    ]
     other = copy.deepcopy(model)
     plain = ltm.finetune(model, data, config=TrainConfig(lr=1e-3))
     saved = ltm.finetune(other, data, config=TrainConfig(lr=1e-3, checkpointing=True))

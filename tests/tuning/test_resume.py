@@ -17,7 +17,7 @@ import pytest
 import torch
 from pieces import batches, equal, weights
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import CheckpointError, TrainingError
@@ -123,29 +123,36 @@ def test_a_finished_run_is_not_run_again(model, pictures, tmp_path, monkeypatch)
     assert same(outcome(fresh, resumed), expected) and ltm.is_retrofitted(fresh)
 
 
-@pytest.mark.parametrize("generator", [None, 3], ids=["global", "own-generator"])
-def test_anyones_loader_is_drawn_from_up_to_the_place(generator: int | None, model, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("stop", [7, 11], ids=["between-epochs", "within-an-epoch"])
+@pytest.mark.parametrize("kind", ["global", "own-generator", "samplers-generator"])
+def test_anyones_loader_is_drawn_from_up_to_the_place(kind: str, stop: int, model, tmp_path, monkeypatch) -> None:
     images, labels = (torch.cat(parts) for parts in zip(*batches(6), strict=True))
     config = ltm.TrainConfig(epochs=2, lr=1e-3, checkpoint_every=2)
 
     def loader() -> DataLoader:
-        source = None if generator is None else torch.Generator().manual_seed(generator)
-        return DataLoader(TensorDataset(images, labels), batch_size=7, shuffle=True, generator=source)
+        data, source = TensorDataset(images, labels), torch.Generator().manual_seed(3)
+        if kind == "samplers-generator":
+            return DataLoader(data, batch_size=7, sampler=RandomSampler(data, generator=source))
+        return DataLoader(data, batch_size=7, shuffle=True, generator=source if kind == "own-generator" else None)
 
     fresh = copy.deepcopy(model)
     expected = outcome(model, ltm.finetune(model, loader(), config=config))
     broken = copy.deepcopy(fresh)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "step", nth(Run.step, 11, interrupt))
+        patch.setattr(Run, "step", nth(Run.step, stop, interrupt))
         ltm.finetune(broken, loader(), config=config, checkpoints_to=tmp_path)
     resumed = ltm.finetune(fresh, loader(), config=config, checkpoints_to=tmp_path, resume=True)
     assert same(outcome(fresh, resumed), expected)
 
 
-@pytest.mark.parametrize("train", ["lora", "masks"])
-def test_what_trains_may_be_a_part(train: str, model, pictures, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"train": "lora"}, {"train": "masks"}, {"opt": "kron"}, {"opt": "adafactorbv"}],
+    ids=lambda settings: next(iter(settings.values())),
+)
+def test_whatever_trains_by_whatever_optimizer(settings, model, pictures, tmp_path, monkeypatch) -> None:
     data, fresh = pictures(24), copy.deepcopy(model)
-    config = ltm.TrainConfig(epochs=2, batch_size=8, train=train, mask_lr=1e-2, checkpoint_every=1)
+    config = ltm.TrainConfig(epochs=2, batch_size=8, mask_lr=1e-2, checkpoint_every=1, **settings)
     expected = outcome(model, ltm.finetune(model, data, config=config))
     broken = copy.deepcopy(fresh)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -177,6 +184,19 @@ def test_another_runs_checkpoint_is_refused(what: str, model, tmp_path) -> None:
     with pytest.raises(CheckpointError, match=rf"of another run, which differs in {what} \("):
         ltm.finetune(fresh, batches(3 if what == "images" else 2), config=config, checkpoints_to=tmp_path, resume=True)
     assert equal(weights(fresh), before)
+
+
+def test_a_smaller_batch_is_another_run(model, pictures, tmp_path) -> None:
+    fresh, data = copy.deepcopy(model), pictures(16)
+    ltm.finetune(model, data, config=ltm.TrainConfig(batch_size=8), checkpoints_to=tmp_path)
+    with pytest.raises(CheckpointError, match="which differs in batch_size"):
+        ltm.finetune(fresh, data, config=ltm.TrainConfig(batch_size=4), checkpoints_to=tmp_path, resume=True)
+
+
+def test_a_folder_that_is_a_file_is_named(model, tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="file"):
+        ltm.finetune(model, batches(1), config=ltm.TrainConfig(batch_size=7), checkpoints_to=tmp_path / "file")
 
 
 def test_workers_may_differ(model, pictures, tmp_path) -> None:

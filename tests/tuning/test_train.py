@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 
 import pytest
+import timm
 import torch
 from accelerate.state import AcceleratorState
 from pieces import batches, equal, weights
@@ -477,3 +478,12 @@ def test_classes_are_counted_whatever_the_head(family: str, build) -> None:
             count_classes(model)
     else:
         assert count_classes(model) == 7
+
+
+def test_nan_in_the_first_batch_does_not_reach_the_averages_of_batch_norms() -> None:
+    model = timm.create_model("resnet10t", num_classes=7).train()
+    before = weights(model)
+    drawn = [(images * torch.nan, labels) for images, labels in batches(1)]
+    with pytest.raises(TrainingError, match="not finite at step 1") as raised:
+        ltm.finetune(model, drawn, config=TrainConfig(batch_size=7))
+    assert equal(weights(model), before) and "checkpoint" not in str(raised.value)
