@@ -139,6 +139,7 @@ def test_the_bound_takes_the_teachers_word_where_there_are_no_labels(converted) 
     objective = Objective(model.train(), TrainConfig(distill=1.0), 7)
     with torch.no_grad():
         objective(model, images, None, bound=True)
+        objective.learn()
         losses = objective(model, images, None, bound=True)
         counts = ltm.convert.get_retrofit(model).readout.counts
         taught = teacher_of(model)(images).softmax(-1)
