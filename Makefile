@@ -1,7 +1,8 @@
 # make quickstart   install, then retrofit, tune and measure a small model
 # make test         what CI runs: lint, types, layers, tests
 # make test-slow    the heavier sweeps
-# make coverage     every architecture with attention, proven or refused (hours; goes on where it was stopped)
+# make coverage     every architecture with attention, proven or refused (hours; goes on where it was stopped;
+#                   ARGS=--fresh walks rows again that another commit walked)
 # make hybrids      small Swin, MobileViT, EfficientViT and RoPE networks: trained, converted, tuned, compared
 # make bench        latency against the original model (ARGS="..." is passed on)
 # make clean        caches and build leftovers; .venv and runs/ stay
@@ -32,8 +33,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/latency.py $(ARGS)
 
 coverage: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py run --shard 1/2 & \
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py run --shard 2/2; wait
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py run --shard 1/2 $(ARGS) & \
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/coverage.py run --shard 2/2 $(ARGS); wait
 	$(BIN)/python benchmarks/coverage.py write
 
 hybrids: $(VENV)/.installed

@@ -132,8 +132,7 @@ def information(model: nn.Module, fit: tuple[Tensor, Tensor], test: tuple[Tensor
         handle.remove()
     phi_x, phi = phis["test"]
     targets = ib.soft_targets(test[1], 10)
-    i_input = ib.mutual_information(phi.t() @ phi_x / len(phi)).item()
-    i_label = ib.mutual_information(phi.t() @ targets / len(phi)).item()
+    i_input, i_label = (value.item() for value in ib.informations(phi, phi_x, targets))
     return {"ib": i_input - i_label, "i_input": i_input, "i_label": i_label}
 
 

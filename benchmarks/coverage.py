@@ -109,8 +109,8 @@ def main() -> None:
     parser.add_argument("--only", help="rows whose name matches this pattern, or of this family or group")
     parser.add_argument("--redo-errors", action="store_true", help="walk the rows again that raised, hung or died")
     parser.add_argument("--fresh", action="store_true", help="walk the rows again that another commit walked")
-    parser.add_argument("--limit", type=float, default=240, help="seconds for one row")
-    parser.add_argument("--memory", type=float, default=9, help="GB for one worker")
+    parser.add_argument("--limit", type=float, default=1500, help="seconds for one row")
+    parser.add_argument("--memory", type=float, default=12, help="GB for one worker")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the workers
     if args.command == "write":

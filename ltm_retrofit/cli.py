@@ -186,8 +186,8 @@ def _finetune(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.tuning.train import finetune
 
     check_target(arguments.out, arguments.overwrite)
-    names = ("epochs", "lr", "batch_size", "bound", "bound_weight", "distill", "train", "seed", "workers")
-    given = {key: getattr(arguments, key) for key in (*names, "checkpoint_every")}
+    names = ("epochs", "lr", "batch_size", "bound", "bound_weight", "distill", "train", "seed")
+    given = {key: getattr(arguments, key) for key in (*names, "workers", "checkpoint_every")}
     config = TrainConfig(**{key: value for key, value in given.items() if value is not None})
     model = _load(arguments)
     if not is_retrofitted(model):

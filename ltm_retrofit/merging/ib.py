@@ -128,10 +128,16 @@ def information_bottleneck(phi: Tensor, phi_x: Tensor, targets: Tensor) -> Tenso
     Compare only values with the same A, B, fit and perplexity: the plug-in bias of I(a;b) is about
     ``(A − 1)(B − 1) / 2n``.
     """
+    with_input, with_class = informations(phi, phi_x, targets)
+    return with_input - with_class
+
+
+def informations(phi: Tensor, phi_x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return I(a;b) and I(a;y), the two halves of `information_bottleneck`."""
     with full_precision(phi):
         phi, phi_x, targets = lift(phi, phi_x, targets)
         with_input, with_class = torch.mm(phi.t(), phi_x) / len(phi), torch.mm(phi.t(), targets) / len(phi)
-        return mutual_information(with_input) - mutual_information(with_class)
+        return mutual_information(with_input), mutual_information(with_class)
 
 
 def ibb(log_phi: Tensor, log_phi_x: Tensor | None, q: Tensor, targets: Tensor) -> Tensor:

@@ -116,7 +116,8 @@ class Statistics(nn.Module):
     ) -> None:
         """Learn from a batch: fit as soon as 4·A samples have come, from then on let the old fade by ``decay``.
 
-        A batch that is not finite is ignored. May be called between a forward pass and its backward pass.
+        A batch that is not finite is ignored. May be called between a forward pass and its backward pass, unless that
+        computes parts of the forward pass anew (gradient checkpointing).
 
         Args:
             x: descriptors ``(n, D)``; in distributed training of all ranks, or the ranks drift apart.

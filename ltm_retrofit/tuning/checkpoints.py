@@ -120,9 +120,8 @@ def read(folder: Path) -> dict[str, Any] | None:
 def random_state() -> dict[str, Any]:
     """Return where this process's sources of randomness are: Python's, NumPy's, torch's."""
     kind, internal, position, has_gauss, gauss = np.random.get_state()
-    version, numbers, normal = random.getstate()
     return {
-        "python": [version, list(numbers), normal],
+        "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(np.asarray(internal, dtype=np.int64)), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -131,8 +130,7 @@ def random_state() -> dict[str, Any]:
 
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Put the sources of randomness back to where `random_state` found them."""
-    version, numbers, normal = state["python"]
-    random.setstate((version, tuple(numbers), normal))
+    random.setstate(state["python"])
     kind, internal, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, internal.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])

@@ -28,9 +28,8 @@ class Information:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.site = next(iter(masks_of(model)))
-        self.entrance = entrance_of(model, self.site)
-        self.dim = int(getattr(masks_of(model)[self.site], "dim", 0))
+        site, mask = next(iter(masks_of(model).items()))
+        self.entrance, self.dim = entrance_of(model, site), mask.dim
         self.memory = Memory(SAMPLES)  # of inputs, features and soft labels
         self.latest: Tensor | None = None
 
@@ -72,14 +71,12 @@ class Information:
         beta = ib.beta_for_perplexity(inputs, places, statistics.target_perplexity)
         phi_x = ib.log_assign(inputs, places, beta).exp()
         phi = ib.log_assign(features, statistics.centroids, statistics.beta).exp()
-        with ib.full_precision(phi):
-            i_input = ib.mutual_information(phi.t() @ phi_x / len(phi)).item()
-            i_label = ib.mutual_information(phi.t() @ targets / len(phi)).item()
+        i_input, i_label = (value.item() for value in ib.informations(phi, phi_x, targets))
         return {
             "ib": i_input - i_label,
             "i_input": i_input,
             "i_label": i_label,
-            "perplexity": ib.entropy(phi).median().exp().item(),
+            "perplexity": statistics.perplexity(features).item(),
             "beta": statistics.beta.item(),
         }
 

@@ -166,7 +166,9 @@ class Run:
 
     def anneal(self) -> None:
         """Let the token counts fall towards the plan's, over the first steps of the run."""
-        share = self.progress.step / (self.config.anneal * self.total) if self.config.anneal else 1.0
+        if not self.config.anneal:
+            return
+        share = self.progress.step / (self.config.anneal * self.total)
         for module in self.model.modules():
             if isinstance(module, SimilarityMask):
                 module.reached = min(1.0, share)
@@ -267,7 +269,6 @@ class Run:
         self.passes.random = own["epoch"]
         checkpoints.set_random_state(own["now"])
         self.passes.set_generators(own["loader"])
-        self.keep_good()
         if self.progress.step:
             mark_finetuned(self.model)
 
