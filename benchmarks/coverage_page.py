@@ -49,6 +49,7 @@ def write(
         "to": max((record["at"] for record in ran), default=None),
         "setups": sorted({record.pop("setup") for record in ran}),
         "hours": round(sum(record.get("seconds", 0) for record in ran) / 3600, 2),
+        "cpu_hours": round(sum(record.get("cpu_seconds", record.get("seconds", 0)) for record in ran) / 3600, 2),
         "commits": sorted({record["commit"] for record in ran}),
         "totals": {group: _totals([record for record in merged if record["group"] == group]) for group in GROUPS},
     }
@@ -96,7 +97,8 @@ def _intro(header: Record, enough: float) -> str:
         "",
         f"Command: `{header['command']}`. Run from {header['from']} to {header['to']}, commit "
         f"{', '.join(header['commits']) or '–'}. {'; '.join(header['setups'])}. The rows took "
-        f"{header['hours']:.1f} hours one after the other, beside other work; `make coverage` runs two at a time.\n",
+        f"{header['hours']:.1f} hours one after the other, beside other work, and {header['cpu_hours']:.1f} hours of "
+        "one core; `make coverage` runs two at a time.\n",
         "Blocks: converted / all attention that was found. Share: of the model's MACs, masks included, at the "
         "nearest plan where marked ≈.\n",
     ]

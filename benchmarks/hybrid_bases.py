@@ -45,7 +45,7 @@ BASES: dict[str, dict[str, Any]] = {
             {"c": 32, "s": 2, "transformer_dim": 64, "transformer_depth": 4},
             {"c": 48, "s": 2, "transformer_dim": 80, "transformer_depth": 3},
         ],
-        **{"size": 64, "epochs": 11, "lr": 2e-3, "lessons": 0.3},
+        **{"size": 128, "epochs": 11, "lr": 2e-3, "lessons": 0.3},  # 64 and 16 tokens a sequence, as MobileViT has
     },
     "efficientvit": {
         "architecture": "efficientvit_b0",

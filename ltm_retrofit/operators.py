@@ -221,10 +221,16 @@ def dispatch_handles() -> Mapping[Any, Callable[..., int]]:
     def attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object) -> int:
         return prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
+    def nothing(*_: object, **__: object) -> int:
+        return 0
+
+    nothing._get_raw = True  # type: ignore[attr-defined]  # wants no shapes, which take longer than many an operator
+
     def refuse(name: str) -> Callable[..., int]:
         def handle(*_: object, **__: object) -> int:
             raise CountError(refusal([f"aten::{name}"]))
 
+        handle._get_raw = True  # type: ignore[attr-defined]
         return handle
 
     aten = torch.ops.aten
@@ -242,7 +248,7 @@ def dispatch_handles() -> Mapping[Any, Callable[..., int]]:
         "_scaled_dot_product_attention_math_for_mps": times(attention),
     }
     # torch's counter would take each of these apart, on the meta device in Python, only to find nothing
-    handles |= {name: times(lambda *_: 0) for name in FREE_OPS.split() if name not in handles}
+    handles |= {name: nothing for name in FREE_OPS.split() if name not in handles}
     handles |= {name: refuse(name) for name in _HEAVY_OPS.split()}
     # Not every torch has every operator.
     return MappingProxyType({getattr(aten, name): handle for name, handle in handles.items() if hasattr(aten, name)})
