@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,12 @@ class Memory:
         """Return each part of the samples that have come since the last call, as far as they still count."""
         count, self.fresh = self.fresh, 0
         return self.latest(count)
+
+    def state(self) -> list[Any]:
+        """Return all that it holds, for `set_state`."""
+        return [self.batches, self.fresh]
+
+    def set_state(self, state: list[Any], device: torch.device) -> None:
+        """Hold what another one held, on a device."""
+        batches, self.fresh = state
+        self.batches = [tuple(part.to(device) for part in batch) for batch in batches]

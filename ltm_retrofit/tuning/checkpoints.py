@@ -22,7 +22,9 @@ from ltm_retrofit.errors import CheckpointError
 
 #: file name in the folder that a fine-tune is given
 NAME = "checkpoint.safetensors"
-FORMAT = 1
+FORMAT = 2
+#: entries above which a list of numbers is kept as a tensor: the text of a file has room for some millions
+LONG = 64
 
 
 def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -39,6 +41,8 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {"items": [[pack(key, tensors), pack(entry, tensors)] for key, entry in value.items()]}
     if isinstance(value, tuple):
         return {"tuple": [pack(entry, tensors) for entry in value]}
+    if isinstance(value, list) and len(value) > LONG and all(type(entry) is float for entry in value):
+        return {"floats": pack(torch.tensor(value, dtype=torch.float64), tensors)}
     if isinstance(value, list):
         return [pack(entry, tensors) for entry in value]
     if isinstance(value, torch.dtype):
@@ -54,6 +58,8 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [unpack(entry, tensors) for entry in value]
     if isinstance(value, dict) and "tensor" in value:
         return tensors[value["tensor"]]
+    if isinstance(value, dict) and "floats" in value:
+        return unpack(value["floats"], tensors).tolist()
     if isinstance(value, dict) and "tuple" in value:
         return tuple(unpack(entry, tensors) for entry in value["tuple"])
     if isinstance(value, dict) and "dtype" in value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -60,6 +61,32 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 128, accelerator: A
         check_labels(data, count_classes(model), "evaluation")
     guesses, truths = predictions(model, data, batch_size, accelerator)
     return 100 * float((guesses == truths).float().mean())
+
+
+def evaluate_in_memory(model: nn.Module, data: Data, batch_size: int, accelerator: Accelerator) -> float:
+    """Do what `evaluate` does, in smaller batches where memory ends.
+
+    Raises:
+        TrainingError: where it ends and the batches are not this process's to choose.
+    """
+    size, ours = batch_size, is_table(data) and accelerator.num_processes == 1
+
+    def halve() -> int:
+        nonlocal size
+        if not ours or size == 1:
+            raise TrainingError(
+                f"a batch of {size} validation images does not fit into memory"
+                if is_table(data)
+                else "a batch of the validation loader does not fit into memory: pass one of smaller batches"
+            )
+        size //= 2
+        return size
+
+    @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)  # type: ignore[untyped-decorator]
+    def accuracy(batch_size: int) -> float:
+        return evaluate(model, data, batch_size, accelerator)
+
+    return float(accuracy())
 
 
 def count_classes(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -37,11 +38,19 @@ def set_classes(model: nn.Module, names: Sequence[str]) -> str | None:
         recording = record(model, prepare_example(model, None))
     logits = logits_of(recording.output)
     classes = 0 if logits is None else logits.shape[1]
-    places = [_places(model, classes).get(_plain(name)) for name in names]
+    known_names = _places(model, classes)
+    places = [known_names.get(_plain(name)) for name in names]
     whole = [place for place in places if place is not None]
     known = len(whole) == len(set(whole)) == len(names)
     if classes == len(names):
         moved = [(name, place) for at, (name, place) in enumerate(zip(names, places, strict=True)) if place != at]
+        if not whole and known_names and not all(name.isdigit() for name in names):
+            warnings.warn(
+                f"the data has as many classes as {type(model).__name__}, {len(names)}, under names that it does not "
+                f"know ({', '.join(names[:3])}, …; it knows {', '.join(list(known_names)[:3])}, …): its head stays, "
+                "and class 0 of the data is taken for its class 0",
+                stacklevel=2,
+            )
         if not moved or not whole:
             return None
         elsewhere = [(name, place) for name, place in moved if place is not None]

@@ -25,7 +25,7 @@ from ltm_retrofit.merging.memory import Memory
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.data import Data, batches_on, size_of
-from ltm_retrofit.tuning.evaluate import evaluate
+from ltm_retrofit.tuning.evaluate import evaluate_in_memory
 from ltm_retrofit.tuning.history import History, Progress, beginning, check_same
 from ltm_retrofit.tuning.objective import Objective
 from ltm_retrofit.tuning.parameters import make_optimizer
@@ -62,7 +62,8 @@ class Run:
         self.model, self.accelerator, self.config = model, accelerator, config
         self.passes, self.accumulate, self.folder, self.length = passes, accumulate, folder, passes.length
         self.total = -(-self.length // accumulate) * config.epochs  # steps of the optimizer
-        self.began = beginning(model, config, self.length * passes.images, accelerator.num_processes)
+        self.began = beginning(model, config, accelerator.num_processes)
+        self.began |= {"images": self.length * passes.images, "data": passes.digest()}
         self.objective = Objective(model, config, classes)
         optimizer = make_optimizer(model, config)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
@@ -146,7 +147,7 @@ class Run:
     def step(self) -> None:
         """Change the weights by the gradient that has come together."""
         progress = self.progress
-        if progress.step % KEEP_EVERY == 0:
+        if progress.step % KEEP_EVERY == 0 and progress.step > self.good_step:
             self.keep_good()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -200,7 +201,7 @@ class Run:
     def validate(self, val: Data) -> float:
         """Return the accuracy on validation data, which the processes share."""
         model = self.model if self.ema is None else self.ema.module
-        return evaluate(model, val, self.config.batch_size, self.accelerator)
+        return evaluate_in_memory(model, val, self.config.batch_size, self.accelerator)
 
     def means(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the means over all processes."""
@@ -242,12 +243,16 @@ class Run:
         """Write a checkpoint; the first process does, all have to call it."""
         assert self.folder is not None
         own = {"now": checkpoints.random_state(), "loader": self.passes.generators(), "epoch": self.passes.random}
+        own |= {
+            "unreadable": self.passes.unreadable_places(),
+            "information": [memory.state() for memory in self._own_memory()],
+        }
         randoms = checkpoints.of_every_rank(own, self.accelerator)
         if self.accelerator.is_main_process:
             state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
             state |= {"began": self.began, "batch_images": self.passes.images, "random": randoms}
             state |= {"progress": asdict(self.progress), "history": asdict(self.history)}
-            state |= {"memories": {name: [memory.batches, memory.fresh] for name, memory in self._memories()}}
+            state |= {"memories": {name: module.memory.state() for name, module in self._statistics()}}
             checkpoints.write(self.folder, state)
         self.accelerator.wait_for_everyone()
 
@@ -261,14 +266,16 @@ class Run:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         device = self.accelerator.device
-        for name, memory in self._memories():
-            batches, memory.fresh = state["memories"][name]
-            memory.batches = [tuple(part.to(device) for part in batch) for batch in batches]
+        for name, module in self._statistics():
+            module.memory.set_state(state["memories"][name], device)
         self.progress, self.history = Progress(**state["progress"]), History(**state["history"])
         own = state["random"][self.accelerator.process_index]
         self.passes.random = own["epoch"]
         checkpoints.set_random_state(own["now"])
         self.passes.set_generators(own["loader"])
+        self.passes.set_unreadable(own["unreadable"])
+        for memory, kept in zip(self._own_memory(), own["information"], strict=True):
+            memory.set_state(kept, device)
         if self.progress.step:
             mark_finetuned(self.model)
 
@@ -280,7 +287,6 @@ class Run:
     def _statistics(self) -> Iterator[tuple[str, Statistics]]:
         return ((name, module) for name, module in self.model.named_modules() if isinstance(module, Statistics))
 
-    def _memories(self) -> Iterator[tuple[str, Memory]]:
-        yield from ((name, module.memory) for name, module in self._statistics())
-        if self.objective.information is not None:
-            yield "information", self.objective.information.memory
+    def _own_memory(self) -> list[Memory]:
+        """Return the memory of this process's own images, if there is one; the statistics' are of all processes'."""
+        return [] if self.objective.information is None else [self.objective.information.memory]

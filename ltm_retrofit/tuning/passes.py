@@ -51,8 +51,22 @@ class Passes:
     @property
     def unreadable(self) -> int:
         """How many images of a data set could not be read so far, by this process."""
+        return len(self.unreadable_places())
+
+    def unreadable_places(self) -> list[int]:
+        """Return which images of a data set could not be read so far, by this process."""
         dataset = getattr(self.loader, "dataset", None)
-        return int(dataset.unreadable.sum()) if isinstance(dataset, Images) else 0
+        return dataset.unreadable.nonzero().flatten().tolist() if isinstance(dataset, Images) else []
+
+    def set_unreadable(self, places: list[int]) -> None:
+        """Count these images as those that could not be read."""
+        if places:
+            self.loader.dataset.unreadable[places] = True
+
+    def digest(self) -> str:
+        """Tell data sets apart that have as many images; empty where that would take reading them."""
+        dataset = getattr(self.loader, "dataset", None)
+        return dataset.digest() if isinstance(dataset, Images) else ""
 
     def _own_generators(self) -> list[torch.Generator]:
         loader = self.loader if isinstance(self.loader, DataLoader) else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import timm
 import torch
@@ -157,6 +159,16 @@ def test_as_many_classes_of_which_some_are_known_elsewhere(named) -> None:
     with pytest.raises(DataError, match=r"class 0 is 'bee', which ViTForImage\w+ knows as its class 1"):
         set_classes(named["hf-vit"], ["bee", "u", "v", "w", "x", "y", "z"])
     assert torch.equal(logits(named["hf-vit"]), before)
+
+
+def test_as_many_classes_of_other_names_keep_the_head_and_are_named(named) -> None:
+    model, before = named["hf-vit"], logits(named["hf-vit"])
+    with pytest.warns(UserWarning, match=r"under names that it does not know \(t, u, v, …; it knows ant, bee, cat"):
+        assert set_classes(model, list("tuvwxyz")) is None
+    assert torch.equal(logits(model), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set_classes(model, [str(index) for index in range(7)]) is None, "numbers are no names"
 
 
 def test_imagenets_classes_are_known_by_synset_and_by_word() -> None:

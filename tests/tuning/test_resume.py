@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import io
 import json
 import random
 import subprocess
@@ -12,6 +13,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,12 @@ def outcome(model: nn.Module, history: ltm.History) -> tuple[Any, ...]:
 
 def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return one[:2] == other[:2] and equal(one[2], other[2])
+
+
+def encoded(image: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
 
 
 def interrupt() -> None:
@@ -147,10 +155,12 @@ def test_anyones_loader_is_drawn_from_up_to_the_place(kind: str, stop: int, mode
 
 @pytest.mark.parametrize(
     "settings",
-    [{"train": "lora"}, {"train": "masks"}, {"opt": "kron"}, {"opt": "adafactorbv"}],
+    # kron takes minutes for the four dimensions of a convolution
+    [{"train": "lora"}, {"train": "masks"}, {"opt": "kron", "train": "masks"}, {"opt": "adafactorbv"}],
     ids=lambda settings: next(iter(settings.values())),
 )
 def test_whatever_trains_by_whatever_optimizer(settings, model, pictures, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("timm.optim.kron.has_dynamo", False)  # compiles every shape
     data, fresh = pictures(24), copy.deepcopy(model)
     config = ltm.TrainConfig(epochs=2, batch_size=8, mask_lr=1e-2, checkpoint_every=1, **settings)
     expected = outcome(model, ltm.finetune(model, data, config=config))
@@ -170,6 +180,14 @@ def test_an_earlier_runs_checkpoint_is_not_overwritten(model, tmp_path) -> None:
     ltm.finetune(model, batches(2), config=config, checkpoints_to=tmp_path)
     with pytest.raises(CheckpointError, match="holds a checkpoint of an earlier run"):
         ltm.finetune(model, batches(2), config=config, checkpoints_to=tmp_path)
+
+
+def test_other_images_are_another_run(model, pictures, tmp_path) -> None:
+    fresh, config = copy.deepcopy(model), ltm.TrainConfig(batch_size=8)
+    ltm.finetune(model, pictures(16), config=config, checkpoints_to=tmp_path)
+    with pytest.raises(CheckpointError, match=r"which differs in data \("):
+        ltm.finetune(fresh, pictures(16, seed=1), config=config, checkpoints_to=tmp_path, resume=True)
+    assert not ltm.finetune(fresh, pictures(16), config=config, checkpoints_to=tmp_path, resume=True).losses[2:]
 
 
 @pytest.mark.parametrize("what", ["lr", "weights", "images"])
@@ -256,6 +274,34 @@ def test_a_checkpoint_holds_no_pickles(model, tmp_path) -> None:
     assert {entry["dtype"] for entry in header.values()} <= {"F32", "I64", "U8", "BOOL"}
 
 
+def test_many_losses_take_no_room_in_the_header() -> None:
+    losses, tensors = [0.1 * index for index in range(1000)], dict[str, torch.Tensor]()
+    packed = checkpoints.pack({"losses": losses, "few": [0.5, 1.5], "mixed": [1, 2.0] * 100}, tensors)
+    assert len(tensors) == 1 and len(json.dumps(packed)) < 2500
+    found = checkpoints.unpack(packed, tensors)
+    assert found == {"losses": losses, "few": [0.5, 1.5], "mixed": [1, 2.0] * 100}
+    assert all(type(entry) is float for entry in found["losses"])
+
+
+def test_damaged_images_stay_counted(model, pictures, tmp_path, monkeypatch) -> None:
+    rows = [{"bytes": encoded(row["image"]), "path": None} for row in pictures(24)]
+    for index in (3, 9):
+        rows[index]["bytes"] = rows[index]["bytes"][:40]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    data = datasets.Dataset.from_dict({"image": rows, "label": [i % 7 for i in range(24)]}, features=features)
+    fresh, config = copy.deepcopy(model), ltm.TrainConfig(batch_size=8, epochs=2, unreadable=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", nth(Run.step, 5, interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ltm.finetune(model, data, config=config, checkpoints_to=tmp_path)
+    assert checkpoints.read(tmp_path)["random"][0]["unreadable"] == [3, 9]
+    history = ltm.finetune(fresh, data, config=config, checkpoints_to=tmp_path, resume=True)
+    assert [entry["unreadable"] for entry in history.epochs] == [2, 2]
+    with pytest.raises(CheckpointError, match="differs in unreadable"):  # 2 of 24 are more than that
+        strict = ltm.TrainConfig(batch_size=8, epochs=2, unreadable=0.05)
+        ltm.finetune(copy.deepcopy(fresh), data, config=strict, checkpoints_to=tmp_path, resume=True)
+
+
 def test_only_plain_values_are_packed() -> None:
     with pytest.raises(CheckpointError, match=r"cannot keep a \w*Path"):
         checkpoints.pack({"folder": [Path()]}, {})
@@ -265,14 +311,14 @@ def test_only_plain_values_are_packed() -> None:
 
 
 class Hungry(nn.Module):
-    """A host whose batches have to be small."""
+    """A host whose batches have to be small, always or when it is evaluated."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, trains: bool = False) -> None:
         super().__init__()
-        self.most = most
+        self.most, self.trains = most, trains
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) > self.most:
+        if len(x) > self.most and not (self.trains and self.training):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 TB")
         return x
 
@@ -304,3 +350,19 @@ def test_a_batch_that_cannot_be_halved_is_named(case: str, model, pictures) -> N
     with pytest.raises(TrainingError, match=message):
         ltm.finetune(model, data, config=ltm.TrainConfig(batch_size=7))
     assert equal(weights(model), before)
+
+
+def test_validation_in_smaller_batches_starts_nothing_over(model, pictures) -> None:
+    data, fresh = pictures(32), copy.deepcopy(model)
+    config = ltm.TrainConfig(batch_size=16, epochs=2)
+    expected = ltm.finetune(model, data, pictures(14), config=config)
+    fresh.patch_embed.norm = Hungry(3, trains=True)
+    given = ltm.finetune(fresh, data, pictures(14), config=config)
+    assert given.losses == expected.losses
+    assert [entry["val_accuracy"] for entry in given.epochs] == [entry["val_accuracy"] for entry in expected.epochs]
+
+
+def test_a_validation_batch_that_cannot_be_halved_is_named(model, pictures) -> None:
+    model.patch_embed.norm = Hungry(3, trains=True)
+    with pytest.raises(TrainingError, match="validation loader does not fit into memory: pass one of smaller batches"):
+        ltm.finetune(model, pictures(16), batches(1), config=ltm.TrainConfig(batch_size=8))
