@@ -27,7 +27,7 @@ class LocalBudget:
         order = list(dict.fromkeys(site.attention for site in blocks))  # of the model; an attention before its MLP
         blocks = sorted(blocks, key=lambda site: (order.index(site.attention), not site.mixes))
         self.blocks = [site for site in blocks if config.sites is None or site.block in config.sites]
-        #: attentions see merged tokens only where the user names them, or where MLPs cannot meet the budget
+        #: attentions see merged tokens where the user names them, or where MLPs alone would keep few of theirs
         behind = [site for site in self.blocks if not site.mixes]
         self.chosen = self.blocks if config.sites is not None else behind or self.blocks
 
@@ -88,20 +88,24 @@ class LocalBudget:
         return tuple(rows)
 
     def search(self, change: int) -> Iterator[list[Option]]:
-        """Yield one keep ratio for all sites, then the plan in which the first ones keep more; then with attentions.
+        """Yield one keep ratio for all sites, then the plan in which the first ones keep more.
 
-        Measured on a small MobileViT at ×0.74: merging before attentions too keeps more tokens and 14 points more
-        before any tuning (83.8 % against 69.7 %), and loses two after one epoch (90.0 % against 92.0 %).
+        MLPs alone as long as they keep half of their tokens, then with attentions, then MLPs alone down to one token.
+        Measured on a small MobileViT at ×0.75 (64 and 16 tokens a sequence, validation): with attentions 96.3 % before
+        any tuning and 96.4 % after one epoch, MLPs alone 90.4 % and 96.0 %.
         """
-        yield list(self._around(self.chosen, change))
         if len(self.chosen) < len(self.blocks):
+            yield list(self._around(self.chosen, change, least=0.5))
             yield list(self._around(self.blocks, change))
+        yield list(self._around(self.chosen, change))
 
-    def _around(self, blocks: Sequence[LocalSite], change: int) -> Iterator[Option]:
+    def _around(self, blocks: Sequence[LocalSite], change: int, least: float = 0.0) -> Iterator[Option]:
         ladders = [self._ladder(site) for site in blocks]
         steps = max((cells_of(site)[1] for site in blocks), default=0)
         before = [ladder[0] for ladder in ladders]
         for step in range(steps - 1, 0, -1):
+            if step < least * steps:
+                return
             present = [self._at(ladder, step / steps) for ladder in ladders]
             yield self._option(present)
             if sum(cost for _, cost in present) <= change:

@@ -50,6 +50,22 @@ def test_where_mlps_cannot_meet_the_budget_attentions_see_merged_tokens_too(name
     assert equal(call(ltm.restore(model), example), before)
 
 
+@pytest.mark.parametrize("name", ["timm-xcit", "timm-hiera", "timm-visformer"])
+def test_before_mlps_lose_half_of_their_tokens_attentions_join_them(name):
+    model, example = ZOO[name]()
+    sites = ltm.find_sites(model, example)
+    names, joined = set(mixing(sites)), []
+    for flops in (0.95, 0.9, 0.85, 0.8, 0.75, 0.7):
+        try:
+            rows = ltm.make_plan(sites, ltm.LTMConfig(flops=flops, scope="LOCAL")).rows
+        except ltm.BudgetError:
+            continue
+        joined.append(bool(names & {row.site for row in rows}))
+        if not joined[-1]:
+            assert all(2 * row.tokens_out >= row.tokens_in for row in rows)
+    assert joined == sorted(joined) and not joined[0] and joined[-1], "at first MLPs alone, then attentions too"
+
+
 @pytest.mark.parametrize(
     "name, why",
     [
