@@ -40,7 +40,6 @@ def walk(row: Row, record: dict[str, Any]) -> None:
         found=sites.attentions,
         converted=sites.covered,
         excluded=shorten(sites.excluded),
-        proofs=sorted({f"{site.scope}:{''.join(site.proofs)}" for site in sites}),
         macs_before=sites.total_macs,
     )
     try:
@@ -50,8 +49,10 @@ def walk(row: Row, record: dict[str, Any]) -> None:
         plan = ltm.make_plan(sites, ltm.LTMConfig(flops=error.nearest))
     # the twin converted as planned, proof (e), and the full model converted on the meta device: counts must agree
     rehearse(model, example, sites, plan)
-    record["proofs"] = [letters + "e" for letters in record["proofs"]]
+    planned = {(row.site, row.scope) for row in plan.rows}
+    proven = [site for site in (*sites.found, *sites.alternatives) if (site.block, site.scope) in planned]
     record.update(
+        proofs=sorted({f"{site.scope}:{''.join(site.proofs)}e" for site in proven}),
         scopes=sorted({planned.scope for planned in plan.rows}),
         macs_before=plan.macs_original,
         macs_after=plan.macs,

@@ -20,7 +20,8 @@ def verdict(record: Record, enough: float, proofs: dict[str, str]) -> str:
     if record["status"] != "converted":
         return str(record["status"])
     passed = [proof.split(":") for proof in record["proofs"]]
-    if not passed or any(set(proofs[scope]) - set(letters) for scope, letters in passed):
+    bare = {scope for scope, *_ in passed} != set(record["scopes"])
+    if bare or any(set(proofs[scope]) - set(letters) for scope, letters in passed):
         return "unproven"
     return "yes" if record["share"] <= enough else "too little"
 
@@ -99,7 +100,11 @@ def _intro(header: Record, enough: float) -> str:
         f"{', '.join(header['commits']) or '–'}. {'; '.join(header['setups'])}. The rows took "
         f"{header['hours']:.1f} hours one after the other, beside other work, and {header['cpu_hours']:.1f} hours of "
         "one core; `make coverage` runs two at a time.\n",
-        "Blocks: converted / all attention that was found. Share: of the model's MACs, masks included, at the "
+        "Blocks: converted / all attention that was found. Proofs, of the blocks that the plan converts: (a) a block "
+        "that was cut computes what it did, bit for bit; (b) what follows the cut treats each token alone; (c) the "
+        "rest of the network takes fewer tokens, in any order; (d) what follows costs something; (e) with nothing "
+        "merged the converted model is the original bit for bit, and with merging its outputs keep their shapes. "
+        "Share: of the model's MACs, masks included, at the "
         "nearest plan where marked ≈.\n",
     ]
     return "\n".join(lines)
@@ -107,7 +112,7 @@ def _intro(header: Record, enough: float) -> str:
 
 def _table(records: list[Record]) -> str:
     lines = [
-        "| architecture | family | attention | input | M params | blocks | scope | GMACs | share | result |",
+        "| architecture | family | attention | input | M params | blocks | scope, proofs | GMACs | share | result |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
@@ -123,7 +128,7 @@ def _table(records: list[Record]) -> str:
         share = f"{'≈' if record.get('nearest') else ''}{record['share']:.3f}" if "share" in record else ""
         result = record["verdict"] + (f": {record['error']}" if record.get("error") else "")
         cells = (record["name"], record["family"], ", ".join(record["kinds"]), size, params, blocks)
-        scopes = ", ".join(record.get("scopes", []))
+        scopes = ", ".join(proof.replace(":", " ") for proof in record.get("proofs", []) if "scopes" in record)
         lines.append("| " + " | ".join([*cells, scopes, macs, share, result]) + " |")
     return "\n".join(lines) + "\n"
 
