@@ -128,6 +128,8 @@ seeds {seeds}, mean and range where there are
 several. Pooled and sliced have the token counts of converted at the same sites. MACs are counted on the models
 themselves, masks included. The bases are tiny and were trained for minutes on canvases of the same kind (validation
 accuracy at the end: {trained or "not in the log"}); rope started from digits_vit, which ships with the package.
+MobileViT sees 128 pixels, so that its sequences have 64 and 16 tokens, as those of the real one have 256, 64 and 16; at
+64 pixels (16 and 4 tokens) the same share cost two points, and pooling did as well (commit 780e6ad).
 
 Token counts:
 
