@@ -48,8 +48,8 @@ class Memory:
         return self.latest(count)
 
     def state(self) -> list[Any]:
-        """Return all that it holds, for `set_state`."""
-        return [self.batches, self.fresh]
+        """Return all that it holds, on the CPU, for `set_state`."""
+        return [[tuple(part.cpu() for part in batch) for batch in self.batches], self.fresh]
 
     def set_state(self, state: list[Any], device: torch.device) -> None:
         """Hold what another one held, on a device."""

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from pieces import batches, equal, weights
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
@@ -188,6 +189,17 @@ def test_other_images_are_another_run(model, pictures, tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"which differs in data \("):
         ltm.finetune(fresh, pictures(16, seed=1), config=config, checkpoints_to=tmp_path, resume=True)
     assert not ltm.finetune(fresh, pictures(16), config=config, checkpoints_to=tmp_path, resume=True).losses[2:]
+
+
+def test_images_that_a_transform_makes_anew_are_the_same_images(model, pictures, tmp_path) -> None:
+    def noisy(rows: dict[str, Any]) -> dict[str, Any]:
+        arrays = [np.asarray(image).astype(int) + np.random.randint(0, 9) for image in rows["image"]]
+        return {**rows, "image": [Image.fromarray(array.clip(0, 255).astype(np.uint8)) for array in arrays]}
+
+    data, fresh, config = pictures(16), copy.deepcopy(model), ltm.TrainConfig(batch_size=8)
+    data.set_transform(noisy)
+    ltm.finetune(model, data, config=config, checkpoints_to=tmp_path)
+    assert len(ltm.finetune(fresh, data, config=config, checkpoints_to=tmp_path, resume=True).losses) == 2
 
 
 @pytest.mark.parametrize("what", ["lr", "weights", "images"])
