@@ -50,7 +50,8 @@ def write(
         "to": max((record["at"] for record in ran), default=None),
         "setups": sorted({record.pop("setup") for record in ran}),
         "hours": round(sum(record.get("seconds", 0) for record in ran) / 3600, 2),
-        "cpu_hours": round(sum(record.get("cpu_seconds", record.get("seconds", 0)) for record in ran) / 3600, 2),
+        "cpu_hours": round(sum(record.get("cpu_seconds", 0) for record in ran) / 3600, 2),
+        "cpu_rows": sum("cpu_seconds" in record for record in ran),
         "commits": sorted({record["commit"] for record in ran}),
         "totals": {group: _totals([record for record in merged if record["group"] == group]) for group in GROUPS},
     }
@@ -98,8 +99,8 @@ def _intro(header: Record, enough: float) -> str:
         "",
         f"Command: `{header['command']}`. Run from {header['from']} to {header['to']}, commit "
         f"{', '.join(header['commits']) or '–'}. {'; '.join(header['setups'])}. The rows took "
-        f"{header['hours']:.1f} hours one after the other, beside other work, and {header['cpu_hours']:.1f} hours of "
-        "one core; `make coverage` runs two at a time.\n",
+        f"{header['hours']:.1f} hours one after the other, beside other work; {header['cpu_rows']} of them, "
+        f"where that was measured, {header['cpu_hours']:.1f} hours of one core. `make coverage` runs two at a time.\n",
         "Blocks: converted / all attention that was found. Proofs, of the blocks that the plan converts: (a) a block "
         "that was cut computes what it did, bit for bit; (b) what follows the cut treats each token alone; (c) the "
         "rest of the network takes fewer tokens, in any order; (d) what follows costs something; (e) with nothing "

@@ -23,7 +23,7 @@ from ltm_retrofit.errors import CheckpointError
 #: file name in the folder that a fine-tune is given
 NAME = "checkpoint.safetensors"
 FORMAT = 2
-#: entries above which a list of numbers is kept as a tensor: the text of a file has room for some millions
+#: entries above which a list of floats is kept as a tensor: the text of a file has room for some millions
 LONG = 64
 
 

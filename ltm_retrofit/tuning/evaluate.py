@@ -67,7 +67,7 @@ def evaluate_in_memory(model: nn.Module, data: Data, batch_size: int, accelerato
     """Do what `evaluate` does, in smaller batches where memory ends.
 
     Raises:
-        TrainingError: where it ends and the batches are not this process's to choose.
+        TrainingError: where one image is too much, or where the batches are not this process's to choose.
     """
     size, ours = batch_size, is_table(data) and accelerator.num_processes == 1
 

@@ -45,10 +45,10 @@ def set_classes(model: nn.Module, names: Sequence[str]) -> str | None:
     if classes == len(names):
         moved = [(name, place) for at, (name, place) in enumerate(zip(names, places, strict=True)) if place != at]
         if not whole and known_names and not all(name.isdigit() for name in names):
+            own, place = min(known_names.items(), key=lambda known: known[1])
             warnings.warn(
                 f"the data has as many classes as {type(model).__name__}, {len(names)}, under names that it does not "
-                f"know ({', '.join(names[:3])}, …; it knows {', '.join(list(known_names)[:3])}, …): its head stays, "
-                "and class 0 of the data is taken for its class 0",
+                f"know: its head stays, and the data's {names[place]!r}, class {place}, is taken for its {own!r}",
                 stacklevel=2,
             )
         if not moved or not whole:

@@ -96,8 +96,11 @@ class Images(Dataset[tuple[Tensor, int]]):
         for index in sorted({0, len(self) // 2, len(self) - 1}):
             row = stored[index]
             image = row["image"]
-            if isinstance(image, dict):
-                image = image["bytes"] or Path(image["path"]).name
+            if isinstance(image, dict) and image["bytes"] is None:
+                path = Path(image["path"] or "")  # may be missing, within an archive, or on a server
+                image = path.read_bytes() if path.is_file() else path.name
+            elif isinstance(image, dict):
+                image = image["bytes"]
             found.update(image if isinstance(image, bytes) else repr(image).encode())
             found.update(repr(row.get("label")).encode())
         return found.hexdigest()

@@ -31,7 +31,7 @@ def mixing(sites: Sites) -> list[str]:
         ("timm-visformer", "stage2.0.attn"),
     ],
 )
-def test_where_mlps_cannot_meet_the_budget_attentions_see_merged_tokens_too(name, first, tmp_path):
+def test_where_mlps_would_keep_few_tokens_attentions_see_merged_ones_too(name, first, tmp_path):
     model, example = ZOO[name]()
     before = call(model, example)
     sites = ltm.find_sites(model, example)

@@ -99,6 +99,9 @@ def test_two_processes_that_were_killed_go_on_to_the_same_bits(tmp_path):
         assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
     first, second = (json.loads((tmp_path / name / "history0.json").read_text()) for name in ("whole", "resumed"))
     assert first["losses"] == second["losses"] and len(first["losses"]) == 20
+    for one, other in zip(first["epochs"], second["epochs"], strict=True):
+        differing = {key for key in one if one[key] != other[key]} - {"seconds", "waiting", "images_per_second"}
+        assert "i_input" in one and not differing
 
 
 @pytest.mark.parametrize(

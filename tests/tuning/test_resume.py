@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import CheckpointError, TrainingError
 from ltm_retrofit.tuning import checkpoints
+from ltm_retrofit.tuning.images import Images, Order
 from ltm_retrofit.tuning.loop import Run
 
 #: all that has a state of its own: dropout, mixing, an average of weights, gradients over two batches, a teacher
@@ -183,6 +185,15 @@ def test_an_earlier_runs_checkpoint_is_not_overwritten(model, tmp_path) -> None:
         ltm.finetune(model, batches(2), config=config, checkpoints_to=tmp_path)
 
 
+def test_an_image_that_is_not_there_is_data_too(pictures) -> None:
+    data = pictures(3).cast_column("image", datasets.Image(decode=False))
+    kinds = [{"bytes": b"", "path": None}, {"bytes": None, "path": "gone.png"}, None]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    odd = datasets.Dataset.from_dict({"image": kinds, "label": [0, 1, 2]}, features=features)
+    digests = [Images(rows, lambda image: image, 1.0).digest() for rows in (data, odd, odd.select([0, 2, 1]))]
+    assert len(set(digests)) == 3
+
+
 def test_other_images_are_another_run(model, pictures, tmp_path) -> None:
     fresh, config = copy.deepcopy(model), ltm.TrainConfig(batch_size=8)
     ltm.finetune(model, pictures(16), config=config, checkpoints_to=tmp_path)
@@ -297,21 +308,19 @@ def test_many_losses_take_no_room_in_the_header() -> None:
 
 def test_damaged_images_stay_counted(model, pictures, tmp_path, monkeypatch) -> None:
     rows = [{"bytes": encoded(row["image"]), "path": None} for row in pictures(24)]
-    for index in (3, 9):
+    damaged = sorted(index for index, _ in islice(Order(24, shuffle=True, seed=0), 2))  # seen in the first batch only
+    for index in damaged:
         rows[index]["bytes"] = rows[index]["bytes"][:40]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     data = datasets.Dataset.from_dict({"image": rows, "label": [i % 7 for i in range(24)]}, features=features)
-    fresh, config = copy.deepcopy(model), ltm.TrainConfig(batch_size=8, epochs=2, unreadable=0.1)
+    fresh, config = copy.deepcopy(model), ltm.TrainConfig(batch_size=8, unreadable=0.1, checkpoint_every=1)
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "step", nth(Run.step, 5, interrupt))
+        patch.setattr(Run, "step", nth(Run.step, 3, interrupt))
         with pytest.raises(KeyboardInterrupt):
             ltm.finetune(model, data, config=config, checkpoints_to=tmp_path)
-    assert checkpoints.read(tmp_path)["random"][0]["unreadable"] == [3, 9]
+    assert checkpoints.read(tmp_path)["random"][0]["unreadable"] == damaged
     history = ltm.finetune(fresh, data, config=config, checkpoints_to=tmp_path, resume=True)
-    assert [entry["unreadable"] for entry in history.epochs] == [2, 2]
-    with pytest.raises(CheckpointError, match="differs in unreadable"):  # 2 of 24 are more than that
-        strict = ltm.TrainConfig(batch_size=8, epochs=2, unreadable=0.05)
-        ltm.finetune(copy.deepcopy(fresh), data, config=strict, checkpoints_to=tmp_path, resume=True)
+    assert [entry["unreadable"] for entry in history.epochs] == [2]
 
 
 def test_only_plain_values_are_packed() -> None:
