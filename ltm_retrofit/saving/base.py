@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -161,10 +162,23 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def example_of(plan: MergePlan, model: nn.Module) -> Example:
-    """Make an input of the size that a plan is for; the global random state stays as it is."""
+    """Make an input of the size that a plan is for; the global random state stays as it is.
+
+    What holds whole numbers is told by its name, as transformers gives them: identifiers, masks that mask nothing,
+    shapes of images.
+    """
     device, dtype = home(model)
     generator = torch.Generator().manual_seed(0)
-    made = {key: torch.randn(size, generator=generator).to(device, dtype) for key, size in plan.input_size.items()}
+    made: dict[str, torch.Tensor] = {}
+    for key, size in plan.input_size.items():
+        if key.endswith("_ids"):
+            made[key] = torch.zeros(size, dtype=torch.int64, device=device)
+        elif key.endswith("_mask"):
+            made[key] = torch.ones(size, dtype=torch.int64, device=device)
+        elif key == "spatial_shapes" and "pixel_values" in plan.input_size:  # rows and columns of patches
+            made[key] = torch.full(size, math.isqrt(plan.input_size["pixel_values"][1]), device=device)
+        else:
+            made[key] = torch.randn(size, generator=generator).to(device, dtype)
     return made[""] if "" in made else made
 
 
