@@ -103,9 +103,7 @@ class LocalBudget:
         ladders = [self._ladder(site) for site in blocks]
         steps = max((cells_of(site)[1] for site in blocks), default=0)
         before = [ladder[0] for ladder in ladders]
-        for step in range(steps - 1, 0, -1):
-            if step < least * steps:
-                return
+        for step in range(steps - 1, max(1, ceil(least * steps)) - 1, -1):
             present = [self._at(ladder, step / steps) for ladder in ladders]
             yield self._option(present)
             if sum(cost for _, cost in present) <= change:

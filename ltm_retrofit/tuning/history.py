@@ -51,11 +51,12 @@ class Progress:
     sums: dict[str, float] = field(default_factory=dict)
 
 
-def beginning(model: nn.Module, config: TrainConfig, processes: int) -> dict[str, Any]:
-    """Say what a run starts from: settings, weights, processes."""
+def beginning(model: nn.Module, config: TrainConfig, images: int, data: str, processes: int) -> dict[str, Any]:
+    """Say what a run starts from: settings, weights, images of an epoch, a digest of the data, processes."""
     weights = repr(sorted(fingerprints_of(model).items())).encode()
     settings = {key: value for key, value in config.to_dict().items() if key not in FREE}
-    return {**settings, "weights": hashlib.sha256(weights).hexdigest()[:16], "processes": processes}
+    known = {"weights": hashlib.sha256(weights).hexdigest()[:16], "images": images, "data": data}
+    return {**settings, **known, "processes": processes}
 
 
 def check_same(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

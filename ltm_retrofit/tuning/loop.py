@@ -62,8 +62,10 @@ class Run:
         self.model, self.accelerator, self.config = model, accelerator, config
         self.passes, self.accumulate, self.folder, self.length = passes, accumulate, folder, passes.length
         self.total = -(-self.length // accumulate) * config.epochs  # steps of the optimizer
-        self.began = beginning(model, config, accelerator.num_processes)
-        self.began |= {"images": self.length * passes.images, "data": passes.digest()}
+        self.began: dict[str, Any] = {}  # what checkpoints are told apart by; without any, nobody asks
+        if folder is not None:
+            images = self.length * passes.images
+            self.began = beginning(model, config, images, passes.digest(), accelerator.num_processes)
         self.objective = Objective(model, config, classes)
         optimizer = make_optimizer(model, config)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
@@ -184,7 +186,7 @@ class Run:
         """Note what the epoch brought."""
         progress, sums = self.progress, self.progress.sums
         images = int(sums.pop("images"))
-        unreadable = torch.tensor(self.passes.unreadable, device=self.accelerator.device)
+        unreadable = torch.tensor(len(self.passes.unreadable()), device=self.accelerator.device)
         entry = {
             "epoch": progress.epoch + 1,
             **sums,
@@ -244,7 +246,7 @@ class Run:
         assert self.folder is not None
         own = {"now": checkpoints.random_state(), "loader": self.passes.generators(), "epoch": self.passes.random}
         own |= {
-            "unreadable": self.passes.unreadable_places(),
+            "unreadable": self.passes.unreadable(),
             "information": [memory.state() for memory in self._own_memory()],
         }
         randoms = checkpoints.of_every_rank(own, self.accelerator)

@@ -49,24 +49,22 @@ class Passes:
         self.random: dict[str, Any] = {}  # what the epoch began with
 
     @property
-    def unreadable(self) -> int:
-        """How many images of a data set could not be read so far, by this process."""
-        return len(self.unreadable_places())
-
-    def unreadable_places(self) -> list[int]:
-        """Return which images of a data set could not be read so far, by this process."""
+    def _rows(self) -> Images | None:
         dataset = getattr(self.loader, "dataset", None)
-        return dataset.unreadable.nonzero().flatten().tolist() if isinstance(dataset, Images) else []
+        return dataset if isinstance(dataset, Images) else None
+
+    def unreadable(self) -> list[int]:
+        """Return which images of a data set could not be read so far, by this process."""
+        return [] if self._rows is None else self._rows.unreadable.nonzero().flatten().tolist()
 
     def set_unreadable(self, places: list[int]) -> None:
         """Count these images as those that could not be read."""
-        if places:
-            self.loader.dataset.unreadable[places] = True
+        if self._rows is not None:
+            self._rows.unreadable[places] = True
 
     def digest(self) -> str:
         """Tell data sets apart that have as many images; empty where that would take reading them."""
-        dataset = getattr(self.loader, "dataset", None)
-        return dataset.digest() if isinstance(dataset, Images) else ""
+        return "" if self._rows is None else self._rows.digest()
 
     def _own_generators(self) -> list[torch.Generator]:
         loader = self.loader if isinstance(self.loader, DataLoader) else None
