@@ -263,7 +263,7 @@ def build(
         width = sum(model.get_submodule(name).get_parameter("weight").shape[1] for name in plan.readouts)
         readout = Statistics(width, plan.classes, plan.clusters).to(device)
     kept = Retrofit(
-        dataclasses.replace(plan, base=sites.base),
+        dataclasses.replace(plan, base=sites.base, fixed_inputs=sites.fixed_inputs),
         readout,
         finetuned=was_finetuned(model),
         pretrained=fingerprints_of(model),

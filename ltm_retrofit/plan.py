@@ -20,7 +20,10 @@ TOLERANCE = 0.02  # how far below its target a plan's share may lie
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Which site keeps how many tokens. ``macs`` are for one image at ``input_size``, masks included."""
+    """Which site keeps how many tokens. ``macs`` are for one image at ``input_size``, masks included.
+
+    ``fixed_inputs`` are the inputs beside the image that it was made with: identifiers, masks, settings.
+    """
 
     rows: tuple[Row, ...]
     config: LTMConfig
@@ -28,6 +31,7 @@ class MergePlan:
     macs: int
     unmerge: bool  # bring every token back after the last block of scope FLOW
     input_size: dict[str, tuple[int, ...]]
+    fixed_inputs: dict[str, Any]
     classes: int  # C of the statistics; 0 where the model has no classifier
     readouts: tuple[str, ...]  # the modules whose input is the feature that the classifier reads
     clusters: int = CLUSTERS
@@ -235,6 +239,7 @@ def _finish(sites: Sites, config: LTMConfig, rows: tuple[Row, ...]) -> MergePlan
         macs=sites.total_macs + _change(sites, config, rows),
         unmerge=any(row.scope == "FLOW" for row in rows) and not any(row.action == "slice" for row in rows),
         input_size=sites.input_size,
+        fixed_inputs=sites.fixed_inputs,
         classes=sites.ending.classes,
         readouts=sites.ending.readouts,
         base=sites.base,

@@ -84,6 +84,16 @@ def test_naflex_takes_its_one_dict_and_its_padding(name):
         assert torch.equal(ltm.restore(model)(_beside(inputs, 1.0)), whole)
 
 
+@pytest.mark.filterwarnings("error:the base .* cannot be rebuilt")
+def test_naflex_of_a_dict_is_saved_and_loaded(tmp_path):
+    model, _ = ZOO["timm-naflex-gap"]()
+    inputs = _naflex(model)
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.7), inputs)
+    ltm.save_pretrained(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(ltm.from_pretrained(tmp_path)(inputs), model(inputs))
+
+
 def test_an_example_in_which_tokens_fill_up_is_refused():
     model, _ = ZOO["timm-naflex-gap"]()
     with pytest.raises(ltm.UnsupportedBlock, match="some tokens of the example only fill up"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -18,8 +17,8 @@ FOUR = (16, 32, 48, 64)  # widths of four stages
 HEADS = (1, 2, 3, 4)
 
 
-def _named(name: str, **changes: object) -> Callable[[], nn.Module]:
-    return lambda: timm.create_model(name, num_classes=CLASSES, **changes)
+def _named(name: str, **changes: object) -> partial[nn.Module]:
+    return partial(timm.create_model, name, num_classes=CLASSES, **changes)
 
 
 # Arguments on top of VIT; 32 pixels unless `img_size` says otherwise.
@@ -258,12 +257,10 @@ def _mobilenet(kind: type[nn.Module], attentions: tuple[str, str], **changes: ob
 _MQA = ("mqa_r1_k3_h2_s1_v2_d16_c32", "mqa_r1_k3_h3_s1_d16_c48")
 
 
-def _caformer() -> nn.Module:
+def _caformer(kind: type[nn.Module]) -> nn.Module:
     mixers = [metaformer.SepConv] * 2 + [metaformer.Attention] * 2
     norms = [metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2
-    return metaformer.MetaFormer(
-        depths=(1, 1, 2, 2), dims=(16, 32, 64, 64), token_mixers=mixers, norm_layers=norms, num_classes=CLASSES
-    )
+    return kind(depths=(1, 1, 2, 2), dims=(16, 32, 64, 64), token_mixers=mixers, norm_layers=norms, num_classes=CLASSES)
 
 
 # The class itself, where timm's name takes no arguments for depth and width.
@@ -285,16 +282,24 @@ _CLASSES: dict[str, tuple[type[nn.Module], int, dict]] = {
     ),
 }
 
-TIMM: dict[str, tuple[Callable[[], nn.Module], int]] = {
+TIMM: dict[str, tuple[partial[nn.Module], int]] = {
     **{
         f"timm-{name}": (_named(model, **{**VIT, **changes}), int(changes.get("img_size", 32)))
         for name, (model, changes) in _COLUMNS.items()
     },
     **{f"timm-{name}": (_named(model, **changes), side) for name, (model, side, changes) in _GRIDS.items()},
     **{f"timm-{n}": (partial(kind, num_classes=CLASSES, **changes), s) for n, (kind, s, changes) in _CLASSES.items()},
-    "timm-caformer": (_caformer, 128),
+    "timm-caformer": (partial(_caformer, metaformer.MetaFormer), 128),
     "timm-mvitv2": (partial(_mvit, "mvitv2_tiny"), 64),
     "timm-mvitv2-cls": (partial(_mvit, "mvitv2_base_cls"), 64),
     "timm-mobilenetv4": (partial(_mobilenet, mobilenetv3.MobileNetV3, _MQA), 64),
     "timm-mobilenetv5": (partial(_mobilenet, mobilenetv5.MobileNetV5, _MQA, msfa_output_resolution=8), 64),
 }
+
+
+def family(row: str) -> str:
+    """Return the file of timm that a row of `TIMM` is from."""
+    build = TIMM[row][0]
+    named = build.args[0] if build.args else build.func
+    made = timm.model_entrypoint(named) if isinstance(named, str) else named
+    return str(made.__module__).rpartition(".")[2]

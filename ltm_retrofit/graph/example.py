@@ -87,6 +87,38 @@ def prepare_example(model: nn.Module, example: Example | None) -> Example:
     return single if isinstance(example, Mapping) else single["example"]
 
 
+def fixed_of(example: Example) -> dict[str, Any]:
+    """Return what of an example is no image, as plain values for JSON: whole numbers, masks, settings.
+
+    Such a tensor is a dict of ``dtype`` and nested ``values``; one on the meta device has none, and is left out.
+    """
+    fixed: dict[str, Any] = {}
+    for key, value in example.items() if isinstance(example, Mapping) else ():
+        if isinstance(value, Tensor) and not value.is_floating_point() and not value.is_meta:
+            fixed[key] = {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            fixed[key] = value
+    return fixed
+
+
+def make_example(sizes: Mapping[str, tuple[int, ...]], fixed: Mapping[str, Any], model: nn.Module) -> Example:
+    """Return noise of these sizes on a model's device, and beside it what `fixed_of` noted.
+
+    The global random state stays as it is.
+    """
+    device, dtype = home(model)
+    generator = torch.Generator().manual_seed(0)
+    made: dict[str, Any] = {
+        key: torch.randn(size, generator=generator).to(device, dtype) for key, size in sizes.items() if key not in fixed
+    }
+    for key, value in fixed.items():
+        if isinstance(value, Mapping):
+            made[key] = torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]), device=device)
+        else:
+            made[key] = value
+    return made[""] if "" in made else made
+
+
 def floats_of(example: Example) -> list[Tensor]:
     """Return the floating tensors of an example that the image is in: those of three dimensions and more, if any."""
     values = example.values() if isinstance(example, Mapping) else [example]

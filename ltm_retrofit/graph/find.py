@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError, ExampleError, NoAttentionError
-from ltm_retrofit.flops import count_macs, count_macs_quick
+from ltm_retrofit.flops import count_macs_again, count_macs_quick
 from ltm_retrofit.graph.chains import find_chains
-from ltm_retrofit.graph.example import Example, in_float, prepare_example, run
+from ltm_retrofit.graph.example import Example, fixed_of, in_float, prepare_example, run
 from ltm_retrofit.graph.flow import find_ending, find_flow, flow_sites
 from ltm_retrofit.graph.grids import find_grids, on_meta
 from ltm_retrofit.graph.local import local_sites
@@ -82,7 +82,7 @@ def _find(model: nn.Module, example: Example, whole: bool = False) -> Sites:
         # in large models without numbers, other scopes than the best one are not looked for
         chains = {} if not uncut and total > SHORTENED else find_chains(model, example, recording)
         mixers = find_mixers(model, recording, uncut)
-        total = total or _total(*full)
+        total = total or count_macs_again(*full, recording.macs)
         flow = flow_sites(candidates, prefix, recording)
         ending = find_ending(model, example, recording, candidates, prefix)
         points: list[MapPoint] = []
@@ -101,7 +101,17 @@ def _find(model: nn.Module, example: Example, whole: bool = False) -> Sites:
     counts = [stands_for(name, removed) for name in owners]  # a block of a twin stands for those that were cut away
     missed = sum(count for name, count in zip(owners, counts, strict=True) if name in excluded)
     return Sites(
-        tuple(best), excluded, total, ending, shapes, base, tuple(other), sum(counts), sum(counts) - missed, narrowed
+        found=tuple(best),
+        excluded=excluded,
+        total_macs=total,
+        ending=ending,
+        input_size=shapes,
+        fixed_inputs=fixed_of(example),
+        base=base,
+        alternatives=tuple(other),
+        attentions=sum(counts),
+        covered=sum(counts) - missed,
+        narrowed=narrowed,
     )
 
 
@@ -188,8 +198,6 @@ def _countable(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
 
 
 def _total(model: nn.Module, example: Example) -> int:
-    if not is_empty(model):
-        return count_macs(model, example).total
     empty, inputs = on_meta(model, example)
     try:
         with undisturbed(empty), torch.no_grad():

@@ -218,12 +218,13 @@ def find_ending(
     last = candidates[-1] if candidates else None
     if last is None or last.attention != recording.attended[-1].chain[-1]:
         return Ending(False, 0, readouts, classes)  # something attends after the last block that can be cut
-    macs = prove.prove_prefix_only(model, example, last.piece, prefix, recording.output)
-    if macs is None:
+    earlier = {candidate.module: recording.calls[candidate.name][0].output for candidate in candidates[:-1]}
+    gone = prove.prove_prefix_only(model, example, last.piece, prefix, recording.output, earlier)
+    if gone is None:
         return Ending(False, 0, readouts, classes)
     tokens = last.call.output.shape[1]
-    saved = last.cost(tokens, tokens) - last.cost(tokens, prefix)
-    return Ending(True, macs - (recording.macs - saved), readouts, classes)
+    own = last.cost(tokens, tokens) - last.cost(tokens, prefix)
+    return Ending(True, own - gone, readouts, classes)
 
 
 def _layout(candidate: Candidate, prefix: int, recording: Recording) -> TokenLayout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -216,11 +216,19 @@ def _same_set(plain: Tensor, shuffled: Tensor) -> bool:
     return close(shuffled.sum(1), plain.sum(1)) and close(shuffled.square().sum(1), plain.square().sum(1))
 
 
-def prove_prefix_only(model: nn.Module, example: Example, last: Piece, prefix: int, expected: Any) -> int | None:
+def prove_prefix_only(
+    model: nn.Module,
+    example: Example,
+    last: Piece,
+    prefix: int,
+    expected: Any,
+    earlier: Mapping[nn.Module, Tensor],
+) -> int | None:
     """Prove that the output depends on the last block's prefix tokens only, and does not mind the others gone.
 
     Patch rows are poisoned with NaN (the output must not change a bit), then cut off (it must not change at all but
-    for rounding). Returns the MACs of the pass with patch rows cut off, or None where the proof fails.
+    for rounding). ``earlier`` blocks hand out what they were recorded to put out, so that they need not compute.
+    Returns the MACs that go with the patch rows, of this block and of all that follows, or None where the proof fails.
     """
 
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
@@ -231,15 +239,24 @@ def prove_prefix_only(model: nn.Module, example: Example, last: Piece, prefix: i
     def sliced(*args: Any, **kwargs: Any) -> Any:
         return last.tail(last.head(*last.split(*args, **kwargs))[0][:, :prefix])
 
+    def count(forward: Callable[..., Any]) -> tuple[int, Any]:
+        outputs: list[Any] = []
+        recorded = {block: partial(_put_out, output) for block, output in earlier.items()}
+        with replaced({**recorded, last.block: forward}):
+            macs = count_macs_quick(lambda: outputs.append(run(model, example)))
+        return macs, outputs[0]
+
     if prefix == 0:
         return None
-    with replaced({last.block: poisoned}):
-        if not all_equal(run(model, example), expected):
-            return None
-    outputs: list[Any] = []
-    with replaced({last.block: sliced}):
-        try:
-            macs = count_macs_quick(lambda: outputs.append(run(model, example)))
-        except Exception:  # something wants the tokens there, though not their values
-            return None
-    return macs if all_close(outputs[0], expected) else None
+    whole, output = count(poisoned)
+    if not all_equal(output, expected):
+        return None
+    try:
+        rest, output = count(sliced)
+    except Exception:  # something wants the tokens there, though not their values
+        return None
+    return whole - rest if all_close(output, expected) else None
+
+
+def _put_out(output: Tensor, *_: Any, **__: Any) -> Tensor:
+    return output.clone()  # whoever writes into it

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import overload
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -158,6 +158,7 @@ class Sites(Sequence[AttentionSite]):
     total_macs: int
     ending: Ending
     input_size: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    fixed_inputs: dict[str, Any] = field(default_factory=dict)  # what of the example is no image, `fixed_of`
     base: dict[str, str] = field(default_factory=dict)  # library, class and architecture of the model
     alternatives: tuple[AttentionSite, ...] = ()
     attentions: int = 0  # seen in one forward pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from ltm_retrofit.blocks import CHILD
 from ltm_retrofit.convert import disabled, get_plan, is_retrofitted
 from ltm_retrofit.errors import CheckpointError, RetrofitError
-from ltm_retrofit.graph.example import Example, home, input_size, prepare_example, run
+from ltm_retrofit.graph.example import Example, home, input_size, make_example, prepare_example, run
 from ltm_retrofit.graph.prove import all_equal
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.arguments import LOADING, timm_arguments
@@ -164,22 +163,13 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def example_of(plan: MergePlan, model: nn.Module) -> Example:
     """Make an input of the size that a plan is for; the global random state stays as it is.
 
-    What holds whole numbers is told by its name, as transformers gives them: identifiers, masks that mask nothing,
-    shapes of images.
+    Raises:
+        CheckpointError: where the plan's inputs beside the image are no such thing.
     """
-    device, dtype = home(model)
-    generator = torch.Generator().manual_seed(0)
-    made: dict[str, torch.Tensor] = {}
-    for key, size in plan.input_size.items():
-        if key.endswith("_ids"):
-            made[key] = torch.zeros(size, dtype=torch.int64, device=device)
-        elif key.endswith("_mask"):
-            made[key] = torch.ones(size, dtype=torch.int64, device=device)
-        elif key == "spatial_shapes" and "pixel_values" in plan.input_size:  # rows and columns of patches
-            made[key] = torch.full(size, math.isqrt(plan.input_size["pixel_values"][1]), device=device)
-        else:
-            made[key] = torch.randn(size, generator=generator).to(device, dtype)
-    return made[""] if "" in made else made
+    try:
+        return make_example(plan.input_size, plan.fixed_inputs, model)
+    except Exception as error:  # a plan from a file is foreign input
+        raise CheckpointError(f"the plan's inputs cannot be made: {type(error).__name__}: {error}") from error
 
 
 def public_class(name: object) -> Any:

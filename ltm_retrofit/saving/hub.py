@@ -33,7 +33,7 @@ from ltm_retrofit.saving.base import (
 from ltm_retrofit.saving.card import model_card
 from ltm_retrofit.saving.fetch import fetch
 
-FORMAT, FORMAT_VERSION = "ltm_retrofit", 1
+FORMAT, FORMAT_VERSION = "ltm_retrofit", 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _KEYS = ("format", "format_version", "versions", "base", "rebuildable", "reason", "plan", "dtypes", "sha256", "files")
 _OPTIONAL = ("adapter", "labels")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from conversions import batch, call, equal
 from torch import nn
 from zoo import ZOO, Example
+from zoo_timm import TIMM, family
 
 import ltm_retrofit as ltm
 from ltm_retrofit import convert
@@ -17,21 +20,24 @@ from ltm_retrofit.flops import count_macs
 from ltm_retrofit.graph.example import tensors_of
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[2]
 
-#: one of each block class, the cheapest of its structure
+#: one of each block class, the cheapest of its structure; at least one of each file of timm that attends
 FAST = (
     "timm-vit timm-vit-siglip-map timm-vit-swiglu-packed timm-vit-respost timm-vit-parallel-things timm-vit-diff "
     "timm-deit-distilled timm-beit timm-eva-postnorm timm-eva-dinov3 timm-eva02 timm-eva-rope-mixed timm-relpos-shared "
     "timm-xcit timm-convit timm-sam timm-tnt timm-naflex-gap timm-qwen3 timm-gemma4 timm-pit timm-hybrid timm-swin "
     "timm-nest timm-coatnet-rw timm-hiera timm-mvitv2 timm-twins-pcpvt timm-edgenext timm-lowformer timm-mobilevit "
-    "timm-visformer timm-volo hf-vit hf-deit-teacher hf-dinov2-registers hf-dinov3 hf-clip hf-siglip hf-swin hf-pvt "
+    "timm-visformer timm-volo timm-bat timm-botnet timm-cait timm-caformer timm-coat-lite timm-cpubone timm-crossvit "
+    "timm-csatv2 timm-davit timm-deepseek timm-efficientformer timm-efficientformer-v2 timm-efficientvim "
+    "timm-efficientvit-mit-b timm-efficientvit-msra timm-fastvit timm-gcvit timm-hieradet timm-iformer timm-levit "
+    "timm-maxvit-tf timm-mobilenetv4 timm-mobilenetv5 timm-nextvit timm-pvt-v2 timm-shvit timm-swiftformer timm-swinv2 "
+    "timm-swinv2-cr timm-tiny-vit timm-vitamin hf-vit hf-deit-teacher hf-dinov2-registers hf-dinov3 hf-clip hf-siglip hf-swin hf-pvt "
     "hf-hiera hf-imagegpt hf-internvl-vision hf-swiftformer torchvision-vit plain-multihead plain-lucid"
 ).split()
 
-#: what cannot be converted, and the words that say why; whatever else of the zoo is refused is a fault
-
-
-#: what is left of an attention pool is too little to be worth a mask
+#: what cannot be converted, and the words that say why; whatever else of the zoo is refused is a fault. What is left of
+#: an attention pool is too little to be worth a mask
 REFUSED = {"timm-resnet-clip": "no module around it keeps a token stream"}
 
 
@@ -103,5 +109,9 @@ def test_what_cannot_be_converted_says_why(name):
     assert not ltm.is_retrofitted(model)
 
 
-def test_the_table_names_models_of_the_zoo():
+def test_the_fast_table_misses_no_family_of_the_coverage_matrix():
     assert set(FAST) <= set(ZOO)
+    rows = json.loads((ROOT / "coverage.json").read_text(encoding="utf-8"))["rows"]
+    measured = {row["family"] for row in rows if row["library"] == "timm"}
+    assert len(measured) > 50
+    assert measured - {family(name) for name in FAST if name in TIMM} == set()

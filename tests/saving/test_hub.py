@@ -128,6 +128,15 @@ def test_other_methods(family: str, method: str, build: Build, images: torch.Ten
     check_round_trip(model, tmp_path / "saved", images)
 
 
+def test_what_of_an_example_is_no_tensor_comes_back(build: Build, tmp_path: Path) -> None:
+    model = build("hf-vit")
+    inputs = {"pixel_values": torch.randn(1, 3, 48, 40), "interpolate_pos_encoding": True}
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.7), inputs)
+    ltm.save_pretrained(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(ltm.from_pretrained(tmp_path)(**inputs).logits, model(**inputs).logits)
+
+
 def test_fresh_process(build: Build, images: torch.Tensor, tmp_path: Path) -> None:
     expected: list[object] = [images]
     folders = []
