@@ -271,6 +271,7 @@ def _towers() -> list[Row]:
 
     coco, ade = partial(_image, size=(800, 1066)), partial(_image, size=(512, 512))
     resnet = {"model_type": "resnet", "out_features": ["stage4"]}
+    pose = {"model_type": "vitpose_backbone", "out_indices": [12]}  # as in its checkpoints: by default it reads the 4th
     return [
         hf("DINOv3ViTModel", "dinov3_vit", "global"),
         hf("CLIPVisionModel", "clip", "global"),
@@ -288,7 +289,7 @@ def _towers() -> list[Row]:
         hf("ViTMAEForPreTraining", "vit_mae", "global", _masked),
         hf("VideoMAEForVideoClassification", "videomae", "global", lambda _: {"pixel_values": noise(16, 3, 224, 224)}),
         hf("VitDetModel", "vitdet", "global"),
-        hf("VitPoseForPoseEstimation", "vitpose", "global", partial(_image, size=(256, 192))),
+        hf("VitPoseForPoseEstimation", "vitpose", "global", partial(_image, size=(256, 192)), backbone_config=pose),
         tv("vit_b_16", "global"),
         tv("swin_t", "window"),
     ]

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import transformers as tr
+from conversions import EVERY
 from torch import nn
 
 torch.set_num_threads(1)
@@ -60,6 +61,12 @@ def make(family: str, seed: int = 0) -> nn.Module:
 @pytest.fixture(params=list(FAMILIES))
 def family(request: pytest.FixtureRequest) -> str:
     """Go through all families."""
+    return str(request.param)
+
+
+@pytest.fixture(params=EVERY)
+def host(request: pytest.FixtureRequest) -> str:
+    """Go through all hosts."""
     return str(request.param)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from zoo import ZOO, Example, randomise
@@ -12,7 +13,7 @@ from zoo import ZOO, Example, randomise
 import ltm_retrofit as ltm
 from ltm_retrofit.graph.example import tensors_of
 
-#: readable name → (zoo name, options of `LTMConfig` beside the budget); each scope twice and more
+#: readable name → (zoo name, options of `LTMConfig` beside the budget); each scope in both libraries
 HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "timm-vit-flow": ("timm-vit", {}),
     "timm-dinov3-flow": ("timm-eva-dinov3", {}),
@@ -22,10 +23,38 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hf-vit-flow": ("hf-vit", {}),
     "hf-dinov3-flow": ("hf-dinov3", {}),
     "hf-swin-local": ("hf-swin", {}),
+    "timm-beit-local": ("timm-beit", {}),
+    "timm-eva-rope-flow": ("timm-eva-rope-mixed", {}),
+    "timm-levit-local": ("timm-levit", {}),
+    "timm-maxvit-local": ("timm-maxvit-tf", {}),
+    "timm-mobilevit-local": ("timm-mobilevit", {}),
+    "timm-pvt-local": ("timm-pvt-v2", {}),
+    "timm-xcit-local": ("timm-xcit", {}),
+    "hf-beit-local": ("hf-beit", {}),
+    "hf-clip-flow": ("hf-clip", {}),
+    "hf-dinov2-flow": ("hf-dinov2-registers", {}),
+    "hf-mobilevit-grid": ("hf-mobilevit", {}),
+    "hf-segformer-local": ("hf-segformer", {}),
 }
+#: those that CI runs; the others are slow
+FAST = tuple(HOSTS)[:8]
+EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in HOSTS]
 _KEPT: dict[str, tuple[nn.Module, Example]] = {}
 
-__all__ = ["HOSTS", "batch", "call", "convert", "converted", "equal", "near", "randomise", "scopes"]
+__all__ = [
+    "EVERY",
+    "FAST",
+    "HOSTS",
+    "batch",
+    "call",
+    "convert",
+    "converted",
+    "equal",
+    "gradients",
+    "near",
+    "randomise",
+    "scopes",
+]
 
 
 def convert(model: nn.Module, example: Example | None = None, flops: float = 0.8, **options: Any) -> nn.Module:
@@ -77,3 +106,11 @@ def near(ours: list[Tensor], theirs: list[Tensor], rtol: float = 1e-4, atol: flo
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def gradients(model: nn.Module, inputs: Example) -> dict[str, Tensor]:
+    """Return the gradients of a sum of squares, of those parameters that have one."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    call(model, inputs)[0].square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

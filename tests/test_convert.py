@@ -6,7 +6,7 @@ import copy
 import inspect
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import timm
@@ -337,33 +337,21 @@ def test_gradient_checkpointing_gives_equal_gradients(converted, images, family)
     near(list(checkpointed.values()), list(plain.values()), rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------- compile and export
+# ------------------------------------------------------------------------------------------------------------- export
 
 
-@pytest.mark.parametrize("family", ["timm-vit", "hf-dinov2"])
-def test_compiling_makes_one_graph_with_equal_results(converted, images, family):
-    model = converted(family)
-    expected = outputs(model, images)
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=64):
-        compiled = torch.compile(model, fullgraph=True, backend="eager")
-        near(outputs(compiled, images), expected, rtol=1e-5, atol=1e-5)
-    torch._dynamo.reset()
-    assert equal(outputs(model, images), expected)
+#: of the exports those that CI runs, beside those of test_hosts.py
+FAST = {"timm-vit-dynamic-batch", "hf-vit-dynamic-batch", "timm-vit-avg-qknorm-static", "hf-dinov2-static"}
 
 
-#: of the exports with a dynamic batch, those that CI runs
-DYNAMIC = ("timm-vit", "hf-vit")
+def _exports() -> Iterator[object]:
+    for name in FAMILIES:
+        for dynamic in (False, True):
+            label = f"{name}-{'dynamic-batch' if dynamic else 'static'}"
+            yield pytest.param(name, dynamic, id=label, marks=[] if label in FAST else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(
-    "family, dynamic",
-    [pytest.param(name, False, id=f"{name}-static") for name in FAMILIES]
-    + [
-        pytest.param(name, True, id=f"{name}-dynamic-batch", marks=[] if name in DYNAMIC else pytest.mark.slow)
-        for name in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family, dynamic", _exports())
 def test_exporting_gives_equal_results_and_leaves_the_model_alone(family, converted, images, dynamic):
     model = converted(family)
     expected = outputs(model, images)

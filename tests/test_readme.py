@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -39,3 +40,12 @@ def test_python_runs(code: str) -> None:
 def test_linked_files_exist() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_coverage_figures_are_the_matrix_s() -> None:
+    totals = json.loads((ROOT / "coverage.json").read_text(encoding="utf-8"))["header"]["totals"]
+    said = " ".join(README.split())
+    timm, classifiers = totals["timm"], totals["classifiers"]
+    assert f"of timm's {timm['rows']} with attention {timm['yes']} convert with all proofs" in said
+    assert f"of {classifiers['rows']} Hugging Face types {classifiers['yes']}." in said
+    assert ("have not been run" in said) == bool(timm["not run"])

@@ -9,9 +9,12 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
+import transformers as tr
 from conversions import batch, call, convert, converted, near, randomise, scopes
-from torch import nn
+from torch import Tensor, nn
 from zoo import ZOO, picture
+from zoo_hf import HF
+from zoo_timm import TIMM
 
 import ltm_retrofit as ltm
 from ltm_retrofit.blocks import forwards_of, masks_of
@@ -156,6 +159,25 @@ def test_equal_tokens_of_a_cell_survive(name, method):
     assert checked == len(ltm.get_plan(model).rows)
 
 
+@pytest.mark.parametrize("name, lead, trail", [("hf-yolos", 1, 5), ("timm-vit", 1, 0)])
+def test_prefix_and_detection_tokens_are_never_merged(name, lead, trail):
+    model, example = ZOO[name]()
+    convert(model, example, flops=0.9, scope="LOCAL")
+    firsts = [f for f in forwards_of(model) if isinstance(f, LocalForward) and f.first]
+    assert len(firsts) == len(ltm.get_plan(model).rows) > 0
+    for forward in firsts:
+        assert (forward.layout.prefix, forward.layout.trail) == (lead, trail)
+        shape = (2, forward.layout.tokens, forward.dim)
+        tokens = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        cells = forward.cells(forward.layout.tokens, ())
+        with torch.no_grad():
+            short, opened = forward.merge(tokens)
+        assert opened is not None and short.shape[1] < tokens.shape[1]
+        assert torch.equal(short[:, :lead], tokens[:, :lead])
+        assert torch.equal(short[:, short.shape[1] - cells.rest :], tokens[:, tokens.shape[1] - cells.rest :])
+        assert cells.rest >= trail
+
+
 @pytest.mark.parametrize("name", ["timm-vit", "timm-swin"])
 def test_tokens_of_one_cell_do_not_see_another_cell(name):
     model, example = ZOO[name]()
@@ -206,6 +228,12 @@ def _efficientvit() -> nn.Module:
     return timm.create_model("efficientvit_b0", num_classes=7, **EFFICIENT)
 
 
+def _hf_swin() -> nn.Module:
+    """Three stages: where a stage is smaller than its window, Hugging Face's Swin fails by itself."""
+    sizes = {"image_size": 64, "embed_dim": 16, "depths": [1, 2, 2], "num_heads": [1, 2, 4]}
+    return tr.SwinForImageClassification(tr.SwinConfig(patch_size=2, window_size=4, num_labels=7, **sizes))
+
+
 SIZED: dict[str, tuple[Callable[[], nn.Module], int, dict]] = {
     "vit-flow": (_vit, 32, {}),
     "vit-avg-flow": (lambda: _vit(global_pool="avg"), 32, {}),
@@ -220,9 +248,17 @@ SIZED: dict[str, tuple[Callable[[], nn.Module], int, dict]] = {
     "swin-local": (_swin, 64, {}),
     "efficientvit-grid": (_efficientvit, 128, {"scope": "GRID"}),
     "efficientvit-grid-pool": (_efficientvit, 128, {"method": "pool", "scope": "GRID"}),
+    "vit-padded": (lambda: _vit(dynamic_img_pad=True), 32, {}),
+    "mobilevit-local": (TIMM["timm-mobilevit"][0], 64, {}),
+    "pvt-local": (TIMM["timm-pvt-v2"][0], 128, {}),
+    "hf-swin-local": (_hf_swin, 64, {}),
+    "hf-segformer-local": (HF["hf-segformer"][0], 128, {}),
 }  # fmt: skip
+#: the hosts that take images whose sides no patch divides
+ANY = ("vit-padded", "efficientvit-grid", "mobilevit-local", "pvt-local", "hf-swin-local", "hf-segformer-local")
 # rows and columns of the input, as multiples of the example's
 SIZES = {"twice": (2.0, 2.0), "wide": (1.0, 1.5), "tall": (1.75, 0.75), "smaller": (0.5, 0.5), "odd": (1.25, 1.125)}
+UNEVEN = {"uneven": (67 / 64, 93 / 64), "thin": (131 / 128, 45 / 64)}  # times 32, 64 or 128: nothing divides them
 _SIZED: dict[str, tuple[nn.Module, nn.Module]] = {}
 
 
@@ -235,15 +271,25 @@ def sized(name: str) -> tuple[nn.Module, nn.Module, int]:
     return *_SIZED[name], side
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name.endswith("pool") else name for name in SIZED]
-)
-def test_another_input_size_runs_and_saves(name, size, count):
+def _cases(fast: tuple[str, ...]) -> list[object]:
+    """Every host at every size that it takes; slow but for the sizes that CI runs, and for baselines."""
+    cases = [(name, size) for name in SIZED for size in (*SIZES, *(UNEVEN if name in ANY else ()))]
+    return [
+        pytest.param(*case, marks=[] if case[1] in fast and not case[0].endswith("pool") else pytest.mark.slow)
+        for case in cases
+    ]
+
+
+def _resized(side: int, size: str, count: int = 1) -> Tensor:
+    height, width = (int(side * share) for share in {**SIZES, **UNEVEN}[size])
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name, size", _cases((*SIZES, *UNEVEN)))
+def test_another_input_size_runs(name, size, count):
     model, original, side = sized(name)
-    height, width = (int(side * share) for share in SIZES[size])
-    images = torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(7))
+    images = _resized(side, size, count)
     with torch.no_grad():
         expected, given = call(original, images), call(model, images)
     assert [t.shape for t in given] == [t.shape for t in expected]
@@ -251,10 +297,15 @@ def test_another_input_size_runs_and_saves(name, size, count):
     assert any(not torch.equal(a, b) for a, b in zip(given, expected, strict=True))
     with ltm.disabled(model), torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(call(model, images), expected, strict=True))
-    if count == 1 and size in ("twice", "wide"):
-        share = count_macs(model, images).total / count_macs(original, images).total
-        planned = ltm.get_plan(model).share
-        assert share < (1 + planned) / 2, f"at {height}×{width} {share:.3f} of the MACs, planned {planned:.3f}"
+
+
+@pytest.mark.parametrize("name, size", _cases(("twice", "uneven")))
+def test_another_input_size_saves_its_share(name, size):
+    model, original, side = sized(name)
+    images = _resized(side, size)
+    share = count_macs(model, images).total / count_macs(original, images).total
+    planned = ltm.get_plan(model).share
+    assert share < (1 + planned) / 2, f"{tuple(images.shape)}: {share:.3f} of the MACs, planned {planned:.3f}"
 
 
 @pytest.mark.parametrize("name", ["vit-flow", "vit-local", "swin-local", "efficientvit-grid"])

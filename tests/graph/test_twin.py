@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import transformers as tr
 from accelerate import init_empty_weights
 
 import ltm_retrofit as ltm
@@ -62,3 +63,20 @@ def test_blocks_that_count_themselves_are_taken_whole(monkeypatch):
     plan = ltm.make_plan(sites, ltm.LTMConfig(flops=0.85))
     assert {site.layout.tokens for site in sites} == {64, 65}
     assert rehearse(empty, torch.randn(1, 3, 32, 32), sites, plan) == plan.macs
+
+
+def test_a_block_that_the_head_reads_is_not_cut_away(monkeypatch):
+    """VitPose's head may read any block: in a short twin that would be the last one, and the rest is in vain."""
+    monkeypatch.setattr(find, "SHORTENED", 0)
+    monkeypatch.setattr(find, "WHOLE", 0)
+    monkeypatch.setattr(find, "kept_of", lambda _: 2)  # with the first two, which differ, and the last: four
+    sizes = {"image_size": (64, 64), "patch_size": (8, 8), "hidden_size": 48, "num_attention_heads": 3}
+    backbone = tr.VitPoseBackboneConfig(num_hidden_layers=8, out_indices=[4], **sizes)
+    config = tr.VitPoseConfig(backbone_config=backbone, num_labels=2)
+    with init_empty_weights(include_buffers=False):
+        empty = tr.VitPoseForPoseEstimation(config).eval()
+    example = {"pixel_values": torch.randn(1, 3, 64, 64)}
+    sites, real = ltm.find_sites(empty, example), ltm.find_sites(tr.VitPoseForPoseEstimation(config).eval(), example)
+    assert [(s.block, s.scope) for s in sites] == [(s.block, s.scope) for s in real]
+    plan = ltm.make_plan(sites, ltm.LTMConfig(flops=0.8))
+    assert rehearse(empty, example, sites, plan, kept=None) == plan.macs
