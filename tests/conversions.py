@@ -54,6 +54,7 @@ __all__ = [
     "near",
     "randomise",
     "scopes",
+    "trainable",
 ]
 
 
@@ -114,3 +115,12 @@ def gradients(model: nn.Module, inputs: Example) -> dict[str, Tensor]:
     torch.manual_seed(0)
     call(model, inputs)[0].square().sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def trainable(model: nn.Module) -> nn.Module:
+    """Put a model into training mode but for BatchNorm, whose statistics would be other ones at the next pass."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return model

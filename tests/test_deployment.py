@@ -7,12 +7,14 @@ import multiprocessing
 import pickle
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conversions import FAST, HOSTS, batch, call, converted, equal, gradients, near
+from children import outputs, parallel_gradients
+from conversions import FAST, HOSTS, batch, call, converted, equal, gradients, near, trainable
 from torch import nn
 
 import ltm_retrofit as ltm
@@ -51,18 +53,10 @@ def test_pickle_round_trip(host):
 # ------------------------------------------------------------------------------------------------------ other processes
 
 
-def _outputs(pickled: bytes) -> list[Any]:
-    """Run in a process that has imported nothing of ours yet; arrays, since tensors would go through shared memory."""
-    torch.set_num_threads(1)
-    model, inputs = pickle.loads(pickled)
-    with torch.no_grad():
-        return [tensor.numpy() for tensor in call(model, inputs)]
-
-
 @pytest.fixture(scope="module")
 def worker() -> Iterator[Any]:
     """A process that was started afresh, as launchers and data loaders do."""
-    with SPAWN.Pool(1) as pool:
+    with ProcessPoolExecutor(1, mp_context=SPAWN) as pool:
         yield pool
 
 
@@ -71,7 +65,7 @@ def test_another_process_computes_the_same(host, worker):
     inputs = batch(example)
     with torch.no_grad():
         expected = call(model, inputs)
-    given = [torch.from_numpy(array) for array in worker.apply(_outputs, (pickle.dumps((model, inputs)),))]
+    given = [torch.from_numpy(array) for array in worker.submit(outputs, pickle.dumps((model, inputs))).result(120)]
     near(given, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -96,42 +90,22 @@ def test_distributed_training_gives_equal_gradients(host, group):
         assert equal(call(wrapped.eval(), inputs), call(model.eval(), inputs))
 
 
-def _parallel(rank: int, store: str, pickled: bytes, pipe: Any) -> None:
-    """One of two processes: the gradients of its half of each batch, averaged with the other's."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    found = {}
-    for name, (model, inputs) in pickle.loads(pickled).items():
-        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        given = gradients(wrapped, inputs[rank : rank + 1])
-        found[name] = {key.removeprefix("module."): value.numpy() for key, value in given.items()}
-    pipe.send_bytes(pickle.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.slow
 def test_two_processes_average_to_the_gradients_of_the_whole_batch(tmp_path: Path):
-    work = {name: (model, batch(example)) for name in HOSTS for model, _, example in [converted(name)]}
+    work = {name: (model, batch(example)) for name in FAST for model, _, example in [converted(name)]}
     for model, _ in work.values():
-        model.eval()  # BatchNorm's statistics are each process's own
+        trainable(model)  # BatchNorm's statistics are each process's own
     pickled, store = pickle.dumps(work), f"file://{tmp_path}/store"
-    pipes = [SPAWN.Pipe() for _ in range(2)]
-    processes = [
-        SPAWN.Process(target=_parallel, args=(rank, store, pickled, theirs)) for rank, (_, theirs) in enumerate(pipes)
-    ]
-    for process, (_, theirs) in zip(processes, pipes, strict=True):
-        process.start()
-        theirs.close()
-    ours, others = (pickle.loads(mine.recv_bytes()) for mine, _ in pipes)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    with ProcessPoolExecutor(2, mp_context=SPAWN) as pool:
+        ours, others = [f.result(300) for f in [pool.submit(parallel_gradients, r, store, pickled) for r in range(2)]]
     for name, (model, inputs) in work.items():
         whole = {key: value / 2 for key, value in gradients(model, inputs).items()}  # of a sum, not of a mean
         assert whole.keys() == ours[name].keys(), name
         for key in whole:
             assert (ours[name][key] == others[name][key]).all(), f"{name}: {key}"
-        near([torch.from_numpy(ours[name][key]) for key in whole], list(whole.values()), rtol=1e-3, atol=1e-4)
+        for key, value in whole.items():  # to rounding, of which gradients of a deep random network make much
+            error, scale = (torch.from_numpy(ours[name][key]) - value).abs().max(), value.abs().max()
+            assert error <= 1e-3 * scale + 1e-5, f"{name}: {key}: {error} of {scale}"
 
 
 # --------------------------------------------------------------------------------------------------- compile and export

@@ -49,14 +49,24 @@ class Chain:
 
 def as_tokens(x: Tensor, order: str) -> Tensor:
     """Lay ``(R, N, C)``, ``(R, …, C)`` or ``(R, C, H, W)`` out as ``(R, N, C)``."""
-    return x.flatten(2).transpose(1, 2) if order == "BCHW" else x.flatten(1, -2)
+    if order != "BCHW":
+        return x.flatten(1, -2)
+    flat = x.flatten(2)
+    if len(x) == 1 and x.requires_grad:  # as in `from_tokens`: the gradient of a part lies as usual
+        flat = flat.narrow(2, 0, flat.shape[2])
+    return flat.transpose(1, 2)
 
 
 def from_tokens(x: Tensor, order: str, spatial: tuple[int, ...]) -> Tensor:
-    """Invert `as_tokens`; with other counts ``spatial`` is one row of as many tokens as there are."""
+    """Invert `as_tokens`; with other counts ``spatial`` is one row of as many tokens as there are.
+
+    One map is made to lie in memory as usual: torch 2.15's batch norm on CPU gives wrong gradients where of one image
+    its input lies channels last and the gradient of its output does not, or the other way round.
+    """
     rows, _, width = x.shape
     if order == "BCHW":
-        return x.transpose(1, 2).reshape(rows, width, *spatial)
+        maps = x.transpose(1, 2).reshape(rows, width, *spatial)
+        return maps.contiguous() if rows == 1 and x.requires_grad else maps
     return x.reshape(rows, *spatial, width)
 
 
