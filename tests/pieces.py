@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Collection
 
+import datasets
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 TOKENS = torch.randn(2, 5, 8)
@@ -53,3 +57,16 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def encoded(count: int, damaged: Collection[int]) -> datasets.Dataset:
+    """Pictures as bytes, one colour for each class, some cut off in the middle."""
+    rows = []
+    for index in range(count):
+        out = io.BytesIO()
+        noise = np.random.default_rng(index).integers(0, 60, (32, 32, 3))
+        Image.fromarray((noise + 20 * (index % 7)).astype(np.uint8)).save(out, "PNG")
+        whole = out.getvalue()
+        rows.append({"bytes": whole[: len(whole) // 2] if index in damaged else whole, "path": None})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    return datasets.Dataset.from_dict({"image": rows, "label": [i % 7 for i in range(count)]}, features=features)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
-
-import datasets
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pieces import encoded
 from torch import nn
 
 import ltm_retrofit as ltm
@@ -82,19 +78,6 @@ def test_seeds_differ_in_every_number() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- damaged images
-
-
-def encoded(count: int, damaged: tuple[int, ...]) -> datasets.Dataset:
-    """Pictures as bytes, one colour for each class, some cut off in the middle."""
-    rows = []
-    for index in range(count):
-        out = io.BytesIO()
-        noise = np.random.default_rng(index).integers(0, 60, (32, 32, 3))
-        Image.fromarray((noise + 20 * (index % 7)).astype(np.uint8)).save(out, "PNG")
-        whole = out.getvalue()
-        rows.append({"bytes": whole[: len(whole) // 2] if index in damaged else whole, "path": None})
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    return datasets.Dataset.from_dict({"image": rows, "label": [i % 7 for i in range(count)]}, features=features)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
