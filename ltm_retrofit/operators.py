@@ -244,6 +244,7 @@ def dispatch_handles() -> Mapping[Any, Callable[..., int]]:
         "addbmm": times(lambda out, a, b, *_: prod(a) * b[-1]),
         "addbmm_": times(lambda out, a, b, *_: prod(a) * b[-1]),
         "baddbmm_": times(lambda out, a, b, *_: prod(a) * b[-1]),
+        "_scaled_dot_product_flash_attention_for_cpu": times(attention),  # torch knows it from 2.15 on
         "_scaled_dot_product_fused_attention_overrideable": times(attention),
         "_scaled_dot_product_attention_math_for_mps": times(attention),
     }
