@@ -5,9 +5,10 @@
     python benchmarks/ablation.py table                # writes docs/ablation.md from ablation.jsonl
 
 Every arm is tuned with each rate of one grid on the first 45,000 training images; the rate that is best on the 5,000
-set aside is then run with every seed and reads the test images, once. Both figures are of the same run for the first
-seed. Images are decoded once. The information is that of test images, with centroids and temperatures fitted to the
-same 5,000 training images for all arms.
+set aside is then run with every seed and reads the test images, once. The first seed's run is the one that was chosen,
+kept under runs/ablation. The unconverted network's arms serve all shares. Images are decoded once. The information is
+that of test images, with centroids and temperatures fitted to the same 5,000 training images for all arms. Two
+processes may append to one log, given different arms.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import ablation_base as base
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ltm_retrofit as ltm
@@ -147,27 +149,40 @@ def run(args: argparse.Namespace) -> None:
     held = images[-base.ASIDE :], labels[-base.ASIDE :]
     train = images[: -base.ASIDE][: args.limit], labels[: -base.ASIDE][: args.limit]
     test = tuple(part[: args.limit] for part in base.decoded(args.data, "test"))
-    setting = {"flops": args.flops, "epochs": args.epochs, "images": len(train[0])}
     for arm in args.arms or ARMS:
-        _, settings, all_seeds = ARMS[arm]
-        rates = RATES if settings is not None else (0.0,)
-        for rate in rates:
+        method, settings, all_seeds = ARMS[arm]
+        setting = {"flops": args.flops if method else 1.0, "epochs": args.epochs, "images": len(train[0])}
+        for rate in RATES if settings is not None else (0.0,):
             if find(args.log, arm=arm, stage="choose", rate=rate, **setting):
                 continue
             began = time.perf_counter()
             model = tuned(arm, args.flops, args.epochs, rate, 0, train)
             line = {"arm": arm, "stage": "choose", "rate": rate, **setting, "aside": share(hits(model, *held))}
             line |= {"macs": count_macs(model, prepare_example(model, None)).total}
+            file = weights_of(arm, rate, setting)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(model.state_dict(), file)
             note(args.log, line | {"seconds": time.perf_counter() - began})
         best = max(find(args.log, arm=arm, stage="choose", **setting), key=lambda line: line["aside"])["rate"]
         for seed in range(args.seeds if all_seeds else 1):
             if find(args.log, arm=arm, stage="test", seed=seed, **setting):
                 continue
-            model = tuned(arm, args.flops, args.epochs, best, seed, train)
+            file = weights_of(arm, best, setting)
+            if seed == 0 and file.exists():
+                model = convert(method, args.flops).eval()
+                model.load_state_dict(load_file(file))
+            else:  # the same run once more, where its weights went with the machine
+                model = tuned(arm, args.flops, args.epochs, best, seed, train)
             right = hits(model, *test)
             line = {"arm": arm, "stage": "test", "seed": seed, "rate": best, **setting, "accuracy": share(right)}
             line |= information(model, held, test)
             note(args.log, line | {"right": bytes(right.to(torch.uint8).tolist()).translate(BITS).decode()})
+
+
+def weights_of(arm: str, rate: float, setting: dict[str, Any]) -> Path:
+    """Return where the first seed's network is kept."""
+    words = [arm, f"{rate:g}", *(f"{key}{value:g}" for key, value in setting.items())]
+    return base.RUNS / f"{'_'.join(words).replace(' ', '').replace(',', '+')}.safetensors"
 
 
 #: one character for each image, so that differences are paired
@@ -203,7 +218,7 @@ def paired(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[floa
 def table(args: argparse.Namespace) -> None:
     """Write all settings of the log as Markdown tables."""
     lines = noted(args.log)
-    settings = sorted({(x["flops"], x["epochs"], x["images"]) for x in lines}, reverse=True)
+    settings = sorted({(x["flops"], x["epochs"], x["images"]) for x in lines if x["flops"] < 1}, reverse=True)
     curve = noted(HERE / "ablation_base.jsonl")
     page = [
         "# Ablation",
@@ -216,7 +231,7 @@ def table(args: argparse.Namespace) -> None:
         "standard error; *control* is the better of the original and the original given the same fine-tune.",
     ]
     for flops, epochs, images in settings:
-        here = [x for x in lines if (x["flops"], x["epochs"], x["images"]) == (flops, epochs, images)]
+        here = [x for x in lines if x["flops"] in (flops, 1) and (x["epochs"], x["images"]) == (epochs, images)]
         tests = {arm: [x for x in here if x["arm"] == arm and x["stage"] == "test"] for arm in ARMS}
         macs = {arm: next((x["macs"] for x in here if x["arm"] == arm and "macs" in x), 0) for arm in ARMS}
         control = max(

@@ -25,7 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RUNS = Path(__file__).parent.parent / "runs" / "ablation"
+HERE = Path(__file__).parent
+RUNS = HERE.parent / "runs" / "ablation"
+BASE = HERE / "ablation_base.safetensors"  # in the repository: hours of training
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "num_classes": 10}
 ASIDE = 5000
@@ -79,7 +81,7 @@ def build() -> nn.Module:
 def load() -> nn.Module:
     """Load the trained base."""
     model = build()
-    model.load_state_dict(load_file(RUNS / "base.safetensors"))
+    model.load_state_dict(load_file(BASE))
     return model.eval()
 
 
@@ -95,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.parquet and test.parquet")
     parser.add_argument("--epochs", type=int, default=45)
-    parser.add_argument("--log", type=Path, default=Path(__file__).parent / "ablation_base.jsonl")
+    parser.add_argument("--log", type=Path, default=HERE / "ablation_base.jsonl")
     args = parser.parse_args()
     images, labels = decoded(args.data, "train")
     held_x, held_y = images[-ASIDE:], labels[-ASIDE:]
@@ -142,7 +144,7 @@ def main() -> None:
         states = {"model": model, "optimizer": optimizer, "schedule": schedule}
         torch.save({name: part.state_dict() for name, part in states.items()} | {"epoch": epoch + 1}, f"{kept}.new")
         os.replace(f"{kept}.new", kept)
-    save_file(model.state_dict(), RUNS / "base.safetensors")
+    save_file(model.state_dict(), BASE)
     note(args.log, {"epoch": args.epochs, "test": accuracy(model, *decoded(args.data, "test"))})
 
 
