@@ -103,7 +103,7 @@ class TestModels:
         image = torch.randn(1, 3, 32, 32)
         counts = {kind: count_macs(HF_MODELS[name](kind), {"pixel_values": image}) for kind in ("sdpa", "eager")}
         assert counts["sdpa"] == counts["eager"]
-        model = HF_MODELS[name]("sdpa")
+        model = HF_MODELS[name]("eager")  # until 2.15 torch's own counter passes over the fused attention of CPUs
         assert counts["sdpa"].total == by_torch(model, pixel_values=image) > 0
         batch = {"pixel_values": image.repeat(4, 1, 1, 1), "output_hidden_states": True, "return_dict": None}
         assert count_macs(model, batch).total == 4 * counts["sdpa"].total
