@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,17 @@ from ltm_retrofit.interception.flow import BlockForward
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.plan import MergePlan
 
-__all__ = ["CHILD", "FINETUNED", "GRID_METHODS", "BlockForward", "Refusal", "Retrofit", "forwards_of", "masks_of"]
+__all__ = [
+    "CHILD",
+    "FINETUNED",
+    "GRID_METHODS",
+    "BlockForward",
+    "Refusal",
+    "Retrofit",
+    "forwards_of",
+    "load_state",
+    "masks_of",
+]
 
 #: mark that `finetune` leaves on a model, so that no report calls fine-tuned weights the original's
 FINETUNED = "ltm_finetuned"
@@ -87,3 +97,11 @@ def forwards_of(model: nn.Module) -> Iterator[Interceptor]:
 def masks_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return the mask of each site that merges, by the site's name."""
     return {forward.name: forward.mask for forward in forwards_of(model) if forward.mask is not None}
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state dict that the model itself gave, strictly.
+
+    Not by the model's own method: that of transformers' wrapper of timm models puts a prefix before keys of ours.
+    """
+    nn.Module.load_state_dict(model, dict(state), strict=True)

@@ -169,6 +169,9 @@ def test_recorded_states_have_the_original_shapes_or_are_refused_by_name(name, o
     record = option.removeprefix("output_")
     with torch.no_grad():
         expected = original(inputs, **{option: True})
+        if record not in expected:  # HF's MobileViT records no attentions
+            assert shapes(model(inputs, **{option: True})) == shapes(expected)
+            return
         if scopes(model) == {"LOCAL"}:
             given = model(inputs, **{option: True})
             assert shapes(given) == shapes(expected) and len(given[record]) == len(expected[record]) > 0
@@ -262,6 +265,11 @@ def test_a_bfloat16_model_converts(host):
 # ------------------------------------------------------------------------------------------------------ saved folders
 
 
+#: made of a configuration that no arguments of `create_model` say: saved with a warning, loaded onto a base
+UNRECORDED = ("timm-mobilevit-local",)
+
+
+@pytest.mark.filterwarnings("ignore:the base ByobNet cannot be rebuilt from a file")
 def test_a_saved_folder_gives_equal_results(host, tmp_path: Path):
     model, original, example = converted(host)
     inputs = batch(example)
@@ -270,8 +278,7 @@ def test_a_saved_folder_gives_equal_results(host, tmp_path: Path):
             mask.add_(0.01 * (number % 5))
         expected = call(model, inputs)
     ltm.save_pretrained(model, tmp_path)
-    again = ltm.from_pretrained(tmp_path)
+    again = ltm.from_pretrained(tmp_path, base=original if host in UNRECORDED else None)
     with torch.no_grad():
         assert equal(call(again, inputs), expected)
     assert ltm.get_plan(again).rows == ltm.get_plan(model).rows
-    del original

@@ -52,7 +52,7 @@ def as_tokens(x: Tensor, order: str) -> Tensor:
     if order != "BCHW":
         return x.flatten(1, -2)
     flat = x.flatten(2)
-    if len(x) == 1 and x.requires_grad:  # as in `from_tokens`: the gradient of a part lies as usual
+    if x.shape[0] == 1 and x.requires_grad:  # as in `from_tokens`: the gradient of a part lies as usual
         flat = flat.narrow(2, 0, flat.shape[2])
     return flat.transpose(1, 2)
 

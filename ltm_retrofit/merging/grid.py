@@ -77,8 +77,8 @@ class PoolGrid(nn.Module):
     def forward(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Grid, Step]:
         """Pool ``(B, H·W, D)`` tokens that lie row by row on ``grid``."""
         index, share, kept = self.boxes(tokens, grid)
-        merged = gathered(tokens, index, share.to(tokens.dtype).expand(len(tokens), -1, -1))
-        return merged, kept, Step(GridAssignment(index, share.expand(len(tokens), -1, -1), tokens.shape[1]), None)
+        merged = gathered(tokens, index, share.to(tokens.dtype).expand(tokens.shape[0], -1, -1))
+        return merged, kept, Step(GridAssignment(index, share.expand(tokens.shape[0], -1, -1), tokens.shape[1]), None)
 
 
 class CropGrid(PoolGrid):
@@ -87,8 +87,8 @@ class CropGrid(PoolGrid):
     def forward(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Grid, Step]:
         """Crop ``(B, H·W, D)`` tokens that lie row by row on ``grid``."""
         index, share, kept = self.boxes(tokens, grid)
-        cropped = tokens.view(len(tokens), *grid, self.dim)[:, : kept[0], : kept[1]].flatten(1, 2)
-        return cropped, kept, Step(GridAssignment(index, share.expand(len(tokens), -1, -1), tokens.shape[1]), None)
+        cropped = tokens.view(tokens.shape[0], *grid, self.dim)[:, : kept[0], : kept[1]].flatten(1, 2)
+        return cropped, kept, Step(GridAssignment(index, share.expand(tokens.shape[0], -1, -1), tokens.shape[1]), None)
 
 
 class GridMask(PoolGrid):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.blocks import CHILD
+from ltm_retrofit.blocks import CHILD, load_state
 from ltm_retrofit.convert import disabled, get_plan, is_retrofitted
 from ltm_retrofit.errors import CheckpointError, RetrofitError
 from ltm_retrofit.graph.example import Example, home, input_size, make_example, prepare_example, run
@@ -157,7 +157,7 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 tensor.data = tensor.data.to(stored.dtype)
             else:
                 module._buffers[name] = tensor.to(stored.dtype)
-    model.load_state_dict(dict(state), strict=True)
+    load_state(model, state)
 
 
 def example_of(plan: MergePlan, model: nn.Module) -> Example:

@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ltm_retrofit.blocks import CHILD
+from ltm_retrofit.blocks import CHILD, load_state
 from ltm_retrofit.convert import mark_finetuned
 from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.interception.masks import LEARNABLE
@@ -212,7 +212,7 @@ class Run:
 
     def fall_back(self, value: float) -> None:
         """Put the last good weights back and stop."""
-        self.model.load_state_dict(self.good)
+        load_state(self.model, self.good)
         there = self.folder is not None and (self.folder / checkpoints.NAME).exists()
         kept = f" The last checkpoint in {self.folder} is of finite weights, too." if there else ""
         raise TrainingError(
@@ -266,7 +266,10 @@ class Run:
         """
         check_same(state["began"], self.began)
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            if isinstance(part, nn.Module):
+                load_state(part, state[name])
+            else:
+                part.load_state_dict(state[name])
         device = self.accelerator.device
         for name, module in self._statistics():
             module.memory.set_state(state["memories"][name], device)

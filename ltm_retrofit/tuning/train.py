@@ -12,7 +12,7 @@ from accelerate.utils import find_executable_batch_size
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ltm_retrofit.blocks import FINETUNED
+from ltm_retrofit.blocks import FINETUNED, load_state
 from ltm_retrofit.errors import CheckpointError, DataError, TrainingError
 from ltm_retrofit.graph.example import home
 from ltm_retrofit.interception.masks import MASKS
@@ -100,7 +100,7 @@ def finetune(
             )
         size, retried = size // 2, True
         accelerator.free_memory()  # it holds on to the optimizer of the attempt that failed
-        model.load_state_dict(start)
+        load_state(model, start)
         for module in model.modules():
             if isinstance(module, Statistics):
                 module.memory = Memory(module.capacity)

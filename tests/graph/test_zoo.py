@@ -33,7 +33,8 @@ FAST = (
     "timm-efficientvit-mit-b timm-efficientvit-msra timm-fastvit timm-gcvit timm-hieradet timm-iformer timm-levit "
     "timm-maxvit-tf timm-mobilenetv4 timm-mobilenetv5 timm-nextvit timm-pvt-v2 timm-shvit timm-swiftformer timm-swinv2 "
     "timm-swinv2-cr timm-tiny-vit timm-vitamin hf-vit hf-deit-teacher hf-dinov2-registers hf-dinov3 hf-clip hf-siglip "
-    "hf-swin hf-pvt hf-hiera hf-imagegpt hf-internvl-vision hf-swiftformer torchvision-vit plain-multihead plain-lucid"
+    "hf-swin hf-pvt hf-hiera hf-imagegpt hf-internvl-vision hf-swiftformer hf-timm-wrapper torchvision-vit "
+    "plain-multihead plain-lucid"
 ).split()
 
 #: what cannot be converted, and the words that say why; whatever else of the zoo is refused is a fault. What is left of
