@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs" / "ablation"
-BASE = HERE / "ablation_base.safetensors"  # in the repository: hours of training
+# In the repository, for a machine may go before it is done: hours of training, and what is reached of them so far.
+BASE, TRAINING = HERE / "ablation_base.safetensors", HERE / "ablation_training.pt"
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "num_classes": 10}
 ASIDE = 5000
@@ -115,9 +116,9 @@ def main() -> None:
         return (done + 1e-4) / warm if done < warm else 0.5 * (1 + math.cos(math.pi * (done - warm) / (1 - warm)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    kept, begun = RUNS / "training.pt", 0
-    if kept.exists():
-        state = torch.load(kept, weights_only=True)
+    begun = 0
+    if TRAINING.exists():
+        state = torch.load(TRAINING, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -138,9 +139,10 @@ def main() -> None:
         line = {"epoch": epoch + 1, "of": args.epochs, "loss": total, "aside": accuracy(model, held_x, held_y)}
         note(args.log, line | {"seconds": time.perf_counter() - start})
         states = {"model": model, "optimizer": optimizer, "schedule": schedule}
-        torch.save({name: part.state_dict() for name, part in states.items()} | {"epoch": epoch + 1}, f"{kept}.new")
-        os.replace(f"{kept}.new", kept)
+        torch.save({name: part.state_dict() for name, part in states.items()} | {"epoch": epoch + 1}, f"{TRAINING}.new")
+        os.replace(f"{TRAINING}.new", TRAINING)
     save_file(model.state_dict(), BASE)
+    TRAINING.unlink(missing_ok=True)
     note(args.log, {"epoch": args.epochs, "test": accuracy(model, *decoded(args.data, "test"))})
 
 
