@@ -42,16 +42,27 @@ class Columnar(nn.Module):
 class MultiheadBlock(nn.Module):
     """Pre-norm around `nn.MultiheadAttention`."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch_first: bool = True) -> None:
         super().__init__()
         self.ln1, self.ln2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
-        self.attn = nn.MultiheadAttention(DIM, HEADS, batch_first=True)
+        self.attn = nn.MultiheadAttention(DIM, HEADS, batch_first=batch_first)
         self.mlp = nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.ln1(x)
         x = x + self.attn(y, y, y, need_weights=False)[0]
         return x + self.mlp(self.ln2(x))
+
+
+class SequenceFirst(nn.Module):
+    """Tokens before images within, as torch's own modules want them by default."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.transpose(0, 1)).transpose(0, 1)
 
 
 class FunctionalBlock(nn.Module):
@@ -142,9 +153,16 @@ def _blocks(block: type[nn.Module], pool: str = "cls") -> nn.Module:
     return Columnar(nn.Sequential(*(block() for _ in range(DEPTH))), pool)
 
 
-def _encoder(norm_first: bool) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(DIM, HEADS, 2 * DIM, activation="gelu", batch_first=True, norm_first=norm_first)
-    return Columnar(nn.TransformerEncoder(layer, DEPTH, enable_nested_tensor=False))
+def _encoder(norm_first: bool, batch_first: bool = True) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(
+        DIM, HEADS, 2 * DIM, activation="gelu", batch_first=batch_first, norm_first=norm_first
+    )
+    encoder = nn.TransformerEncoder(layer, DEPTH, enable_nested_tensor=False)
+    return Columnar(encoder if batch_first else SequenceFirst(encoder))
+
+
+def _sequence_first() -> nn.Module:
+    return Columnar(SequenceFirst(nn.Sequential(*(MultiheadBlock(batch_first=False) for _ in range(DEPTH)))))
 
 
 _SWIN = {"patch_size": [2, 2], "embed_dim": 16, "depths": [1, 2, 2, 1], "num_heads": [1, 2, 4, 8]}
@@ -160,6 +178,9 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "plain-multihead": (partial(_blocks, MultiheadBlock), 32),
     "plain-encoder-prenorm": (partial(_encoder, True), 32),
     "plain-encoder-postnorm": (partial(_encoder, False), 32),
+    "plain-multihead-sequence-first": (_sequence_first, 32),
+    "plain-encoder-prenorm-sequence-first": (partial(_encoder, True, False), 32),
+    "plain-encoder-postnorm-sequence-first": (partial(_encoder, False, False), 32),
     "plain-functional": (partial(_blocks, FunctionalBlock, "mean"), 32),
     "plain-lucid": (lambda: Columnar(LucidTransformer()), 32),
     "plain-einsum": (partial(_blocks, EinsumBlock), 32),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.flops import count_macs_quick
 from ltm_retrofit.graph.example import Example, run
+from ltm_retrofit.graph.layouts import images_second, shaped, some_tokens, spatial_of
 from ltm_retrofit.graph.probe import Event, Recording
 from ltm_retrofit.graph.prove import close
 
@@ -25,7 +26,7 @@ class Link:
     """One module that was proven token-wise, (b) ``m(u[idx]) = m(u)[idx]``, or an attention that is a set function."""
 
     event: Event
-    order: str  # BNC, BHWC or BCHW
+    order: str  # BNC, NBC, BHWC or BCHW
     cost: tuple[int, int, int]  # MACs of all sequences of N tokens: fixed + linear·N + square·N²
     weights: int  # how many weight matrices it holds
 
@@ -47,40 +48,6 @@ class Chain:
         return tuple(link.event.name for link in self.links)
 
 
-def as_tokens(x: Tensor, order: str) -> Tensor:
-    """Lay ``(R, N, C)``, ``(R, …, C)`` or ``(R, C, H, W)`` out as ``(R, N, C)``."""
-    if order != "BCHW":
-        return x.flatten(1, -2)
-    flat = x.flatten(2)
-    if x.shape[0] == 1 and x.requires_grad:  # as in `from_tokens`: the gradient of a part lies as usual
-        flat = flat.narrow(2, 0, flat.shape[2])
-    return flat.transpose(1, 2)
-
-
-def from_tokens(x: Tensor, order: str, spatial: tuple[int, ...]) -> Tensor:
-    """Invert `as_tokens`; with other counts ``spatial`` is one row of as many tokens as there are.
-
-    One map is made to lie in memory as usual: torch 2.15's batch norm on CPU gives wrong gradients where of one image
-    its input lies channels last and the gradient of its output does not, or the other way round.
-    """
-    rows, _, width = x.shape
-    if order == "BCHW":
-        maps = x.transpose(1, 2).reshape(rows, width, *spatial)
-        return maps.contiguous() if rows == 1 and x.requires_grad else maps
-    return x.reshape(rows, *spatial, width)
-
-
-def spatial_of(shape: tuple[int, ...], order: str) -> tuple[int, ...]:
-    """Return the token dimensions of a shape."""
-    return tuple(shape[2:]) if order == "BCHW" else tuple(shape[1:-1])
-
-
-def some_tokens(x: Tensor, order: str, index: Tensor) -> Tensor:
-    """Return the tokens of these numbers, in as many dimensions as x has."""
-    ranks = len(spatial_of(tuple(x.shape), order))
-    return from_tokens(as_tokens(x, order)[:, index], order, (*[1] * (ranks - 1), len(index)))
-
-
 def find_chains(model: nn.Module, example: Example, recording: Recording) -> dict[int, list[Chain] | str]:
     """Find the MLP behind each attention, by number; a string says why there is none.
 
@@ -91,6 +58,7 @@ def find_chains(model: nn.Module, example: Example, recording: Recording) -> dic
     calls: dict[str, int] = {}
     for event in recording.events:
         calls[event.name] = calls.get(event.name, 0) + 1
+    sequence_first = images_second(model, example, recording)
     times = [attended.time for attended in recording.attended]
     owners = [attended.chain[-1] for attended in recording.attended]
     windows = [
@@ -103,11 +71,11 @@ def find_chains(model: nn.Module, example: Example, recording: Recording) -> dic
             event.name: (index, event)
             for index, window in enumerate(windows)
             for event in window
-            if calls[event.name] == 1 and event.name not in links[index] and _shaped(event)
+            if calls[event.name] == 1 and event.name not in links[index] and shaped(event)
         }
         if not waiting:
             break
-        _prove_pass(model, example, waiting, links)
+        _prove_pass(model, example, waiting, links, sequence_first)
         windows = [
             [
                 inner
@@ -135,19 +103,12 @@ def _outermost(events: Iterable[Event], start: int, end: int) -> Iterator[Event]
             last = event.end
 
 
-def _shaped(event: Event) -> bool:
-    """Say whether as many tokens come out as go in."""
-    given, out = event.shape_in, event.shape_out
-    if event.source is None or event.result is None or len(given) < 3 or len(given) != len(out):
-        return False
-    return given[:-1] == out[:-1] or (len(given) == 4 and given[0] == out[0] and given[2:] == out[2:])
-
-
 def _prove_pass(
     model: nn.Module,
     example: Example,
     waiting: dict[str, tuple[int, Event]],
     links: dict[int, dict[str, Link]],
+    sequence_first: set[str],
 ) -> None:
     busy: list[str] = []
 
@@ -157,7 +118,7 @@ def _prove_pass(
         busy.append(name)
         try:
             index, event = waiting[name]
-            links[index][name] = _prove_link(module, event, args, kwargs, output)
+            links[index][name] = _prove_link(module, event, args, kwargs, output, name in sequence_first)
         except UnsupportedBlock:  # its children are tried next
             pass
         finally:
@@ -173,9 +134,16 @@ def _prove_pass(
             handle.remove()
 
 
-def _prove_link(module: nn.Module, event: Event, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Link:
+def _prove_link(
+    module: nn.Module,
+    event: Event,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+    sequence_first: bool,
+) -> Link:
     given = only_tensor(args, kwargs)
-    orders = [order for order in ("BNC", "BCHW") if _fits(given, output, order)]
+    orders = [order for order in (("NBC",) if sequence_first else ("BNC", "BCHW")) if _fits(given, output, order)]
     for order in orders:
         count = prod(spatial_of(tuple(given.shape), order))
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: max(1, count * 2 // 3)]

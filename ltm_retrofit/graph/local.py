@@ -8,7 +8,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.graph.chains import Chain, Link, spatial_of
+from ltm_retrofit.graph.chains import Chain, Link
+from ltm_retrofit.graph.layouts import spatial_of
 from ltm_retrofit.graph.maps import CONTAINERS
 from ltm_retrofit.graph.probe import Recording
 from ltm_retrofit.graph.sites import LocalSite, Scope, TokenLayout
@@ -63,7 +64,7 @@ def _site(
     spatial = spatial_of(shape, order)
     tokens = prod(spatial)
     lead = trail = 0
-    if order == "BNC":
+    if order in ("BNC", "NBC"):
         lead, trail = recording.joined.get(tokens, (0, 0))
         known = [grid for grid in maps if prod(grid) == tokens - lead - trail]
         if not known and lead == trail == 0:  # a class token that was taken apart and joined again
@@ -75,7 +76,7 @@ def _site(
         grid = min(known, key=lambda g: abs(g[0] - g[1]), default=square)
     else:
         grid = spatial if len(spatial) == 2 else (1, tokens)
-    rows = shape[0]
+    rows = shape[1] if order == "NBC" else shape[0]
     name = chain.names[0]
     if prod(grid) < FEWEST:
         return f"{name}: {prod(grid)} tokens leave nothing to merge"

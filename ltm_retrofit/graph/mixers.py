@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ltm_retrofit.errors import UnsupportedBlock
-from ltm_retrofit.graph.chains import Link, count_weights, only_tensor, some_tokens, spatial_of
+from ltm_retrofit.graph.chains import Link, count_weights, only_tensor
 from ltm_retrofit.graph.cut import trace_block
+from ltm_retrofit.graph.layouts import some_tokens, spatial_of
 from ltm_retrofit.graph.probe import Attended, Call, Event, Recording
 from ltm_retrofit.graph.prove import close, polynomial
 from ltm_retrofit.graph.signature import Signature

@@ -29,8 +29,9 @@ class Scope(StrEnum):
 class TokenLayout:
     """How a block's tokens lie, one image.
 
-    ``order`` is BNC, BHWC or BCHW; ``prefix`` tokens lead and ``trail`` tokens end each sequence; the patches between
-    them lie in raster order of ``grid``. ``rows`` sequences of ``tokens`` lie side by side in the batch (MobileViT: 4).
+    ``order`` is BNC, NBC (tokens before images), BHWC or BCHW; ``prefix`` tokens lead and ``trail`` tokens end each
+    sequence; the patches between them lie in raster order of ``grid``. ``rows`` sequences of ``tokens`` lie side by
+    side in the batch (MobileViT: 4).
     """
 
     tokens: int

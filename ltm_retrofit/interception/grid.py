@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ltm_retrofit.graph.chains import as_tokens, from_tokens, spatial_of
+from ltm_retrofit.graph.layouts import as_tokens, from_tokens, spatial_of
 from ltm_retrofit.graph.sites import GridSite
 from ltm_retrofit.interception.base import Interceptor
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.graph.chains import as_tokens, from_tokens, spatial_of
+from ltm_retrofit.graph.layouts import as_tokens, from_tokens, spatial_of
 from ltm_retrofit.graph.local import choose_cell
 from ltm_retrofit.graph.sites import LocalSite
 from ltm_retrofit.interception.base import Interceptor

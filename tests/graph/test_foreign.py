@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conversions import call, equal
+from conversions import batch, call, equal, near
 from zoo import ZOO
 from zoo_foreign import FOREIGN
 
@@ -14,7 +14,8 @@ from ltm_retrofit.flops import count_macs
 torch.set_num_threads(1)
 ASKED = {
     "torchvision-vit", "torchvision-swin", "torchvision-swin-v2", "plain-multihead", "plain-encoder-prenorm",
-    "plain-encoder-postnorm", "plain-functional", "plain-lucid", "plain-einsum",
+    "plain-encoder-postnorm", "plain-multihead-sequence-first", "plain-encoder-prenorm-sequence-first",
+    "plain-encoder-postnorm-sequence-first", "plain-functional", "plain-lucid", "plain-einsum",
 }  # fmt: skip
 
 
@@ -37,5 +38,7 @@ def test_a_foreign_model_converts(name):
         after = call(model, example)
         assert [t.shape for t in after] == [t.shape for t in before] and bool(torch.isfinite(after[0]).all())
         assert not equal(after, before)
+        both = batch(example)
+        near(call(model, both), [torch.cat([call(model, one)[0] for one in both.split(1)])])  # images do not mix
         ltm.restore(model)
         assert equal(call(model, example), before)

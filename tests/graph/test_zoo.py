@@ -34,7 +34,7 @@ FAST = (
     "timm-maxvit-tf timm-mobilenetv4 timm-mobilenetv5 timm-nextvit timm-pvt-v2 timm-shvit timm-swiftformer timm-swinv2 "
     "timm-swinv2-cr timm-tiny-vit timm-vitamin hf-vit hf-deit-teacher hf-dinov2-registers hf-dinov3 hf-clip hf-siglip "
     "hf-swin hf-pvt hf-hiera hf-imagegpt hf-internvl-vision hf-swiftformer hf-timm-wrapper torchvision-vit "
-    "plain-multihead plain-lucid"
+    "plain-multihead plain-multihead-sequence-first plain-lucid"
 ).split()
 
 #: what cannot be converted, and the words that say why; whatever else of the zoo is refused is a fault. What is left of

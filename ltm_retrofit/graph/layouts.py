@@ -1,0 +1,98 @@
+"""How tokens lie in a tensor: images first or tokens first, in a row or on a map."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ltm_retrofit.graph.example import Example, run
+from ltm_retrofit.graph.probe import Event, Recording
+
+
+def as_tokens(x: Tensor, order: str) -> Tensor:
+    """Lay ``(R, N, C)``, ``(N, R, C)``, ``(R, …, C)`` or ``(R, C, H, W)`` out as ``(R, N, C)``."""
+    if order == "NBC":
+        return x.transpose(0, 1)
+    if order != "BCHW":
+        return x.flatten(1, -2)
+    flat = x.flatten(2)
+    if x.shape[0] == 1 and x.requires_grad:  # as in `from_tokens`: the gradient of a part lies as usual
+        flat = flat.narrow(2, 0, flat.shape[2])
+    return flat.transpose(1, 2)
+
+
+def from_tokens(x: Tensor, order: str, spatial: tuple[int, ...]) -> Tensor:
+    """Invert `as_tokens`; with other counts ``spatial`` is one row of as many tokens as there are.
+
+    One map is made to lie in memory as usual: torch 2.15's batch norm on CPU gives wrong gradients where of one image
+    its input lies channels last and the gradient of its output does not, or the other way round.
+    """
+    if order == "NBC":
+        return x.transpose(0, 1)
+    rows, _, width = x.shape
+    if order == "BCHW":
+        maps = x.transpose(1, 2).reshape(rows, width, *spatial)
+        return maps.contiguous() if rows == 1 and x.requires_grad else maps
+    return x.reshape(rows, *spatial, width)
+
+
+def spatial_of(shape: tuple[int, ...], order: str) -> tuple[int, ...]:
+    """Return the token dimensions of a shape."""
+    if order == "NBC":
+        return tuple(shape[:1])
+    return tuple(shape[2:]) if order == "BCHW" else tuple(shape[1:-1])
+
+
+def some_tokens(x: Tensor, order: str, index: Tensor) -> Tensor:
+    """Return the tokens of these numbers, in as many dimensions as x has."""
+    ranks = len(spatial_of(tuple(x.shape), order))
+    return from_tokens(as_tokens(x, order)[:, index], order, (*[1] * (ranks - 1), len(index)))
+
+
+def shaped(event: Event) -> bool:
+    """Say whether as many tokens come out as go in."""
+    given, out = event.shape_in, event.shape_out
+    if event.source is None or event.result is None or len(given) < 3 or len(given) != len(out):
+        return False
+    return given[:-1] == out[:-1] or (len(given) == 4 and given[0] == out[0] and given[2:] == out[2:])
+
+
+def images_second(model: nn.Module, example: Example, recording: Recording) -> set[str]:
+    """Return the modules whose tokens come before the images, as those of `nn.MultiheadAttention` do by default.
+
+    For one image ``(N, 1, C)`` may as well be N windows of a token each: two images show which.
+    """
+    lone = {
+        event.name
+        for event in recording.events
+        if len(event.shape_in) == 3 and event.shape_in[1] == 1 < event.shape_in[0] and shaped(event)
+    }
+    if not lone:
+        return lone
+    found: set[str] = set()
+    counts = {event.name: event.shape_in[0] for event in recording.events}
+
+    def enter(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].shape[:2] == (counts[name], 2):
+            found.add(name)
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(partial(enter, name)) for name in lone]
+    try:
+        run(model, _doubled(example))
+    except Exception:  # a model of one image only
+        return set()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _doubled(example: Example) -> Example:
+    def double(value: Any) -> Any:
+        return value.repeat(2, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and len(value) == 1 else value
+
+    if isinstance(example, Tensor):
+        return cast(Tensor, double(example))
+    return {key: double(value) for key, value in example.items()}
