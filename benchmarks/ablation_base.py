@@ -4,7 +4,7 @@
 
 The last 5,000 training images are set aside: neither the base nor a fine-tune learns from them, learning rates are
 chosen on them. Images are decoded once. Interrupted, the training goes on from the last finished epoch, with the same
-weights as if it had not been. The test images are read once, at the end.
+weights as if it had not been, with as many threads. The test images are read once, at the end.
 """
 
 from __future__ import annotations

@@ -104,4 +104,4 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Not by the model's own method: that of transformers' wrapper of timm models puts a prefix before keys of ours.
     """
-    nn.Module.load_state_dict(model, dict(state), strict=True)
+    nn.Module.load_state_dict(model, state, strict=True)

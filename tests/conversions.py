@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -36,9 +37,16 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
     "hf-mobilevit-grid": ("hf-mobilevit", {}),
     "hf-segformer-local": ("hf-segformer", {}),
 }
+
+
+def slow_but(fast: Collection[str], names: Iterable[str] = HOSTS) -> list[Any]:
+    """Return names for a parametrised test of which CI runs the fast ones."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 #: those that CI runs; the others are slow
 FAST = tuple(HOSTS)[:8]
-EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in HOSTS]
+EVERY = slow_but(FAST)
 _KEPT: dict[str, tuple[nn.Module, Example]] = {}
 
 __all__ = [
@@ -54,6 +62,7 @@ __all__ = [
     "near",
     "randomise",
     "scopes",
+    "slow_but",
     "trainable",
 ]
 

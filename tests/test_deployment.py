@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from children import outputs, parallel_gradients
-from conversions import FAST, HOSTS, batch, call, converted, equal, gradients, near, trainable
+from conversions import FAST, batch, call, converted, equal, gradients, near, slow_but, trainable
 from torch import nn
 
 import ltm_retrofit as ltm
@@ -111,10 +111,6 @@ def test_two_processes_average_to_the_gradients_of_the_whole_batch(tmp_path: Pat
 # --------------------------------------------------------------------------------------------------- compile and export
 
 
-def _cheap(*fast: str) -> list[object]:
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in HOSTS]
-
-
 def test_compiling_gives_equal_results(host):
     model, _, example = converted(host)
     inputs = batch(example)
@@ -151,7 +147,7 @@ def test_exporting_gives_equal_results_and_leaves_the_model_alone(host):
         assert equal(call(model, inputs), expected)
 
 
-@pytest.mark.parametrize("host", _cheap("timm-vit-flow", "timm-efficientvit-grid"))
+@pytest.mark.parametrize("host", slow_but(["timm-vit-flow", "timm-efficientvit-grid"]))
 def test_exporting_with_a_dynamic_batch(host):
     model, _, example = converted(host)
     inputs, more = batch(example), batch(example, 3, seed=6)
@@ -161,7 +157,7 @@ def test_exporting_with_a_dynamic_batch(host):
         near(call(program, more), call(model, more))
 
 
-@pytest.mark.parametrize("host", _cheap("timm-vit-flow"))
+@pytest.mark.parametrize("host", slow_but(["timm-vit-flow"]))
 def test_onnx_gives_equal_results(host, tmp_path: Path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

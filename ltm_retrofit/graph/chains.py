@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.flops import count_macs_quick
 from ltm_retrofit.graph.example import Example, run
-from ltm_retrofit.graph.layouts import images_second, shaped, some_tokens, spatial_of
+from ltm_retrofit.graph.layouts import find_sequence_first, shaped, some_tokens, spatial_of
 from ltm_retrofit.graph.probe import Event, Recording
 from ltm_retrofit.graph.prove import close
 
@@ -58,7 +58,7 @@ def find_chains(model: nn.Module, example: Example, recording: Recording) -> dic
     calls: dict[str, int] = {}
     for event in recording.events:
         calls[event.name] = calls.get(event.name, 0) + 1
-    sequence_first = images_second(model, example, recording)
+    sequence_first = find_sequence_first(model, example, recording)
     times = [attended.time for attended in recording.attended]
     owners = [attended.chain[-1] for attended in recording.attended]
     windows = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -149,14 +149,28 @@ def other_image(example: Example) -> Example:
     """Return the same example with other pixels: every floating tensor is drawn anew."""
     generator = torch.Generator().manual_seed(1)
 
-    def redraw(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
+    def redraw(value: Tensor) -> Tensor:
+        if value.is_floating_point():
             return torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
         return value
 
+    return mapped(example, redraw)
+
+
+def repeat_batch(example: Example, batch: int) -> Example:
+    """Repeat the first image of an example to a batch; tensors that do not hold as many images stay as they are."""
+    images = len(tensors_of(example)[0])
+    return mapped(
+        example,
+        lambda value: value[:1].repeat(batch, *[1] * (value.ndim - 1)) if len(value) == images else value,
+    )
+
+
+def mapped(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
+    """Return the same example with each of its tensors changed."""
     if isinstance(example, Mapping):
-        return {key: redraw(value) for key, value in example.items()}
-    return redraw(example)  # type: ignore[no-any-return]
+        return {key: change(value) if isinstance(value, Tensor) else value for key, value in example.items()}
+    return change(example)
 
 
 def tensors_of(output: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.flops import count_macs_quick, counting
 from ltm_retrofit.graph.chains import Chain
-from ltm_retrofit.graph.example import Example, run, tensors_of
+from ltm_retrofit.graph.example import Example, mapped, run, tensors_of
 from ltm_retrofit.graph.maps import BEFORE, LEVELS, MapPoint, points_at
 from ltm_retrofit.graph.probe import Recording, replaced
 
@@ -222,9 +222,7 @@ def _measure(
 def on_meta(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
     """Return copies without numbers, on which counting is cheap."""
     empty = copy.deepcopy(model, {id(p): _like(p) for p in model.parameters()}).to("meta")
-    if isinstance(example, Mapping):
-        return empty, {key: v.to("meta") if isinstance(v, Tensor) else v for key, v in example.items()}
-    return empty, example.to("meta")
+    return empty, mapped(example, lambda value: value.to("meta"))
 
 
 def _like(parameter: nn.Parameter) -> nn.Parameter:

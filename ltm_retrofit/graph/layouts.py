@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
-from ltm_retrofit.graph.example import Example, run
+from ltm_retrofit.graph.example import Example, repeat_batch, run
 from ltm_retrofit.graph.probe import Event, Recording
 
 
@@ -59,40 +59,30 @@ def shaped(event: Event) -> bool:
     return given[:-1] == out[:-1] or (len(given) == 4 and given[0] == out[0] and given[2:] == out[2:])
 
 
-def images_second(model: nn.Module, example: Example, recording: Recording) -> set[str]:
+def find_sequence_first(model: nn.Module, example: Example, recording: Recording) -> set[str]:
     """Return the modules whose tokens come before the images, as those of `nn.MultiheadAttention` do by default.
 
     For one image ``(N, 1, C)`` may as well be N windows of a token each: two images show which.
     """
-    lone = {
-        event.name
+    counts = {
+        event.name: event.shape_in[0]
         for event in recording.events
         if len(event.shape_in) == 3 and event.shape_in[1] == 1 < event.shape_in[0] and shaped(event)
     }
-    if not lone:
-        return lone
     found: set[str] = set()
-    counts = {event.name: event.shape_in[0] for event in recording.events}
+    if not counts:
+        return found
 
     def enter(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor) and args[0].shape[:2] == (counts[name], 2):
             found.add(name)
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(partial(enter, name)) for name in lone]
+    handles = [model.get_submodule(name).register_forward_pre_hook(partial(enter, name)) for name in counts]
     try:
-        run(model, _doubled(example))
+        run(model, repeat_batch(example, 2))
     except Exception:  # a model of one image only
         return set()
     finally:
         for handle in handles:
             handle.remove()
     return found
-
-
-def _doubled(example: Example) -> Example:
-    def double(value: Any) -> Any:
-        return value.repeat(2, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and len(value) == 1 else value
-
-    if isinstance(example, Tensor):
-        return cast(Tensor, double(example))
-    return {key: double(value) for key, value in example.items()}

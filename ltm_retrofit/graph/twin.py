@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.graph.example import Example
+from ltm_retrofit.graph.example import Example, mapped
 from ltm_retrofit.graph.sites import AttentionSite
 
 
@@ -112,16 +112,14 @@ def _signature(module: nn.Module, place: int) -> Any:
 def _with_numbers(example: Example, seed: int) -> Example:
     generator = torch.Generator().manual_seed(seed)
 
-    def fill_in(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_meta:
+    def fill_in(value: Tensor) -> Tensor:
+        if not value.is_meta:
             return value
         if value.is_floating_point():
             return torch.randn(value.shape, generator=generator).to(value.dtype)
         return torch.ones(value.shape, dtype=value.dtype)
 
-    if isinstance(example, Mapping):
-        return {key: fill_in(value) for key, value in example.items()}
-    return fill_in(example)  # type: ignore[no-any-return]
+    return mapped(example, fill_in)
 
 
 def expand(sites: Sequence[AttentionSite], removed: Mapping[str, str], model: nn.Module) -> list[AttentionSite]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ltm_retrofit.blocks import masks_of
 from ltm_retrofit.convert import disabled, is_retrofitted
-from ltm_retrofit.graph.example import Example, home, run
+from ltm_retrofit.graph.example import Example, home, repeat_batch, run
 from ltm_retrofit.undisturbed import undisturbed
 
 
@@ -29,17 +28,6 @@ class Paired:
     converted: float | None = None
     ratio: tuple[float, float, float] | None = None
     merging: float | None = None
-
-
-def repeat_batch(example: Example, batch: int) -> Example:
-    """Repeat an example of one image to a batch."""
-
-    def repeated(value: Any) -> Any:
-        return value[:1].repeat(batch, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
-
-    if isinstance(example, Mapping):
-        return {key: repeated(value) for key, value in example.items()}
-    return repeated(example)  # type: ignore[no-any-return]
 
 
 def paired_latency(model: nn.Module, example: Example, *, rounds: int = 10, warmup: int = 2) -> Paired:

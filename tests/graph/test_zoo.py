@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import batch, call, equal
+from conversions import batch, call, equal, slow_but
 from torch import nn
 from zoo import ZOO, Example
 from zoo_timm import TIMM, family
@@ -42,10 +42,6 @@ FAST = (
 REFUSED = {"timm-resnet-clip": "no module around it keeps a token stream"}
 
 
-def _slow(names: list[str]) -> list[object]:
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
 def _retrofit(model: nn.Module, example: Example) -> None:
     try:
         ltm.retrofit(model, ltm.LTMConfig(flops=0.8), example)
@@ -57,7 +53,7 @@ def _buffers(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_buffers() if ".ltm." not in f".{name}"]
 
 
-@pytest.mark.parametrize("name", _slow([name for name in ZOO if name not in REFUSED]))
+@pytest.mark.parametrize("name", slow_but(FAST, [name for name in ZOO if name not in REFUSED]))
 @pytest.mark.filterwarnings("ignore:the base .* cannot be rebuilt from a file")
 def test_a_model_converts_trains_is_saved_and_comes_back(name, monkeypatch, tmp_path):
     model, example = ZOO[name]()
