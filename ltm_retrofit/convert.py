@@ -101,7 +101,7 @@ def restore(model: nn.Module) -> nn.Module:
     finetuned = was_finetuned(model)
     get_plan(model)
     for forward in list(forwards_of(model)):
-        del forward.block.__dict__["forward"]
+        forward.take_away()
     for module in list(model.modules()):
         if module is not model and isinstance(module._modules.get(CHILD), MASKS):
             del module._modules[CHILD]
@@ -247,10 +247,11 @@ def build(
             masks[block] = grid_mask(model, point, row, plan)
     for chain in sites.local:
         if (row := rows.get((chain.block, chain.scope))) is not None:
-            host = model.get_submodule(chain.host)
+            host, attention = model.get_submodule(chain.host), model.get_submodule(chain.attention)
             for place, name in enumerate(chain.chain):
                 first, last = place == 0, place == len(chain.chain) - 1
-                forwards.append(LocalForward(model.get_submodule(name), chain, host, first=first, last=last))
+                module = model.get_submodule(name)
+                forwards.append(LocalForward(module, chain, host, first=first, last=last, attention=attention))
             masks[host] = local_mask(model, chain, row, plan)
     for module in (*masks, *(forward.block for forward in forwards)):
         if "forward" in module.__dict__:
@@ -279,7 +280,7 @@ def install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module
             if callable(getattr(model, name, None)):
                 model.__dict__[name] = Refusal(model, name)
     for forward in forwards:
-        forward.block.__dict__["forward"] = forward
+        forward.put_in_place()
     for host, mask in masks.items():
         host._modules[CHILD] = mask
 

@@ -100,7 +100,23 @@ def test_an_example_in_which_tokens_fill_up_is_refused():
         ltm.retrofit(model, ltm.LTMConfig(flops=0.8), _naflex(model, valid=50))
 
 
-def test_local_sites_are_refused_where_tokens_fill_up():
-    model, _ = ZOO["timm-naflex-gap"]()
-    with pytest.raises(ltm.UnsupportedBlock, match="is not proven for any block"):
-        ltm.retrofit(model, ltm.LTMConfig(flops=0.8, scope="LOCAL"), _naflex(model))
+@pytest.mark.parametrize("example", ["image", "dict"])
+def test_in_local_padding_is_refused_when_it_comes(example):
+    model, image = ZOO["timm-naflex-gap"]()
+    inputs = _naflex(model)
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.8, scope="LOCAL"), inputs if example == "dict" else image)
+    with torch.no_grad():
+        assert torch.isfinite(model(inputs)).all()
+        with pytest.raises(ltm.UnsupportedBlock, match="a mask that hides tokens"):
+            model(_beside(inputs, 0.0))
+        with ltm.disabled(model):
+            model(_beside(inputs, 0.0))
+
+
+def test_in_local_the_mask_that_siglip2_makes_is_refused():
+    model, example = ZOO["hf-siglip2-vision"]()
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.8, scope="LOCAL"), example)
+    with torch.no_grad():
+        model(**example)
+        with pytest.raises(ltm.UnsupportedBlock, match="attention_mask=.* a mask that hides tokens"):
+            model(**_padded(example, 0.0))

@@ -149,6 +149,109 @@ class EinsumBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class SingleHeadBlock(nn.Module):
+    """The textbook's: one head, keys of three dimensions, the MLP as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
+        self.q, self.k, self.v, self.out = (nn.Linear(DIM, DIM) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(DIM, 2 * DIM), nn.Linear(2 * DIM, DIM)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5, dim=-1) @ v
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.out(self.attend(self.q(y), self.k(y), self.v(y)))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class FoldedBlock(SingleHeadBlock):
+    """Heads beside images in one dimension, as `torch.bmm` wants them, and logits by `torch.baddbmm`."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch, tokens, width = q.shape
+        folded = (batch * HEADS, tokens, width // HEADS)
+        q, k, v = (t.reshape(batch, tokens, HEADS, -1).transpose(1, 2).reshape(folded) for t in (q, k, v))
+        bias = q.new_zeros(1, tokens, tokens)
+        out = torch.bmm(torch.baddbmm(bias, q, k.transpose(1, 2), alpha=folded[2] ** -0.5).softmax(dim=-1), v)
+        return out.view(batch, HEADS, tokens, -1).transpose(1, 2).reshape(batch, tokens, width)
+
+
+class EinopsBlock(SingleHeadBlock):
+    """einops in the block's own forward, which no tracer follows."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=HEADS) for t in (q, k, v))
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+
+
+class ConvolutionBlock(nn.Module):
+    """Tokens last, (B, C, N): 1-dimensional convolutions of one token in place of linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(1, DIM), nn.BatchNorm1d(DIM)
+        self.qkv, self.out = nn.Conv1d(DIM, 3 * DIM, 1), nn.Conv1d(DIM, DIM, 1)
+        self.fc1, self.fc2 = nn.Conv1d(DIM, 2 * DIM, 1), nn.Conv1d(2 * DIM, DIM, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=1)
+        x = x + self.out(v @ torch.softmax(k.transpose(1, 2) @ q * DIM**-0.5, dim=1))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class TokensLast(nn.Module):
+    """(B, C, N) within."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.transpose(1, 2)).transpose(1, 2)
+
+
+class ChildrenMlp(nn.Module):
+    """Calls whatever children it has, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+class PlacedBlock(MultiheadBlock):
+    """Is told how its tokens lie, as blocks with positions of their own are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = ChildrenMlp()
+
+    def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        assert rows * columns == x.shape[1] - 1, "tokens that do not fill the grid"
+        return super().forward(x)
+
+
+class Placed(nn.Module):
+    """Tells its blocks the grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(PlacedBlock() for _ in range(DEPTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = int((x.shape[1] - 1) ** 0.5)
+        for block in self.blocks:
+            x = block(x, side, side)
+        return x
+
+
 def _blocks(block: type[nn.Module], pool: str = "cls") -> nn.Module:
     return Columnar(nn.Sequential(*(block() for _ in range(DEPTH))), pool)
 
@@ -184,4 +287,13 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "plain-functional": (partial(_blocks, FunctionalBlock, "mean"), 32),
     "plain-lucid": (lambda: Columnar(LucidTransformer()), 32),
     "plain-einsum": (partial(_blocks, EinsumBlock), 32),
+    "plain-single-head": (partial(_blocks, SingleHeadBlock), 32),
+    "plain-folded-heads": (partial(_blocks, FoldedBlock), 32),
+    "plain-tokens-last": (
+        lambda: Columnar(TokensLast(nn.Sequential(*(ConvolutionBlock() for _ in range(DEPTH)))), "mean"),
+        32,
+    ),
+    "plain-placed": (lambda: Columnar(Placed()), 32),
 }
+if rearrange is not None:
+    FOREIGN["plain-einops"] = (partial(_blocks, EinopsBlock), 32)

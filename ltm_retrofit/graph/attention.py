@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-PRODUCTS = ("matmul", "bmm", "__matmul__", "einsum")
+from ltm_retrofit.graph.signature import seen_by
+
+PRODUCTS = ("matmul", "bmm", "__matmul__", "einsum", "baddbmm")
 SOFTMAXES = ("softmax",)
 TIMES = ("mul", "__mul__", "multiply", "mul_")
 SUMS = ("sum", "mean")
@@ -19,6 +22,13 @@ PASSIVE = ("__get__", "size", "dim", "stride", "is_floating_point", "numel", "__
 SHAPED = (
     "expand expand_as repeat repeat_interleave unsqueeze squeeze view view_as reshape contiguous transpose permute "
     "flatten unflatten to type_as broadcast_to"
+).split()
+JOINS = ("cat", "concat", "concatenate", "hstack")
+#: what comes out of these has the values of their first argument, whatever the others hold
+SHAPED_LIKE = ("type_as", "expand_as", "view_as", "reshape_as", "to")
+#: and of these no values of their arguments at all
+EMPTY_LIKE = (
+    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor"
 ).split()
 
 Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
@@ -40,7 +50,8 @@ class Found:
 
     kind: str  # "fused", "softmax", "packed", "linear" (kernelised) or "additive"
     keys: Tensor | None = None
-    padded: bool = False  # its mask depends on an input that is no image: some tokens only fill up
+    padded: bool = False  # its mask depends on an input that is no image: it may say that tokens only fill up
+    hides: bool = False  # and does so in the example
     packed: Packed | None = None
 
 
@@ -81,43 +92,50 @@ class AttentionMode(TorchFunctionMode):
         """Run the function; recognise attention by what flows into what."""
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
         operands = [value for value in _flat((*args, *kwargs.values())) if isinstance(value, Tensor)]
-        product = name in PRODUCTS and len(operands) == 2
+        factors = operands[1:] if name == "baddbmm" else operands  # whose first is only added
+        product = name in PRODUCTS and len(factors) == 2
         if self.used is not None and name not in PASSIVE:
             for operand in operands:
                 self.used(operand)
         if func is F.scaled_dot_product_attention:
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             keys = args[1] if len(args) > 1 else kwargs["key"]
-            padded = mask is not None and mask in self.flags and mask not in self.data
-            self.found(Found("fused", keys, padded))
+            hidden = self._padding(mask) and not bool(seen_by(mask).all())
+            self.found(Found("fused", keys, self._padding(mask), hidden))
         elif func is F.multi_head_attention_forward:
             given = dict(zip(_PACKED, args, strict=False)) | kwargs
             packed = Packed(given["key"], given["in_proj_weight"], given["in_proj_bias"], given["num_heads"])
-            masks = (given.get("key_padding_mask"), given.get("attn_mask"))
-            padded = any(mask is not None and mask in self.flags and mask not in self.data for mask in masks)
-            self.found(Found("packed", packed=packed, padded=padded))
-        elif product and operands[0] in self.keys_of_weights:
-            keys = self.keys_of_weights[operands[0]]
-            self.found(Found("softmax", keys, operands[0] in self.flags and keys not in self.flags))
-        elif product and self._twice(operands):
+            masks = [mask for mask in (given.get("key_padding_mask"), given.get("attn_mask")) if self._padding(mask)]
+            seen = [~mask if mask.dtype == torch.bool else seen_by(mask) for mask in masks]  # here true is hidden
+            self.found(Found("packed", None, bool(masks), not all(bool(part.all()) for part in seen), packed))
+        elif product and factors[0] in self.keys_of_weights:
+            keys = self.keys_of_weights[factors[0]]
+            padded = factors[0] in self.flags and keys not in self.flags
+            self.found(Found("softmax", keys, padded, padded and bool((factors[0] == 0).any())))
+        elif product and self._twice(factors):
             self.found(Found("linear"))
         elif name in TIMES and len(operands) == 2 and all(x in self.data for x in operands):
             if sum(x in self.summed for x in operands) == 1:
                 self.found(Found("additive"))
         result = func(*args, **kwargs)
-        self._follow(name, operands, args, result, product)
+        self._follow(name, operands, result, factors if product else None)
         if func is F.linear and self.linear is not None and isinstance(result, Tensor):
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             return self.linear(given["input"], given["weight"], given.get("bias"), result)
         return result
 
+    def _padding(self, mask: Tensor | None) -> TypeGuard[Tensor]:
+        """Say whether a mask may be one of tokens that only fill up."""
+        return mask is not None and mask in self.flags and mask not in self.data
+
     def _twice(self, operands: list[Tensor]) -> bool:
         """Say whether data meets a product of data: ``φ(q) (φ(k)ᵀ v)``."""
         return all(x in self.data for x in operands) and sum(x in self.multiplied for x in operands) == 1
 
-    def _follow(self, name: str, operands: list[Tensor], args: tuple[Any, ...], result: Any, product: bool) -> None:
+    def _follow(self, name: str, operands: list[Tensor], result: Any, factors: list[Tensor] | None) -> None:
+        sources = operands[:1] if name in SHAPED_LIKE else [] if name in EMPTY_LIKE else operands
         for table in (self.data, self.flags):
-            touched = any(x in table for x in operands)
+            touched = any(x in table for x in sources)
             for out in _flat((result,)):
                 if touched and isinstance(out, Tensor):
                     table[out] = True
@@ -125,12 +143,12 @@ class AttentionMode(TorchFunctionMode):
                 table[operands[0]] = True
         if not isinstance(result, Tensor):
             return
-        if product and all(x.ndim >= 3 for x in operands):
-            keys = operands[1] if name == "einsum" else operands[1].transpose(-2, -1)
+        if factors and all(x.ndim >= 3 for x in factors):
+            keys = factors[1] if name == "einsum" else factors[1].transpose(-2, -1)
             self.keys_of_logits[result] = keys
-            if operands[1] in self.flags:
+            if factors[1] in self.flags:
                 self.flags[keys] = True
-            if all(x in self.data for x in operands):
+            if all(x in self.data for x in factors):
                 self.multiplied[result] = True
             return
         if name in TIMES and len(operands) == 2 and all(x in self.data for x in operands):
@@ -142,7 +160,7 @@ class AttentionMode(TorchFunctionMode):
                 self.multiplied[result] = True
         if operands and operands[0] in self.summed and name in SHAPED:
             self.summed[result] = True
-        if name in ("cat", "concat") and result.ndim == 3:
+        if name in JOINS and result.ndim == 3:
             self._join(operands, result)
         for source in operands:
             # talking heads mix logits by a linear map over the heads; shapes change, the number of entries does not

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.flops import count_macs_quick
+from ltm_retrofit.graph.bystander import bystander
 from ltm_retrofit.graph.example import Example, run
-from ltm_retrofit.graph.layouts import find_sequence_first, shaped, some_tokens, spatial_of
+from ltm_retrofit.graph.layouts import find_sequence_first, shaped, some_tokens, spatial_of, width_of
 from ltm_retrofit.graph.probe import Event, Recording
 from ltm_retrofit.graph.prove import close
 
@@ -29,6 +31,7 @@ class Link:
     order: str  # BNC, NBC, BHWC or BCHW
     cost: tuple[int, int, int]  # MACs of all sequences of N tokens: fixed + linear·N + square·N²
     weights: int  # how many weight matrices it holds
+    calls_children: bool = False  # one after the other, whichever they are
 
 
 @dataclass
@@ -150,7 +153,8 @@ def _prove_link(
         part = some_tokens(given, order, chosen.to(given.device))
         outs: list[Any] = []
         try:
-            fewer = count_macs_quick(lambda part=part, outs=outs: outs.append(module(part, *args[1:], **kwargs)))  # type: ignore[misc]
+            with bystander(module) as child:
+                fewer = count_macs_quick(lambda part=part, outs=outs: outs.append(module(part, *args[1:], **kwargs)))  # type: ignore[misc]
         except CountError as error:
             raise UnsupportedBlock(str(error)) from error
         except Exception:  # another layout, or not token-wise
@@ -162,7 +166,7 @@ def _prove_link(
         if fixed:
             raise UnsupportedBlock("its MACs are no multiple of its token count")
         order = "BHWC" if order == "BNC" and given.ndim > 3 else order
-        return Link(event, order, (0, per_token, 0), count_weights(module))
+        return Link(event, order, (0, per_token, 0), count_weights(module), child.called)
     raise UnsupportedBlock("mixes tokens")
 
 
@@ -186,7 +190,7 @@ def count_weights(module: nn.Module) -> int:
 
 def _fits(given: Tensor, output: Tensor, order: str) -> bool:
     if order == "BCHW":
-        return given.ndim == 4 and given.shape[0] == output.shape[0] and given.shape[2:] == output.shape[2:]
+        return given.ndim in (3, 4) and given.shape[0] == output.shape[0] and given.shape[2:] == output.shape[2:]
     return given.shape[:-1] == output.shape[:-1]
 
 
@@ -206,11 +210,30 @@ def _choose(links: dict[str, Link], recording: Recording, index: int, model: nn.
             chain.links.pop()
     owner = recording.attended[index].chain[-1]
     whole = [chain for chain in chains if chain.links and chain.weights >= 2]
-    single = [chain for chain in chains if chain.links and not chain.names[0].startswith(owner + ".")]
-    if not whole and not single:
+    single = [chain for chain in chains if chain.links]
+    outside = [chain for chain in single if not chain.names[0].startswith(owner + ".")]
+    found = whole[:1] or outside or _couple(single)
+    if not found:
         kind = type(model.get_submodule(owner)).__name__
         return f"{owner or 'the model'} ({kind}): no module behind its attention is an MLP that treats each token alone"
-    return whole[:1] or single
+    return found
+
+
+def _couple(chains: list[Chain]) -> list[Chain]:
+    """Take the two weight matrices of a block that attends by itself of which one widens and the next narrows again.
+
+    What lies between them is a function in the block's own forward; its output projection is neither.
+    """
+    for one, other in pairwise(chains):
+        (width, inner), (same, out) = _widths(one), _widths(other)
+        if inner == same != width == out:
+            return [one, other]
+    return []
+
+
+def _widths(chain: Chain) -> tuple[int, int]:
+    first, last = chain.links[0], chain.links[-1]
+    return width_of(first.event.shape_in, first.order), width_of(last.event.shape_out, last.order)
 
 
 def _hands_on(recording: Recording, one: Link, other: Link) -> bool:

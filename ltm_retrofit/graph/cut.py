@@ -20,6 +20,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ltm_retrofit.errors import UnsupportedBlock
+from ltm_retrofit.graph.bystander import NAME as BYSTANDER
+from ltm_retrofit.graph.bystander import bystander
 from ltm_retrofit.graph.signature import Signature
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -106,7 +108,8 @@ def trace_block(block: nn.Module, signature: Signature, *, training: bool, bias:
     before = block.training
     object.__setattr__(block, "training", training)
     try:
-        graph = _Tracer().trace(_Bound(block, signature, bias))
+        with bystander(block):
+            graph = _Tracer().trace(_Bound(block, signature, bias))
     except Exception as error:
         raise UnsupportedBlock(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
     finally:
@@ -114,6 +117,8 @@ def trace_block(block: nn.Module, signature: Signature, *, training: bool, bias:
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = str(node.target).removeprefix("block.")
+        if node.target == BYSTANDER:
+            raise UnsupportedBlock("it calls every child of its own, and a mask would be one of them")
         if node.op == "get_attr" and not _reaches(block, str(node.target)):
             raise UnsupportedBlock(
                 "its forward computes with a tensor that is neither a parameter nor a buffer of its own, or makes one "

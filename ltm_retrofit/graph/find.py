@@ -19,6 +19,7 @@ from ltm_retrofit.graph.grids import find_grids, on_meta
 from ltm_retrofit.graph.local import local_sites
 from ltm_retrofit.graph.maps import MapPoint, maps_around
 from ltm_retrofit.graph.mixers import find_mixers
+from ltm_retrofit.graph.prefix import note_constant_tokens
 from ltm_retrofit.graph.probe import Recording, record
 from ltm_retrofit.graph.sites import AttentionSite, FlowSite, GridSite, LocalSite, Scope, Sites, TokenLayout
 from ltm_retrofit.graph.twin import expand, is_empty, kept_of, make_twin, stands_for
@@ -82,6 +83,8 @@ def _find(model: nn.Module, example: Example, whole: bool = False) -> Sites:
         # in large models without numbers, other scopes than the best one are not looked for
         chains = {} if not uncut and total > SHORTENED else find_chains(model, example, recording)
         mixers = find_mixers(model, recording, uncut)
+        if chains:
+            note_constant_tokens(model, example, recording)
         total = total or count_macs_again(*full, recording.macs)
         flow = flow_sites(candidates, prefix, recording)
         ending = find_ending(model, example, recording, candidates, prefix)
@@ -219,7 +222,7 @@ def _grid_site(model: nn.Module, recording: Recording, point: MapPoint) -> GridS
         key_dim=min(point.dim, max(16, min(64, point.dim // 8))),
         layout=TokenLayout(point.grid[0] * point.grid[1], 0, point.grid, point.order),
         scope=Scope.GRID,
-        proofs=("a", "c", "d"),
+        proofs=("c", "d"),
         macs=point.segment[point.grid],
         where=point.where,
         weight=point.weight,

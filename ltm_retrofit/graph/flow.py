@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.graph import keys, prove
 from ltm_retrofit.graph.cut import Halves, NoTail, cut_block
-from ltm_retrofit.graph.example import Example, logits_of, other_image, run
+from ltm_retrofit.graph.example import Example, logits_of
+from ltm_retrofit.graph.prefix import same_tokens
 from ltm_retrofit.graph.probe import Attended, Call, Recording
 from ltm_retrofit.graph.runs import handed_on, unbroken
 from ltm_retrofit.graph.signature import Signature
@@ -149,23 +150,7 @@ def _prefix_of(model: nn.Module, example: Example, recording: Recording, candida
     )
     if before is None:
         raise UnsupportedBlock("the tokens of its first attention are not those of the blocks that can be cut")
-    seen: list[Tensor] = []
-
-    class Reached(Exception):
-        pass
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(next(value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)))
-        raise Reached
-
-    handle = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        run(model, other_image(example))
-    except Reached:
-        pass
-    finally:
-        handle.remove()
-    same = (seen[0] == before).flatten(2).all(dim=-1)[0]
+    same = same_tokens(model, example, name, before)
     prefix = int(same.sum())
     if not bool(same[:prefix].all()):
         raise UnsupportedBlock("its prefix tokens do not lead the sequence")

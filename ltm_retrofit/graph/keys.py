@@ -57,6 +57,9 @@ def trace_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, 
     keys = seen[0].keys
     if keys is None:
         raise UnsupportedBlock(f"its attention is {seen[0].kind}: it has no keys that tokens could be compared by")
+    if keys.ndim == 3:  # one head, or heads beside images
+        with torch.enable_grad():
+            keys = keys.reshape(len(inner), -1, *keys.shape[1:])
     if keys.ndim != 4 or keys.shape[2] != inner.shape[1]:
         raise UnsupportedBlock(f"its keys have shape {tuple(keys.shape)}, expected (B, heads, {inner.shape[1]}, d)")
     heads = keys.shape[1]

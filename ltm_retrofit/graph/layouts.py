@@ -12,7 +12,7 @@ from ltm_retrofit.graph.probe import Event, Recording
 
 
 def as_tokens(x: Tensor, order: str) -> Tensor:
-    """Lay ``(R, N, C)``, ``(N, R, C)``, ``(R, …, C)`` or ``(R, C, H, W)`` out as ``(R, N, C)``."""
+    """Lay ``(R, N, C)``, ``(N, R, C)``, ``(R, …, C)``, ``(R, C, H, W)`` or ``(R, C, N)`` out as ``(R, N, C)``."""
     if order == "NBC":
         return x.transpose(0, 1)
     if order != "BCHW":
@@ -45,6 +45,11 @@ def spatial_of(shape: tuple[int, ...], order: str) -> tuple[int, ...]:
     return tuple(shape[2:]) if order == "BCHW" else tuple(shape[1:-1])
 
 
+def width_of(shape: tuple[int, ...], order: str) -> int:
+    """Return how many features each token of a shape has."""
+    return shape[1] if order == "BCHW" else shape[-1]
+
+
 def some_tokens(x: Tensor, order: str, index: Tensor) -> Tensor:
     """Return the tokens of these numbers, in as many dimensions as x has."""
     ranks = len(spatial_of(tuple(x.shape), order))
@@ -56,7 +61,7 @@ def shaped(event: Event) -> bool:
     given, out = event.shape_in, event.shape_out
     if event.source is None or event.result is None or len(given) < 3 or len(given) != len(out):
         return False
-    return given[:-1] == out[:-1] or (len(given) == 4 and given[0] == out[0] and given[2:] == out[2:])
+    return given[:-1] == out[:-1] or (len(given) in (3, 4) and given[0] == out[0] and given[2:] == out[2:])
 
 
 def find_sequence_first(model: nn.Module, example: Example, recording: Recording) -> set[str]:

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.graph.chains import Chain, Link
-from ltm_retrofit.graph.layouts import spatial_of
+from ltm_retrofit.graph.layouts import spatial_of, width_of
 from ltm_retrofit.graph.maps import CONTAINERS
+from ltm_retrofit.graph.padding import hides, masks_given, names_of
 from ltm_retrofit.graph.probe import Recording
 from ltm_retrofit.graph.sites import LocalSite, Scope, TokenLayout
 
 Grid = tuple[int, int]
 PADDED = (
-    "its attention mask depends on the input, so some tokens only fill up, and nothing tells an MLP which: pass an "
-    "example without a mask"
+    "by its attention's mask some tokens of the example only fill up, and nothing tells an MLP which: pass an example "
+    "without padding"
 )
 FEWEST = 4  # tokens that are worth merging
 
@@ -31,7 +32,7 @@ def local_sites(
     found: dict[int, list[LocalSite] | str] = {}
     names: set[str] = set()
     for number, several in chains.items():
-        if recording.attended[number].found.padded:
+        if recording.attended[number].found.hides:
             several = f"{recording.attended[number].chain[-1]}: {PADDED}"
         if isinstance(several, str):
             found[number] = several
@@ -60,7 +61,7 @@ def _site(
     first, last = chain.links[0], chain.links[-1]
     owner = recording.attended[number].chain[-1]
     shape, order = first.event.shape_in, first.order
-    dim = shape[1] if order == "BCHW" else shape[-1]
+    dim = width_of(shape, order)
     spatial = spatial_of(shape, order)
     tokens = prod(spatial)
     lead = trail = 0
@@ -83,7 +84,7 @@ def _site(
     weight = reading_weight(model.get_submodule(name), dim)
     if weight is None:
         return f"{name} ({type(model.get_submodule(name)).__name__}): no weight matrix of it reads the tokens"
-    host = _host(model, name, weight)
+    host = f"{name}.{weight.rpartition('.')[0]}" if first.calls_children else name
     if host in taken:
         return f"{name}: shared with another attention"
     block = _common(owner, chain.names[-1])
@@ -92,7 +93,6 @@ def _site(
     block = name if block in taken or shared else block
     taken |= {block, host}
     cost = [sum(link.cost[power] for link in chain.links) // rows for power in range(3)]
-    width = last.event.shape_out[1] if last.order == "BCHW" else last.event.shape_out[-1]
     return LocalSite(
         block=block,
         attention=owner,
@@ -101,16 +101,22 @@ def _site(
         key_dim=min(dim, max(16, min(64, dim // 8))),
         layout=TokenLayout(tokens, lead, (grid[0], grid[1]), order, trail, rows),
         scope=Scope.LOCAL,
-        proofs=("a", "b", "d"),
+        proofs=("b", "d"),
         macs=rows * (cost[0] + cost[1] * tokens + cost[2] * tokens * tokens),
         chain=chain.names,
         host=host,
         cell=choose_cell((grid[0], grid[1]), dim),
         cost=(cost[0], cost[1], cost[2]),
-        width=width,
+        width=width_of(last.event.shape_out, last.order),
         weight=weight,
         mixes=mixes,
+        masked=_masked(model, recording, owner),
     )
+
+
+def _masked(model: nn.Module, recording: Recording, owner: str) -> tuple[str, ...]:
+    call, names = recording.calls[owner][0], names_of(model.get_submodule(owner))
+    return tuple(name for name, mask in masks_given(names, call.args, call.kwargs) if hides(mask))
 
 
 def choose_cell(grid: Grid, dim: int) -> Grid:
@@ -139,13 +145,6 @@ def reading_weight(module: nn.Module, dim: int) -> str | None:
         if parameter.ndim >= 2 and parameter.shape[1] == dim and parameter.numel() > dim:
             return name
     return None
-
-
-def _host(model: nn.Module, name: str, weight: str) -> str:
-    """Return where a mask may be registered: never in a container that calls its children one after the other."""
-    if not isinstance(model.get_submodule(name), CONTAINERS):
-        return name
-    return f"{name}.{weight.rpartition('.')[0]}"
 
 
 def _common(one: str, other: str) -> str:

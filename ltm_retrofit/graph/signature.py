@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -78,6 +79,11 @@ class Signature:
                     f"block {name!r} ({type(block).__name__}) also receives {key!r} of type {type(value).__name__}, "
                     "which would have to follow the tokens"
                 )
+        if sizes := _sizes(others, count):
+            raise UnsupportedBlock(
+                f"block {name!r} ({type(block).__name__}) also receives {', '.join(sizes)}, by which tokens lie on a "
+                "grid that merged ones would not fill"
+            )
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty and isinstance(p.default, plain)}
         others = {key: value for key, value in {**defaults, **others}.items() if key not in follow}
         by_image = tuple(_first_is_image(given[key]) for key in follow)
@@ -131,6 +137,16 @@ def _is_mask(value: Any, count: int) -> bool:
     if value.shape[-1] != count or value.shape[-2] not in (1, count):
         return False
     return value.dtype == torch.bool or (value.is_floating_point() and hides_or_shows(value))
+
+
+def _sizes(others: dict[str, Any], count: int) -> list[str]:
+    """List the arguments that say how many rows and columns ``count`` tokens fill; some of those may lead or end."""
+    whole = {key: value for key, value in others.items() if type(value) is int and value > 1}
+    found = {key: value for key, value in whole.items() if value == count}
+    for (key, value), (other, times) in combinations(whole.items(), 2):
+        if 0 <= count - value * times <= MOST_PREFIX:
+            found |= {key: value, other: times}
+    return [f"{key}={value}" for key, value in found.items()]
 
 
 #: a bias from here down leaves nothing of a softmax

@@ -123,6 +123,7 @@ class LocalSite(AttentionSite):
     width: int  # of the chain's output
     weight: str
     mixes: bool = False
+    masked: tuple[str, ...] = ()  # arguments of the attention that hid some tokens from others in the example
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,14 @@ class Interceptor:
         """The site's mask; None where the site only slices or hands on."""
         return self.host._modules.get(CHILD)
 
+    def put_in_place(self) -> None:
+        """Intercept from now on."""
+        self.block.__dict__["forward"] = self
+
+    def take_away(self) -> None:
+        """Leave the module as it was."""
+        del self.block.__dict__["forward"]
+
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host's own forward."""
         return type(self.block).forward(self.block, *args, **kwargs)

@@ -45,6 +45,12 @@ class BlockForward(Interceptor):
         if self.mode == "original":
             return self.original(*args, **kwargs)
         tokens, followers, padding = self.signature.split(self.name, args, kwargs, self.bias)
+        if tokens.is_nested:
+            raise UnsupportedBlock(
+                f"converted block {self.name!r} was called with a nested tensor, as nn.TransformerEncoder makes of a "
+                "padding mask: build it with enable_nested_tensor=False, pass no mask, or call the model within "
+                "`with ltm_retrofit.disabled(model):`"
+            )
         if self.mode == "identity":
             halves = self.halves[block.training, padding is not None]
             return halves.tail(block, halves.head(block, tokens, padding, followers)[0])

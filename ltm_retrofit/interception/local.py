@@ -12,6 +12,7 @@ from ltm_retrofit.graph.layouts import as_tokens, from_tokens, spatial_of
 from ltm_retrofit.graph.local import choose_cell
 from ltm_retrofit.graph.sites import LocalSite
 from ltm_retrofit.interception.base import Interceptor
+from ltm_retrofit.interception.watch import MaskWatch, unwatch, watch
 from ltm_retrofit.merging.tokens import Assignment, DenseAssignment, GridAssignment
 
 Grid = tuple[int, int]
@@ -76,12 +77,26 @@ class LocalForward(Interceptor):
         host: the module on which the mask is registered.
         first: whether it is the first of the chain.
         last: whether it is the last one; both where the chain is one module.
+        attention: the module before it, whose masks are watched.
     """
 
-    def __init__(self, block: nn.Module, site: LocalSite, host: nn.Module, *, first: bool, last: bool) -> None:
+    def __init__(
+        self, block: nn.Module, site: LocalSite, host: nn.Module, *, first: bool, last: bool, attention: nn.Module
+    ) -> None:
         super().__init__(block, site.block)
+        self.attention, self.watching = attention, MaskWatch(attention, site, self)
         self.keeper, self.first, self.last = host, first, last
         self.order, self.layout, self.cell, self.dim = site.layout.order, site.layout, site.cell, site.dim
+
+    def put_in_place(self) -> None:
+        """Intercept from now on."""
+        super().put_in_place()
+        watch(self.attention, self.watching)
+
+    def take_away(self) -> None:
+        """Leave the module and the attention as they were."""
+        super().take_away()
+        unwatch(self.attention)
 
     @property
     def host(self) -> nn.Module:

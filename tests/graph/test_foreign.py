@@ -16,6 +16,7 @@ ASKED = {
     "torchvision-vit", "torchvision-swin", "torchvision-swin-v2", "plain-multihead", "plain-encoder-prenorm",
     "plain-encoder-postnorm", "plain-multihead-sequence-first", "plain-encoder-prenorm-sequence-first",
     "plain-encoder-postnorm-sequence-first", "plain-functional", "plain-lucid", "plain-einsum",
+    "plain-single-head", "plain-folded-heads", "plain-tokens-last", "plain-placed",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -134,9 +135,76 @@ class PackedNet(Net):
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 def test_padding_of_packed_attention_is_seen(kind) -> None:
-    inputs = {"x": EXAMPLE, "pad": torch.zeros(1, 64, dtype=kind)}
-    with pytest.raises(ltm.UnsupportedBlock, match="some tokens only fill up"):
-        ltm.retrofit(drawn(PackedNet(Packed)), ltm.LTMConfig(flops=0.8), inputs)
+    filled = torch.zeros(1, 64, dtype=kind)
+    filled[:, 50:] = True if kind == torch.bool else -1e9
+    model = drawn(PackedNet(Packed))
+    with pytest.raises(ltm.UnsupportedBlock, match="some tokens of the example only fill up"):
+        ltm.retrofit(model, ltm.LTMConfig(flops=0.8), {"x": EXAMPLE, "pad": filled})
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.8), {"x": EXAMPLE, "pad": torch.zeros(1, 64, dtype=kind)})
+    assert {row.scope for row in ltm.get_plan(model).rows} == {"LOCAL"}
+    with pytest.raises(ltm.UnsupportedBlock, match=r"key_padding_mask=\(1, 64\), a mask that hides tokens"):
+        model(EXAMPLE, filled)
+    with ltm.disabled(model):
+        original = model(EXAMPLE, filled)
+    assert torch.equal(ltm.restore(model)(EXAMPLE, filled), original)
+
+
+class Encoded(Net):
+    """torch's own encoder; with an even number of heads it has an inference path of one fused operator."""
+
+    def __init__(self, nested: bool = False) -> None:
+        super().__init__(depth=0)
+        layer = nn.TransformerEncoderLayer(DIM, HEADS, 4 * DIM, batch_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 4, enable_nested_tensor=nested)
+
+    def forward(self, x: Tensor, pad: Tensor | None = None) -> Tensor:
+        return self.head(self.norm(self.blocks(self.tokens(x), src_key_padding_mask=pad)).mean(1))
+
+
+@pytest.mark.parametrize("scope", ["FLOW", "LOCAL"])
+def test_the_fused_inference_path_merges_too(scope) -> None:
+    model = ltm.retrofit(drawn(Encoded()), ltm.LTMConfig(flops=0.8, scope=scope), EXAMPLE)
+    with torch.no_grad():
+        fused = model(EXAMPLE)
+        with ltm.disabled(model):
+            assert not torch.allclose(model(EXAMPLE), fused, atol=1e-3)
+    assert torch.allclose(model(EXAMPLE), fused, atol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["FLOW", "LOCAL"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_a_mask_of_torchs_encoder_is_refused_by_name(scope, nested) -> None:
+    model, pad = drawn(Encoded(nested)), torch.arange(64)[None] >= 50
+    with torch.no_grad():
+        before = model(EXAMPLE, pad)
+        ltm.retrofit(model, ltm.LTMConfig(flops=0.8, scope=scope), EXAMPLE)
+        with pytest.raises(ltm.UnsupportedBlock, match="nested tensor" if nested else "mask"):
+            model(EXAMPLE, pad)
+        assert torch.equal(ltm.restore(model)(EXAMPLE, pad), before)
+
+
+@pytest.mark.parametrize("copied", ["itself", "deepcopy", "pickle"])
+def test_a_watched_attention_is_left_as_it_was(copied) -> None:
+    model = drawn(Net())
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.8, scope="LOCAL"), EXAMPLE)
+    made = {"itself": lambda m: m, "deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}
+    model = made[copied](model)
+    mask = torch.zeros(1, 1, 64, 64)
+    with torch.no_grad():
+        expected = model(EXAMPLE)
+        assert torch.equal(called_with(model, mask), expected)
+        mask[..., 50:] = -torch.inf
+        with pytest.raises(ltm.UnsupportedBlock, match="a mask that hides tokens"):
+            called_with(model, mask)
+        called_with(ltm.restore(model), mask)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def called_with(model: nn.Module, mask: Tensor) -> Tensor:
+    x = model.tokens(EXAMPLE)
+    for block in model.blocks:
+        x = block(x, mask=mask)
+    return model.head(model.norm(x).mean(1))
 
 
 # ------------------------------------------------------------------------------------------------------- rows, batches
@@ -345,7 +413,85 @@ def test_a_constant_on_a_device_does_not_hide_a_smaller_grid() -> None:
     assert [site.scope for site in constant] == [site.scope for site in plain]
 
 
-# ------------------------------------------------------------------------------------------------- without numbers
+# --------------------------------------------------------------------------------------------- places, prefix tokens
+
+
+class Told(Block):
+    def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        assert rows * columns == x.shape[1]
+        return super().forward(x)
+
+
+class Telling(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.seed(x)
+        size, x = x.shape[2:], x.flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x, *size)
+        return self.head(self.norm(x).mean(1))
+
+
+def test_a_block_that_is_told_how_its_tokens_lie_runs_at_every_size() -> None:
+    model = drawn(Telling(Told))
+    sites = ltm.find_sites(model, EXAMPLE)
+    assert "rows=8, columns=8, by which tokens lie on a grid" in (sites.why("blocks.0") or "")
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.8), EXAMPLE)
+    assert model(torch.randn(2, 3, 40, 64)).shape == (2, 5)
+
+
+class Registers(Net):
+    """Joins constant tokens in each of the ways that there are."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.registers = how, nn.Parameter(torch.randn(1, 4, DIM))
+
+    def tokens(self, x: Tensor) -> Tensor:
+        x = super().tokens(x)
+        lead = self.registers.expand(len(x), -1, -1)
+        match self.how:
+            case "cat" | "concat" | "concatenate":
+                return getattr(torch, self.how)([lead, x], dim=1)
+            case "hstack":
+                return torch.hstack([lead, x])
+            case "type_as":
+                return torch.cat([self.registers.type_as(x).expand(len(x), -1, -1), x], dim=1)
+            case "zeros_like":
+                return torch.cat([torch.zeros_like(x[:, :4]) + self.registers, x], dim=1)
+        out = x.new_empty(len(x), 4 + x.shape[1], DIM)
+        out[:, :4], out[:, 4:] = lead, x
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)[:, 4:].mean(1))
+
+
+@pytest.mark.parametrize("scope", ["FLOW", "LOCAL"])
+@pytest.mark.parametrize("how", ["cat", "concat", "concatenate", "hstack", "type_as", "zeros_like", "assigned"])
+def test_registers_are_seen_however_they_are_joined(how, scope) -> None:
+    sites = ltm.find_sites(drawn(Registers(how)), EXAMPLE)
+    found = [site for site in (*sites.found, *sites.alternatives) if site.scope == scope]
+    assert found and all((site.layout.prefix, site.layout.grid) == (4, (8, 8)) for site in found)
+
+
+def test_registers_that_join_late_are_seen() -> None:
+    class Late(Registers):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.blocks[0](Net.tokens(self, x))
+            x = torch.cat([self.registers.type_as(x).expand_as(x[:, :4]), x], dim=1)
+            for block in list(self.blocks)[1:]:
+                x = block(x)
+            return self.head(self.norm(x).mean(1))
+
+    sites = ltm.find_sites(drawn(Late("cat")), EXAMPLE)
+    prefix = {site.block: site.layout.prefix for site in sites.local}
+    assert prefix["blocks.0"] == 0 and {prefix[f"blocks.{number}"] for number in (1, 2, 3)} == {4}
+
+
+# -------------------------------------------------------------------------------------------------- without numbers
 
 
 class Group(nn.Module):
