@@ -118,5 +118,5 @@ def test_in_local_the_mask_that_siglip2_makes_is_refused():
     ltm.retrofit(model, ltm.LTMConfig(flops=0.8, scope="LOCAL"), example)
     with torch.no_grad():
         model(**example)
-        with pytest.raises(ltm.UnsupportedBlock, match="attention_mask=.* a mask that hides tokens"):
+        with pytest.raises(ltm.UnsupportedBlock, match=r"attention_mask=.* a mask that hides tokens"):
             model(**_padded(example, 0.0))

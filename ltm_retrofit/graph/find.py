@@ -259,4 +259,6 @@ def _best(
         name = attended.chain[-1]
         reason = next((narrowed[n] for n in reversed(attended.chain) if n in narrowed), "")
         excluded[name] = "; ".join(part for part in (reason, no_grid, mine) if isinstance(part, str) and part)
+    served = {site.attention for site in (*best, *other)}  # by what is behind the last time that a module attends
+    excluded = {name: why for name, why in excluded.items() if name not in served}
     return best, [site for site in other if site not in best], excluded
