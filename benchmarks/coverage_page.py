@@ -102,11 +102,10 @@ def _intro(header: Record, enough: float) -> str:
         f"{header['hours']:.1f} hours one after the other, beside other work; {header['cpu_rows']} of them, "
         f"where that was measured, {header['cpu_hours']:.1f} hours of one core. `make coverage` runs two at a time.\n",
         "Blocks: converted / all attention that was found. Proofs, of the blocks that the plan converts: (a) a block "
-        "that was cut computes what it did, bit for bit (GRID and LOCAL cut none); (b) what follows the cut treats each token alone; (c) the "
-        "rest of the network takes fewer tokens, in any order; (d) what follows costs something; (e) with nothing "
-        "merged the converted model is the original bit for bit, and with merging its outputs keep their shapes. "
-        "Share: of the model's MACs, masks included, at the "
-        "nearest plan where marked ≈.\n",
+        "that was cut computes what it did, bit for bit (GRID and LOCAL cut none); (b) what follows it treats each "
+        "token alone; (c) the rest of the network takes fewer tokens, in any order; (d) what follows costs something; "
+        "(e) with nothing merged the converted model is the original bit for bit, and with merging its outputs keep "
+        "their shapes. Share: of the model's MACs, masks included, at the nearest plan where marked ≈.\n",
     ]
     return "\n".join(lines)
 

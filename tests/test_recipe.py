@@ -464,6 +464,8 @@ def test_an_interrupted_run_goes_on_where_it_was(folder_of, tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, tmp_path / "broken", say=lambda _: None)
     assert (tmp_path / ".broken.checkpoints" / "converted").is_dir() and not (tmp_path / "broken").exists()
+    with pytest.raises(ltm.CheckpointError, match="go on from them with --resume, or remove that folder"):
+        run_recipe(recipe, tmp_path / "broken", say=lambda _: None)
     found = run_recipe(recipe, tmp_path / "broken", say=lambda _: None, resume=True)
     assert found.accuracy == expected.accuracy
     assert found.extra["history"]["losses"] == expected.extra["history"]["losses"]

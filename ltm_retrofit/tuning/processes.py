@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DataLoaderConfiguration, DistributedType
 
-from ltm_retrofit.errors import TrainingError
+from ltm_retrofit.errors import CheckpointError, TrainingError
 
 #: what shards or wraps the model itself; merged tokens carry their sizes on the tensor, which these copy away
 WRAPPERS = (
@@ -76,8 +75,15 @@ def is_main() -> bool:
 
 
 def checkpoints_beside(out: Path, resume: bool) -> Path:
-    """Return the folder for the checkpoints of a run that writes to ``out``; emptied where it is not to go on."""
+    """Return the folder for the checkpoints of a run that writes to ``out``.
+
+    Raises:
+        CheckpointError: where an interrupted run left some there, and this one is not to go on from them.
+    """
     folder = out.absolute().parent / f".{out.name}.checkpoints"
-    if not resume and is_main():
-        shutil.rmtree(folder, ignore_errors=True)
+    if not resume and any(path.is_file() for path in folder.rglob("*")):
+        raise CheckpointError(
+            f"a run to {out} was interrupted, and its checkpoints lie in {folder}: go on from them with --resume, or "
+            "remove that folder to begin anew"
+        )
     return folder
