@@ -84,12 +84,19 @@ def follow_head(model: nn.Module, *, thorough: bool = False) -> None:
         UnsupportedBlock: where the head reads tokens that are gone.
     """
     plan = _kept(model).plan
-    modules = dict(model.named_modules())
-    weights = [getattr(modules.get(name), "weight", None) for name in plan.readouts]
-    other = any(not isinstance(weight, Tensor) or weight.shape[:1] != (plan.classes,) for weight in weights)
-    if other or (thorough and not weights):
+    same = all(_width(model, name) == plan.classes for name in plan.readouts)
+    if not same or (thorough and not plan.readouts):
         with _all_or_nothing(model), in_mode(model, "merge"):
             _follow(model)
+
+
+def _width(model: nn.Module, name: str) -> int:
+    """Return how many numbers a linear module puts out; 0 where it is gone, or is no such module any more."""
+    try:
+        weight = getattr(model.get_submodule(name), "weight", None)
+    except AttributeError:
+        return 0
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 0
 
 
 def make_readout(model: nn.Module, plan: MergePlan) -> Statistics | None:

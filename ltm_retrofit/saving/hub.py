@@ -98,10 +98,8 @@ def save_pretrained(
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
         "files": [CONFIG, WEIGHTS, CARD],
     }
-    if size is not None:
-        config["resized"] = list(size)
-    if attached is not None:
-        config |= {"adapter": attached, "labels": labels_of(model)}
+    config |= {} if size is None else {"resized": list(size)}
+    config |= {} if attached is None else {"adapter": attached, "labels": labels_of(model)}
     card = model_card(target.resolve().name, base, plan, reason, report, recipe)
     target = target.resolve()  # what a symbolic link points to is replaced, not the link
     try:
