@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = [
     "Refusal",
     "Retrofit",
     "forwards_of",
+    "in_mode",
     "load_state",
     "masks_of",
 ]
@@ -92,6 +94,19 @@ def forwards_of(model: nn.Module) -> Iterator[Interceptor]:
         forward = module.__dict__.get("forward")
         if isinstance(forward, Interceptor):
             yield forward
+
+
+@contextmanager
+def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Run every interceptor in this mode meanwhile."""
+    before = [(forward, forward.mode) for forward in forwards_of(model)]
+    try:
+        for forward, _ in before:
+            forward.mode = mode
+        yield
+    finally:
+        for forward, old in before:
+            forward.mode = old
 
 
 def masks_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ltm_retrofit.blocks import FINETUNED, GRID_METHODS, Refusal, Retrofit, forwards_of
+from ltm_retrofit.blocks import in_mode as _mode
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import (
     AlreadyRetrofitted,
@@ -25,12 +26,12 @@ from ltm_retrofit.graph.example import Example, home, prepare_example, run, tens
 from ltm_retrofit.graph.find import find_sites
 from ltm_retrofit.graph.prove import all_equal
 from ltm_retrofit.graph.sites import Sites
+from ltm_retrofit.head import guard_head, make_readout, unguard_head
 from ltm_retrofit.interception.base import CHILD, Interceptor
 from ltm_retrofit.interception.flow import BlockForward
 from ltm_retrofit.interception.grid import GridForward
 from ltm_retrofit.interception.local import LocalForward
 from ltm_retrofit.interception.masks import MASKS, flow_mask, grid_mask, local_mask
-from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.plan import MergePlan, make_macs, make_plan
 from ltm_retrofit.undisturbed import undisturbed
 
@@ -108,6 +109,7 @@ def restore(model: nn.Module) -> nn.Module:
     for name in GRID_METHODS:
         if isinstance(model.__dict__.get(name), Refusal):
             del model.__dict__[name]
+    unguard_head(model)
     del model._modules[CHILD]
     if finetuned:
         mark_finetuned(model)
@@ -168,18 +170,6 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     get_plan(model)
     with _mode(model, "original"):
         yield model
-
-
-@contextmanager
-def _mode(model: nn.Module, mode: str) -> Iterator[None]:
-    before = [(forward, forward.mode) for forward in forwards_of(model)]
-    try:
-        for forward, _ in before:
-            forward.mode = mode
-        yield
-    finally:
-        for forward, old in before:
-            forward.mode = old
 
 
 def _check_fits(plan: MergePlan, sites: Sites) -> None:
@@ -259,13 +249,9 @@ def build(
                 f"the forward of a {type(module).__name__} was replaced on the instance (a hook or a wrapper): remove "
                 "that first"
             )
-    readout = None
-    if plan.config.method == "ltm" and masks and plan.readouts:
-        width = sum(model.get_submodule(name).get_parameter("weight").shape[1] for name in plan.readouts)
-        readout = Statistics(width, plan.classes, plan.clusters).to(device)
     kept = Retrofit(
         dataclasses.replace(plan, base=sites.base, fixed_inputs=sites.fixed_inputs),
-        readout,
+        make_readout(model, plan),
         finetuned=was_finetuned(model),
         pretrained=fingerprints_of(model),
     ).to(device)
@@ -283,6 +269,7 @@ def install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module
         forward.put_in_place()
     for host, mask in masks.items():
         host._modules[CHILD] = mask
+    guard_head(model)
 
 
 def prove_installed(model: nn.Module, example: Example, expected: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ltm_retrofit.blocks import forwards_of, masks_of
 from ltm_retrofit.convert import get_retrofit
 from ltm_retrofit.errors import DataError, TrainingError
+from ltm_retrofit.head import follow_head
 from ltm_retrofit.interception.flow import BlockForward
 from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging.ib import soft_targets
@@ -70,7 +71,7 @@ class MergeTrace:
         if not self.features:
             raise TrainingError(
                 f"this {type(self.model).__name__} has no linear classifier after its blocks, so there is no feature "
-                "to bound: give it a head before converting"
+                "to bound: give it one through its reset_classifier, or restore it and convert it with one"
             )
         return torch.cat([self.features[name] for name in get_retrofit(self.model).plan.readouts], dim=-1)
 
@@ -83,9 +84,14 @@ class MergeTrace:
 def trace(model: nn.Module) -> Iterator[MergeTrace]:
     """Let the trace hold what each forward pass inside produces; the latest one wins.
 
+    Where the classifier was replaced since the conversion, statistics begin anew for the classes that it has now.
+
     Raises:
         NotRetrofitted: where the model is not converted.
+        UnsupportedBlock: where its classifier was replaced by one that reads tokens that are gone.
     """
+    get_retrofit(model)
+    follow_head(model)
     plan = get_retrofit(model).plan
     rows = [row for row in plan.rows if row.action == "merge"]
     traced = MergeTrace(model, tuple(row.site for row in rows), tuple(row.scope for row in rows))

@@ -12,7 +12,7 @@ import importlib
 import operator
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.graph.bystander import NAME as BYSTANDER
 from ltm_retrofit.graph.bystander import bystander
+from ltm_retrofit.graph.settings import Settings, settings_of
 from ltm_retrofit.graph.signature import Signature
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -72,10 +73,14 @@ def _load_code(source: str, names: dict[str, Any], modules: Iterable[str]) -> Co
 
 @dataclass(frozen=True)
 class Halves:
-    """``head(block, x, bias, followers) -> (z, h)`` and ``tail(block, z)``: z the stream, h attention's input."""
+    """``head(block, x, bias, followers) -> (z, h)`` and ``tail(block, z)``: z the stream, h attention's input.
+
+    ``settings`` are the block's attributes that both were traced with, but for those that its forward writes.
+    """
 
     head: Code
     tail: Code
+    settings: Settings = field(default=(), compare=False)
 
 
 class _Bound(nn.Module):
@@ -156,7 +161,9 @@ def cut_block(
     Raises:
         UnsupportedBlock: with the reason.
     """
+    before = settings_of(block)
     graph = trace_block(block, signature, training=training, bias=bias)
+    after = settings_of(block)
     nodes = list(graph.nodes)
     tokens, bias_node, rows = (node for node in nodes if node.op == "placeholder")
     stream, attended = {tokens}, set[fx.Node]()
@@ -202,6 +209,7 @@ def cut_block(
             (total, inner),
         ),
         _write(nodes, back - {total}, [total], output),
+        tuple(setting for setting in before if setting in after),
     )
 
 

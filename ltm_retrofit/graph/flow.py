@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.graph import keys, prove
 from ltm_retrofit.graph.cut import Halves, NoTail, cut_block
-from ltm_retrofit.graph.example import Example, logits_of
+from ltm_retrofit.graph.example import Example
 from ltm_retrofit.graph.prefix import same_tokens
 from ltm_retrofit.graph.probe import Attended, Call, Recording
 from ltm_retrofit.graph.runs import handed_on, unbroken
@@ -196,10 +196,7 @@ def find_ending(
     model: nn.Module, example: Example, recording: Recording, candidates: list[Candidate], prefix: int
 ) -> Ending:
     """Find out who reads the tokens after the blocks, and what the rest costs where only prefix tokens are left."""
-    logits = logits_of(recording.output)
-    classes = 0 if logits is None else logits.shape[1]
-    readouts = recording.readouts(classes) if classes else ()
-    classes = classes if readouts else 0  # a headless model's features are no classes
+    classes, readouts = recording.classifier()
     last = candidates[-1] if candidates else None
     if last is None or last.attention != recording.attended[-1].chain[-1]:
         return Ending(False, 0, readouts, classes)  # something attends after the last block that can be cut

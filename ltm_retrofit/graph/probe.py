@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ltm_retrofit.errors import CountError, ExampleError
 from ltm_retrofit.flops import counting
 from ltm_retrofit.graph.attention import AttentionMode, Found
-from ltm_retrofit.graph.example import Example, flags_of, floats_of, run
+from ltm_retrofit.graph.example import Example, flags_of, floats_of, logits_of, run
 from ltm_retrofit.undisturbed import undisturbed
 
 
@@ -87,6 +87,12 @@ class Recording:
     def readouts(self, classes: int) -> tuple[str, ...]:
         """Return the linear modules after the last attention that put out ``(B, classes)``: who reads the feature."""
         return tuple(name for name, width, seen in self.flat if width == classes and seen == len(self.attended))
+
+    def classifier(self) -> tuple[int, tuple[str, ...]]:
+        """Return C and who reads the feature; 0 and nobody where the output is no classifier's: features are none."""
+        logits = logits_of(self.output)
+        readouts = () if logits is None else self.readouts(logits.shape[1])
+        return (logits.shape[1] if logits is not None and readouts else 0), readouts
 
 
 class _Stack:

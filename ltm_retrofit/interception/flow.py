@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError, UnsupportedBlock
+from ltm_retrofit.graph.settings import Settings, changed_setting
 from ltm_retrofit.graph.signature import hides_or_shows, seen_by
 from ltm_retrofit.graph.sites import FlowSite
 from ltm_retrofit.interception.base import Interceptor
@@ -26,6 +27,9 @@ class BlockForward(Interceptor):
         unmerge: whether to bring every token back at its end.
     """
 
+    #: where it slices: the modules around it, with what they say of how tokens are pooled
+    pooling: tuple[tuple[nn.Module, Settings], ...] = ()
+
     def __init__(
         self, block: nn.Module, site: FlowSite, *, expects: bool, keep: int | None, last: bool, unmerge: bool
     ) -> None:
@@ -33,17 +37,20 @@ class BlockForward(Interceptor):
         self.signature, self.halves, self.key, self.bias = site.signature, site.halves, site.key, site.bias
         self.tokens, self.prefix = site.layout.tokens, site.layout.prefix
         self.expects, self.keep, self.last, self.unmerge = expects, keep, last, unmerge
+        every = [halves.settings for halves in site.halves.values()]
+        self.settings = tuple(setting for setting in every[0] if all(setting in others for others in every))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block.
 
         Raises:
             CountError: where tokens arrive without the sizes that an earlier site gave them.
-            UnsupportedBlock: where it is called with other arguments than in the proven call.
+            UnsupportedBlock: where it is called with other arguments than in the proven call, or has other attributes.
         """
         block = self.block
         if self.mode == "original":
             return self.original(*args, **kwargs)
+        self._check_settings()
         tokens, followers, padding = self.signature.split(self.name, args, kwargs, self.bias)
         if tokens.is_nested:
             raise UnsupportedBlock(
@@ -110,6 +117,17 @@ class BlockForward(Interceptor):
                     "different others: only padding, the same for all, is supported once tokens are merged"
                 )
         return valid
+
+    def _check_settings(self) -> None:
+        """Check that the attributes that the cut was made with are those of now."""
+        for module, settings in ((self.block, self.settings), *self.pooling):
+            if (changed := changed_setting(module, settings)) is not None:
+                name, old, new = changed
+                raise UnsupportedBlock(
+                    f"{name!r} of a {type(module).__name__} was {old!r} when block {self.name!r} was converted and is "
+                    f"{new!r} now, which the cut would not follow: set it back, or call ltm_retrofit.restore(model), "
+                    f"set {name!r} and retrofit again"
+                )
 
     def _check_fresh(self) -> None:
         """Check tokens that carry nothing."""

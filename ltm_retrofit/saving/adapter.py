@@ -13,7 +13,8 @@ from ltm_retrofit.convert import get_retrofit, restore, retrofit
 from ltm_retrofit.errors import BaseMismatch, CheckpointError
 from ltm_retrofit.fingerprints import fingerprint
 from ltm_retrofit.plan import MergePlan
-from ltm_retrofit.saving.base import base_state, differing, example_of, is_ours, load_exactly
+from ltm_retrofit.saving.base import base_state, differing, is_ours, load_exactly
+from ltm_retrofit.saving.sizes import example_of, resized
 from ltm_retrofit.tuning.heads import NEW_HEAD, set_classes
 from ltm_retrofit.undisturbed import remembered
 
@@ -30,7 +31,20 @@ def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: where most of the host was trained, so that there is no base left to attach to.
     """
     before, host = get_retrofit(model).pretrained, base_state(model)
-    fresh = set(model.__dict__.get(NEW_HEAD, ()))
+    if (size := resized(model)) is not None:
+        raise CheckpointError(
+            f"this {type(model).__name__} was set to inputs of {size[0]}×{size[1]} since it was converted, which its "
+            "base is not: save it whole (adapter=False)"
+        )
+    if gone := sorted(before.keys() - host.keys()):
+        raise CheckpointError(
+            f"this {type(model).__name__} has lost {', '.join(gone[:3])} since it was converted, which its base has: "
+            "save it whole (adapter=False)"
+        )
+    # set before the conversion, or another one since
+    fresh = {*model.__dict__.get(NEW_HEAD, ())} | {
+        k for k, v in host.items() if k in before and before[k][0] != v.shape
+    }
     carried = [key for key, value in host.items() if key in fresh or before.get(key) != fingerprint(value)]
     weight = sum(host[key].numel() for key in carried if key not in fresh)
     whole = sum(value.numel() for value in host.values())

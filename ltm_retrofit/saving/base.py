@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ltm_retrofit.blocks import CHILD, load_state
 from ltm_retrofit.convert import disabled, get_plan, is_retrofitted
 from ltm_retrofit.errors import CheckpointError, RetrofitError
-from ltm_retrofit.graph.example import Example, home, input_size, make_example, prepare_example, run
+from ltm_retrofit.graph.example import home, input_size, prepare_example, run
 from ltm_retrofit.graph.prove import all_equal
-from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.arguments import LOADING, timm_arguments
+from ltm_retrofit.saving.sizes import present_example
 from ltm_retrofit.tuning.data import RECORDED, preprocessing_of
 from ltm_retrofit.undisturbed import undisturbed
 
@@ -109,7 +109,7 @@ def verify_base(model: nn.Module, record: Mapping[str, Any]) -> str | None:
         load_exactly(rebuilt, state)
         rebuilt.to(home(model)[0])
         converted = is_retrofitted(model)
-        example = example_of(get_plan(model), model) if converted else prepare_example(model, None)
+        example = present_example(model) if converted else prepare_example(model, None)
         with torch.no_grad(), undisturbed(model), disabled(model) if converted else nullcontext():
             expected = run(model, example)
         with torch.no_grad(), undisturbed(rebuilt):
@@ -160,18 +160,6 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     load_state(model, state)
 
 
-def example_of(plan: MergePlan, model: nn.Module) -> Example:
-    """Make an input of the size that a plan is for; the global random state stays as it is.
-
-    Raises:
-        CheckpointError: where the plan's inputs beside the image are no such thing.
-    """
-    try:
-        return make_example(plan.input_size, plan.fixed_inputs, model)
-    except Exception as error:  # a plan from a file is foreign input
-        raise CheckpointError(f"the plan's inputs cannot be made: {type(error).__name__}: {error}") from error
-
-
 def public_class(name: object) -> Any:
     """Return a model class of transformers by name, and nothing else.
 
@@ -209,8 +197,7 @@ def _records(model: nn.Module) -> Iterator[dict[str, Any]]:
     elif library == "transformers" and hasattr(model, "config"):
         config: Any = model.config
         values = json.loads(config.to_json_string(use_diff=False))
-        yield {
-            **record,
+        record |= {
             "id": getattr(config, "_name_or_path", None) or None,
             "revision": getattr(config, "_commit_hash", None),
             "model_type": config.model_type,
@@ -218,6 +205,12 @@ def _records(model: nn.Module) -> Iterator[dict[str, Any]]:
             "config": _public(values),
             "data": _spoken(model),
         }
+        yield record
+        classes = get_plan(model).classes if is_retrofitted(model) else len(values["id2label"])
+        if classes != len(values["id2label"]):  # a classifier was replaced by hand, and the configuration was not told
+            names = [f"LABEL_{index}" for index in range(classes)]
+            labels = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+            yield {**record, "config": {**record["config"], **labels}}
     else:
         yield record
 

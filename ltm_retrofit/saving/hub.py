@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ltm_retrofit.config import check_keys
 from ltm_retrofit.convert import get_plan, is_retrofitted, restore, retrofit
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError
+from ltm_retrofit.head import follow_head, planned_size, set_size
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import adapter_state, attach, labels_of
 from ltm_retrofit.saving.base import (
     differing,
     examine_base,
-    example_of,
     is_ours,
     load_exactly,
     rebuild_base,
@@ -32,11 +32,12 @@ from ltm_retrofit.saving.base import (
 )
 from ltm_retrofit.saving.card import model_card
 from ltm_retrofit.saving.fetch import fetch
+from ltm_retrofit.saving.sizes import example_of, resized, size_from
 
 FORMAT, FORMAT_VERSION = "ltm_retrofit", 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _KEYS = ("format", "format_version", "versions", "base", "rebuildable", "reason", "plan", "dtypes", "sha256", "files")
-_OPTIONAL = ("adapter", "labels")
+_OPTIONAL = ("adapter", "labels", "resized")
 
 
 def save_pretrained(
@@ -51,7 +52,7 @@ def save_pretrained(
     """Write a converted model into a folder of its own; a failure leaves what was there before.
 
     Args:
-        model: the converted model; it is not changed.
+        model: the converted model; it is not changed, but for a plan that did not know of a new classifier yet.
         path: the folder, made where it does not exist.
         overwrite: replace a folder that holds nothing but what this function wrote.
         adapter: write masks, statistics, a new head and what else changed since the conversion, to be attached to the
@@ -61,12 +62,17 @@ def save_pretrained(
 
     Raises:
         NotRetrofitted: where the model is not converted.
+        UnsupportedBlock: where its classifier was replaced by one that reads tokens that are gone.
         CheckpointError: where the folder cannot be written, or holds files that are not ours; where so much was
-            trained that there is no base left for an adapter.
+            trained that there is no base left for an adapter; where the model costs other than its plan says.
     """
-    plan, target = get_plan(model), Path(path).expanduser()
+    get_plan(model)
+    target = Path(path).expanduser()
     check_target(target, overwrite)
+    follow_head(model, thorough=True)
+    plan = get_plan(model)
     attached: dict[str, Any] | None = None
+    size = resized(model)
     reason: str | None
     if adapter:
         state, attached = adapter_state(model)
@@ -92,8 +98,8 @@ def save_pretrained(
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}),
         "files": [CONFIG, WEIGHTS, CARD],
     }
-    if attached is not None:
-        config |= {"adapter": attached, "labels": labels_of(model)}
+    config |= {} if size is None else {"resized": list(size)}
+    config |= {} if attached is None else {"adapter": attached, "labels": labels_of(model)}
     card = model_card(target.resolve().name, base, plan, reason, report, recipe)
     target = target.resolve()  # what a symbolic link points to is replaced, not the link
     try:
@@ -132,7 +138,7 @@ def from_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
     if not folder.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         folder = fetch(name)
     config = _read_config(folder)
-    plan = _read_plan(config["plan"], folder)
+    plan, size = _read_plan(config["plan"], folder), size_from(config.get("resized"))
     if base is not None and is_retrofitted(base):
         raise AlreadyRetrofitted(f"base, a {type(base).__name__}, is converted: call ltm_retrofit.restore(base) first")
     if (adapter := config.get("adapter")) is not None:
@@ -158,7 +164,11 @@ def from_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
     # the host's non-persistent buffers follow the stored dtype only where they are recorded; see base.rebuild_base
     load_exactly(model, own)
     model.eval()
-    retrofit(model, plan=plan, example=example_of(plan, model))
+    try:
+        set_size(model, size and planned_size(plan))  # converted as it was, at the size of its plan
+        retrofit(model, plan=plan, example=example_of(plan, model))
+    finally:
+        set_size(model, size)
     if differences := differing(state, model.state_dict()):
         restore(model)
         raise CheckpointError(f"{folder}: the weights do not fit its plan: {'; '.join(differences[:5])}")

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from ltm_retrofit.convert import get_retrofit, is_retrofitted
 from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.graph.example import home, logits_of, prepare_example, run
+from ltm_retrofit.head import follow_head
 from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table
 from ltm_retrofit.tuning.images import make_loader
 from ltm_retrofit.undisturbed import undisturbed
@@ -96,6 +97,7 @@ def count_classes(model: nn.Module) -> int:
         TrainingError: where it puts out no logits.
     """
     if is_retrofitted(model):
+        follow_head(model)
         classes = get_retrofit(model).plan.classes
     else:
         classes = getattr(model, "num_classes", None) or getattr(model, "num_labels", None) or 0

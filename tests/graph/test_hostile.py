@@ -531,3 +531,72 @@ def test_with_nothing_merged_it_is_the_original() -> None:
         expected = model(EXAMPLE)
     with torch.no_grad(), _mode(model, "identity"):
         assert torch.equal(model(EXAMPLE), expected)
+
+
+# ------------------------------------------------------------------------------------------- attributes that are frozen
+
+
+class Tuned(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.kind, self.gate, self.shape = 1.0, "mlp", None, F.gelu
+        self.calls, self.count, self.use_checkpoint = 0, 0, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if not self.training:
+            self.count = x.shape[1]
+        x = x + self.attn(self.one(x))
+        branch = self.shape(self.mlp(self.two(x))) if self.kind == "mlp" else x
+        return x + self.scale * (branch if self.gate is None else self.gate(branch))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        pytest.param("scale", 0.5, id="float"),
+        pytest.param("kind", "none", id="str"),
+        pytest.param("gate", nn.Identity(), id="none-becomes-a-module"),
+        pytest.param("shape", F.relu, id="function"),
+    ],
+)
+def test_an_attribute_that_the_cut_has_frozen_is_refused_where_it_changes(name, value) -> None:
+    model = ltm.retrofit(drawn(Net(Tuned)), ltm.LTMConfig(flops=0.7), EXAMPLE)
+    block = model.blocks[-1]
+    before = getattr(block, name)
+    with torch.no_grad():
+        expected = model(EXAMPLE)
+        setattr(block, name, value)
+        with pytest.raises(ltm.UnsupportedBlock, match=rf"'{name}' of a Tuned was .* when block 'blocks\.3' .*restore"):
+            model(EXAMPLE)
+        with ltm.disabled(model):
+            model(EXAMPLE)
+        delattr(block, name)
+        setattr(block, name, before)
+        for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copied(EXAMPLE), expected)
+
+
+def test_attributes_that_a_forward_writes_and_flags_of_checkpointing_may_change() -> None:
+    model = ltm.retrofit(drawn(Net(Tuned)), ltm.LTMConfig(flops=0.7), EXAMPLE)
+    expected = model(EXAMPLE)
+    with ltm.disabled(model):
+        model(EXAMPLE)
+        model.train()(torch.cat([EXAMPLE] * 2))
+    model.eval()
+    for block in model.blocks:
+        assert block.calls > 0 and block.count == 64
+        block.use_checkpoint = True
+    assert torch.equal(model(EXAMPLE), expected)
+
+
+def test_a_compiled_block_notices_that_an_attribute_changed() -> None:
+    model = ltm.retrofit(drawn(Net(Tuned)), ltm.LTMConfig(flops=0.7), EXAMPLE)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(compiled(EXAMPLE), model(EXAMPLE))
+        model.blocks[1].scale = 0.5
+        with pytest.raises(ltm.UnsupportedBlock, match="'scale'"):
+            compiled(EXAMPLE)
+    torch._dynamo.reset()

@@ -1,0 +1,76 @@
+"""Inputs that a converted model takes: of its plan's size, or of another that it was set to since."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ltm_retrofit.convert import disabled, get_plan
+from ltm_retrofit.errors import CheckpointError
+from ltm_retrofit.flops import count_macs_quick
+from ltm_retrofit.graph.example import Example, input_size, make_example, prepare_example, run
+from ltm_retrofit.head import at_planned_size, can_resize
+from ltm_retrofit.plan import MergePlan
+from ltm_retrofit.undisturbed import undisturbed
+
+
+def example_of(plan: MergePlan, model: nn.Module) -> Example:
+    """Make an input of the size that a plan is for; the global random state stays as it is.
+
+    Raises:
+        CheckpointError: where the plan's inputs beside the image are no such thing.
+    """
+    try:
+        return make_example(plan.input_size, plan.fixed_inputs, model)
+    except Exception as error:  # a plan from a file is foreign input
+        raise CheckpointError(f"the plan's inputs cannot be made: {type(error).__name__}: {error}") from error
+
+
+def present_example(model: nn.Module) -> Example:
+    """Make an input that a converted model takes now."""
+    return example_of(get_plan(model), model) if resized(model) is None else prepare_example(model, None)
+
+
+def resized(model: nn.Module) -> tuple[int, int] | None:
+    """Return the input size (H, W) that `set_input_size` gave a converted model; None where it takes its plan's.
+
+    Raises:
+        CheckpointError: where it takes its plan's inputs no longer, and cannot be set to them.
+    """
+    plan = get_plan(model)
+    if not can_resize(model) or _macs(model, plan) == plan.macs_original:
+        return None
+    twin, size = at_planned_size(model), input_size(model)
+    if twin is None or size is None or _macs(twin, plan) != plan.macs_original:
+        raise CheckpointError(
+            f"this {type(model).__name__} no longer is what its plan was made for: on inputs of "
+            f"{', '.join(map(str, plan.input_size.values()))} it costs other than the plan's {plan.macs_original:,} "
+            "MACs, or does not run. Undo what was changed (set_input_size, another patch size), or call "
+            "ltm_retrofit.restore(model) and retrofit it as it is now"
+        )
+    return size[1:]
+
+
+def size_from(value: Any) -> tuple[int, int] | None:
+    """Read the size that a folder says its model was set to.
+
+    Raises:
+        CheckpointError: where it is no size.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2 or not all(type(side) is int and side > 0 for side in value):
+        raise CheckpointError(f"resized must be [height, width], got {value!r}")
+    return value[0], value[1]
+
+
+def _macs(model: nn.Module, plan: MergePlan) -> int | None:
+    """Count what the original path costs on the plan's inputs; None where it does not take them."""
+    example = example_of(plan, model)
+    try:
+        with disabled(model), undisturbed(model), torch.no_grad():
+            return count_macs_quick(lambda: run(model, example))
+    except Exception:  # a model of another size may fail in any way
+        return None
