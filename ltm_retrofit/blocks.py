@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.fingerprints import Fingerprint
-from ltm_retrofit.interception.base import CHILD, Interceptor
+from ltm_retrofit.interception.base import CHILD, Interceptor, Record
 from ltm_retrofit.interception.flow import BlockForward
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.plan import MergePlan
@@ -55,7 +55,7 @@ class Refusal:
         )
 
 
-class Retrofit(nn.Module):
+class Retrofit(Record):
     """What the converted model itself keeps: the plan, and the statistics of the feature that its classifier reads.
 
     Registered on the model as ``ltm``; ``readout`` is None where there is no classifier or nothing to train.

@@ -281,7 +281,10 @@ def install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module
     for forward in forwards:
         forward.block.__dict__["forward"] = forward
     for host, mask in masks.items():
-        host._modules[CHILD] = mask
+        if host is model:
+            kept.mask = mask
+        else:
+            host._modules[CHILD] = mask
 
 
 def prove_installed(model: nn.Module, example: Example, expected: Any) -> None:

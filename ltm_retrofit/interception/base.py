@@ -14,6 +14,14 @@ from ltm_retrofit.merging.tokens import Step
 CHILD = "ltm"
 
 
+class Record(nn.Module):
+    """What a converted model has under the name for masks; where the model is itself a site, its mask lies in here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask: nn.Module | None = None
+
+
 class Interceptor:
     """Stands in for one module's ``forward``.
 
@@ -44,7 +52,8 @@ class Interceptor:
     @property
     def mask(self) -> nn.Module | None:
         """The site's mask; None where the site only slices or hands on."""
-        return self.host._modules.get(CHILD)
+        child = self.host._modules.get(CHILD)
+        return child.mask if isinstance(child, Record) else child
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host's own forward."""
