@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltm_retrofit.blocks import FINETUNED, GRID_METHODS, Refusal, Retrofit, forwards_of
+from ltm_retrofit.blocks import FINETUNED, Retrofit, allow_methods, forwards_of, refuse_methods
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import (
     AlreadyRetrofitted,
@@ -83,6 +83,7 @@ def retrofit(
     with undisturbed(model), torch.no_grad():
         expected = run(model, example)
     install(model, *conversion)
+    refuse_methods(model)
     try:
         with undisturbed(model), torch.no_grad():
             prove_installed(model, example, expected)
@@ -100,14 +101,12 @@ def restore(model: nn.Module) -> nn.Module:
     """
     finetuned = was_finetuned(model)
     get_plan(model)
+    allow_methods(model)
     for forward in list(forwards_of(model)):
         del forward.block.__dict__["forward"]
     for module in list(model.modules()):
         if module is not model and isinstance(module._modules.get(CHILD), MASKS):
             del module._modules[CHILD]
-    for name in GRID_METHODS:
-        if isinstance(model.__dict__.get(name), Refusal):
-            del model.__dict__[name]
     del model._modules[CHILD]
     if finetuned:
         mark_finetuned(model)
@@ -274,10 +273,6 @@ def build(
 def install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module, nn.Module], kept: Retrofit) -> None:
     """Put everything in place."""
     model._modules[CHILD] = kept
-    if any(row.scope != "LOCAL" for row in kept.plan.rows):  # LOCAL blocks give every token back
-        for name in GRID_METHODS:
-            if callable(getattr(model, name, None)):
-                model.__dict__[name] = Refusal(model, name)
     for forward in forwards:
         forward.block.__dict__["forward"] = forward
     for host, mask in masks.items():

@@ -8,14 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import transformers as tr
 from conversions import call, convert, equal, randomise, scopes
 from pieces import snapshot
+from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import Attention, Block
-from torch import nn
+from torch import Tensor, nn
 
 import ltm_retrofit as ltm
 from ltm_retrofit.blocks import masks_of
+from ltm_retrofit.graph.example import tensors_of
 from ltm_retrofit.interception.base import Interceptor
 from ltm_retrofit.interception.masks import MASKS
 
@@ -117,3 +121,132 @@ def test_the_masks_of_a_block_alone_learn(root):
 def test_a_site_without_a_mask_does_not_take_the_models_record_for_one():
     model = convert(randomise(_several()), TOKENS, 0.9, scope="FLOW")
     assert isinstance(model.ltm, nn.Module) and Interceptor(model, "").mask is None
+
+
+# ------------------------------------------------------------------------------------------ a backbone within a wrapper
+
+
+VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3}
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+class Wrapped(nn.Module):
+    """A backbone, and a head on whatever ``read`` makes of it."""
+
+    def __init__(self, backbone: nn.Module, width: int, read: Callable[[nn.Module, Tensor], Tensor] | None = None):
+        super().__init__()
+        self.backbone, self.read, self.head = backbone, read, nn.Linear(width, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x) if self.read is None else self.read(self.backbone, x))
+
+
+def _vit(**changes: object) -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", **{**VIT, "num_classes": 0, **changes})
+
+
+def _grids() -> nn.Module:
+    widths = {"widths": (8, 8, 16, 32, 32), "depths": (1, 1, 1, 2, 2), "head_dim": 8, "head_widths": (32, 32)}
+    return Wrapped(timm.create_model("efficientvit_b0", num_classes=0, **widths), 32)
+
+
+def _hf() -> nn.Module:
+    arguments = {"architecture": "vit_tiny_patch16_224", "model_args": VIT, "num_labels": 7}
+    return tr.TimmWrapperForImageClassification(tr.TimmWrapperConfig(**arguments))
+
+
+def _last_of(backbone: nn.Module, x: Tensor) -> Tensor:
+    return backbone.forward_intermediates(x, indices=[3], output_fmt="NLC", intermediates_only=True)[0].mean(dim=1)
+
+
+#: name → how it is made, the side of its image, its scope, the backbone's name
+WRAPPERS: dict[str, tuple[Callable[[], nn.Module], int, str, str]] = {
+    "user-flow": (lambda: Wrapped(_vit(), 48), 32, "FLOW", "backbone"),
+    "user-local": (lambda: Wrapped(_vit(), 48), 32, "LOCAL", "backbone"),
+    "user-grid": (_grids, 128, "GRID", "backbone"),
+    "user-twice-flow": (lambda: Wrapped(Wrapped(_vit(), 48), 7), 32, "FLOW", "backbone.backbone"),
+    "timm-flow": (lambda: _vit(num_classes=7), 32, "FLOW", ""),
+    "transformers-flow": (_hf, 32, "FLOW", "timm_model"),
+}
+
+
+@pytest.fixture(params=WRAPPERS)
+def wrapper(request: pytest.FixtureRequest) -> tuple[nn.Module, Tensor, str, str]:
+    make, side, scope, path = WRAPPERS[request.param]
+    with torch.random.fork_rng(devices=[]):
+        return randomise(make()), torch.randn(1, 3, side, side), scope, path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["forward_intermediates", "get_intermediate_layers"])
+def test_maps_of_a_backbone_have_the_original_shapes_or_are_refused_by_name(wrapper, method):
+    model, example, scope, path = wrapper
+    if not hasattr(model.get_submodule(path), method):
+        pytest.skip(f"no {method}")
+
+    def ask() -> list[Tensor]:
+        return tensors_of(getattr(model.get_submodule(path), method)(example))
+
+    parts, expected = snapshot(model), ask()
+    convert(model, example, scope=scope)
+    twin = copy.deepcopy(model)
+    if scope == "LOCAL":
+        given = ask()
+        assert [t.shape for t in given] == [t.shape for t in expected] and not equal(given, expected)
+    else:
+        with pytest.raises(ltm.UnsupportedBlock, match=rf"{method}.*disabled"):
+            ask()
+    with ltm.disabled(model):
+        assert equal(ask(), expected)
+    ltm.restore(model)
+    assert snapshot(model) == parts and equal(ask(), expected)
+    assert scope == "LOCAL" or method in vars(twin.get_submodule(path))
+
+
+def test_blocks_are_not_pruned_from_under_a_plan(wrapper):
+    model, example, scope, path = wrapper
+    convert(model, example, scope=scope)
+    backbone = model.get_submodule(path)
+    with pytest.raises(ltm.UnsupportedBlock, match=r"prune_intermediate_layers.*restore"):
+        backbone.prune_intermediate_layers([1])
+    with ltm.disabled(model), pytest.raises(ltm.UnsupportedBlock, match=r"prune_intermediate_layers.*restore"):
+        backbone.prune_intermediate_layers([1])
+    with pytest.raises(ltm.UnsupportedBlock, match="prune_intermediate_layers"):
+        FeatureGetterNet(backbone, out_indices=[1])
+    ltm.restore(model)
+    assert backbone.prune_intermediate_layers([1]) == [1]
+
+
+@torch.no_grad()
+def test_hidden_states_of_transformers_wrapper_of_timm_models_are_refused_by_name():
+    model = randomise(_hf())
+    expected = tensors_of(model(IMAGES, output_hidden_states=True))
+    convert(model, IMAGES[:1], scope="FLOW")
+    with pytest.raises(ltm.UnsupportedBlock, match=r"timm_model.forward_intermediates.*output_hidden_states.*disabled"):
+        model(IMAGES, output_hidden_states=True)
+    with ltm.disabled(model):
+        assert equal(tensors_of(model(IMAGES, output_hidden_states=True)), expected)
+    assert model(IMAGES).logits.shape == (2, 7)
+
+
+@torch.no_grad()
+def test_a_model_whose_forward_asks_for_maps_runs_merged_and_other_calls_are_refused():
+    model = randomise(Wrapped(_vit(), 48, _last_of))
+    before = call(model, IMAGES)
+    convert(model, IMAGES[:1], scope="FLOW")
+    merged = call(model, IMAGES)
+    assert [t.shape for t in merged] == [t.shape for t in before] and not equal(merged, before)
+    assert equal(call(pickle.loads(pickle.dumps(model)), IMAGES), merged)
+    with pytest.raises(ltm.UnsupportedBlock, match=r"backbone\.forward_intermediates"):
+        model.backbone.forward_intermediates(IMAGES)
+
+
+def test_a_method_of_the_users_own_comes_back():
+    model = randomise(_vit(num_classes=7))
+    model.forward_intermediates = own = lambda x: [x]
+    convert(model, IMAGES[:1], scope="FLOW")
+    with pytest.raises(ltm.UnsupportedBlock, match="forward_intermediates"):
+        model.forward_intermediates(IMAGES)
+    with ltm.disabled(model):
+        assert model.forward_intermediates(IMAGES) == [IMAGES]
+    assert ltm.restore(model).forward_intermediates is own
