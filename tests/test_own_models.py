@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,6 +18,7 @@ from pieces import snapshot
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import ltm_retrofit as ltm
 from ltm_retrofit.blocks import masks_of
@@ -250,3 +253,75 @@ def test_a_method_of_the_users_own_comes_back():
     with ltm.disabled(model):
         assert model.forward_intermediates(IMAGES) == [IMAGES]
     assert ltm.restore(model).forward_intermediates is own
+
+
+# ------------------------------------------------------------------------- what happens between blocks in training only
+
+
+class Stack(nn.Module):
+    """Patches, blocks, a head; ``between`` is called after each block with the model and its tokens."""
+
+    def __init__(self, between: Callable[[nn.Module, Tensor], Tensor], module: nn.Module | None = None) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 48, 4, stride=4), nn.Flatten(2))
+        self.blocks = nn.ModuleList([Block(48, 4, 2.0) for _ in range(4)])
+        self.between, self.norm, self.head = between, nn.BatchNorm1d(48), nn.Linear(48, 7)
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).transpose(1, 2)
+        for block in self.blocks:
+            x = self.between(self, block(x))
+        return self.head(self.norm(x.mean(dim=1)))
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + random.random() * torch.randn_like(x) * np.random.rand() if self.training else x
+
+
+def _once(model: nn.Module, x: Tensor) -> Tensor:
+    """Drop after the second block only."""
+    model.calls = getattr(model, "calls", 0) + 1
+    return F.dropout(x, 0.1, model.training) if model.calls % 4 == 2 else x
+
+
+def _needs_targets(model: nn.Module, x: Tensor) -> Tensor:
+    if model.training and not hasattr(model, "targets"):
+        raise ValueError("targets should not be None while training")
+    return x
+
+
+#: name → what lies between the blocks, a module that it may call, and the blocks that stay in scope FLOW
+BETWEEN: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], nn.Module | None, list[int]]] = {
+    "nothing": (lambda model, x: x, None, [0, 1, 2, 3]),
+    "dropout": (lambda model, x: F.dropout(x, 0.1, model.training), None, [3]),
+    "dropout-in-place": (lambda model, x: F.dropout(x, 0.1, model.training, inplace=True), None, [0, 1, 2, 3]),
+    "dropout-of-none": (lambda model, x: F.dropout(x, 0.0, model.training), None, [0, 1, 2, 3]),
+    "dropout-once": (_once, None, [2, 3]),
+    "noise-if-training": (lambda model, x: x + torch.randn_like(x) if model.training else x, None, [3]),
+    "module-of-noise": (lambda model, x: model.module(x), Noise(), [3]),
+    "module-of-dropout": (lambda model, x: model.module(x), nn.Dropout(0.1), [3]),
+    "another-module-in-training": (lambda model, x: model.module(x) if model.training else x, nn.Dropout(0.1), [3]),
+    "needs-targets": (_needs_targets, None, [0, 1, 2, 3]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_tokens_stay_merged_only_where_their_sizes_arrive_in_training_too(name):
+    between, module, flow = BETWEEN[name]
+    model = randomise(Stack(between, module)).train()
+    parts, state = snapshot(model), {key: value.clone() for key, value in model.state_dict().items()}
+    draws = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    sites = ltm.find_sites(model, IMAGES[:1])
+    assert snapshot(model) == parts and all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), draws[0])
+    assert random.getstate() == draws[1] and np.random.get_state()[1].tolist() == draws[2]
+    assert [site.block for site in sites.found if site.scope == "FLOW"] == [f"blocks.{index}" for index in flow]
+    assert len(sites.found) == 4 and not sites.excluded
+    for index in set(range(4)) - set(flow):
+        assert "makes a new tensor" in sites.narrowed[f"blocks.{index}"]
+    convert(model, IMAGES[:1], 0.85)
+    model.targets = True
+    model(IMAGES).square().sum().backward()
+    assert all(p.grad is not None for mask in masks_of(model).values() for p in mask.parameters() if p.ndim > 1)
