@@ -32,12 +32,17 @@ class Interceptor:
         name: the site it works for.
     """
 
-    #: told of each step while a trace is on; never pickled, copied or compiled in
+    #: told of each step while a trace is on; never compiled in
     listener: Callable[[str, Step], None] | None = None
+    #: or "identity" (nothing merged: proof (e)) or "original"
+    mode = "merge"
 
     def __init__(self, block: nn.Module, name: str) -> None:
         self.block, self.name = block, name
-        self.mode = "merge"  # or "identity" (nothing merged: proof (e)) or "original"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is so for a while: nobody would end it for a copy or a pickle."""
+        return {key: value for key, value in vars(self).items() if key not in ("listener", "mode")}
 
     @property
     def __signature__(self) -> inspect.Signature:
