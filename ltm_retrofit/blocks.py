@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,22 +11,23 @@ from torch import Tensor, nn
 
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.fingerprints import Fingerprint
-from ltm_retrofit.interception.base import CHILD, Interceptor
+from ltm_retrofit.interception.base import CHILD, Interceptor, Record
 from ltm_retrofit.interception.flow import BlockForward
+from ltm_retrofit.interception.local import LocalForward
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.plan import MergePlan
 
 __all__ = [
     "CHILD",
     "FINETUNED",
-    "GRID_METHODS",
     "BlockForward",
-    "Refusal",
     "Retrofit",
+    "allow_methods",
     "forwards_of",
     "in_mode",
     "load_state",
     "masks_of",
+    "refuse_methods",
 ]
 
 #: mark that `finetune` leaves on a model, so that no report calls fine-tuned weights the original's
@@ -34,30 +35,89 @@ FINETUNED = "ltm_finetuned"
 
 #: methods of host models that lay every block's tokens out on the full grid
 GRID_METHODS = ("forward_intermediates", "get_intermediate_layers")
+#: methods of host models that take blocks away, and the plan's sites with them
+CUTTING_METHODS = ("prune_intermediate_layers",)
 
 
 class Refusal:
-    """Stands in for a host's method that needs every token after every block; passes on what `disabled` asks for."""
+    """Stands in for a host's method that a converted model cannot follow.
 
-    def __init__(self, model: nn.Module, name: str) -> None:
-        self.model, self.name = model, name
+    Passes on what `disabled` asks for, and a call that the model's own forward made while it was proven.
+
+    Args:
+        module: the model, or a part of it with converted blocks in it.
+        path: its name below the model.
+        name: the method's.
+    """
+
+    def __init__(self, module: nn.Module, path: str, name: str) -> None:
+        self.module, self.path, self.name = module, path, name
+        self.original: Callable[..., Any] | None = module.__dict__.get(name)  # a user's own
+        self.proven: list[Any] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse by name.
 
         Raises:
-            UnsupportedBlock: unless the original path is on.
+            UnsupportedBlock: where tokens are merged, and the call is none of the proven ones.
         """
-        if all(forward.mode == "original" for forward in forwards_of(self.model)):
-            return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+        called = f"{self.path}.{self.name}".lstrip(".") + f" ({type(self.module).__name__})"
+        if self.name in CUTTING_METHODS:
+            raise UnsupportedBlock(
+                f"{called} takes blocks away, and the plan of a converted model would no longer fit it: call "
+                "ltm_retrofit.restore(model) first, and convert what is left"
+            )
+        modes = {forward.mode for forward in forwards_of(self.module)}
+        asked = [_described(args), {key: _described([value]) for key, value in kwargs.items()}]
+        if modes == {"identity"}:
+            self.proven.append(asked)
+        if "merge" not in modes or asked in self.proven:
+            return self.method(*args, **kwargs)
         raise UnsupportedBlock(
-            f"{type(self.model).__name__}.{self.name} lays the tokens of every block out on the full grid, and a "
-            "converted model has merged some: convert with output_tokens='full' and read the last tokens off "
-            "forward_features, or call it within `with ltm_retrofit.disabled(model):`"
+            f"{called} lays the tokens of every block out on the full grid, and a converted model has merged some "
+            "(output_hidden_states of transformers' wrapper of timm models calls it, too): convert with "
+            "output_tokens='full' and read the last tokens off forward_features, or call it within "
+            "`with ltm_retrofit.disabled(model):`"
         )
 
+    @property
+    def method(self) -> Callable[..., Any]:
+        """The host's own method."""
+        if self.original is not None:
+            return self.original
+        method: Callable[..., Any] = getattr(type(self.module), self.name).__get__(self.module)
+        return method
 
-class Retrofit(nn.Module):
+
+def _described(values: Iterable[Any]) -> list[Any]:
+    """Say what was given, one tensor like another."""
+    return [Tensor if isinstance(value, Tensor) else value for value in values]
+
+
+def refuse_methods(model: nn.Module) -> None:
+    """Refuse methods of a model, and of whatever in it holds converted blocks, that would give other results silently.
+
+    LOCAL blocks give every token back, so that those keep their maps.
+    """
+    for path, module in model.named_modules():
+        kinds = {type(forward) for forward in forwards_of(module)}
+        refused = (*CUTTING_METHODS, *(GRID_METHODS if kinds - {LocalForward} else ()))
+        for name in refused if kinds else ():
+            if callable(getattr(module, name, None)):
+                module.__dict__[name] = Refusal(module, path, name)
+
+
+def allow_methods(model: nn.Module) -> None:
+    """Undo `refuse_methods`."""
+    for module in model.modules():
+        for name, refusal in list(module.__dict__.items()):
+            if isinstance(refusal, Refusal):
+                del module.__dict__[name]
+                if refusal.original is not None:
+                    module.__dict__[name] = refusal.original
+
+
+class Retrofit(Record):
     """What the converted model itself keeps: the plan, and the statistics of the feature that its classifier reads.
 
     Registered on the model as ``ltm``; ``readout`` is None where there is no classifier or nothing to train.

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltm_retrofit.blocks import FINETUNED, GRID_METHODS, Refusal, Retrofit, forwards_of
-from ltm_retrofit.blocks import in_mode as _mode
+from ltm_retrofit.blocks import FINETUNED, Retrofit, allow_methods, forwards_of, in_mode, refuse_methods
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import (
     AlreadyRetrofitted,
@@ -84,6 +83,8 @@ def retrofit(
     with undisturbed(model), torch.no_grad():
         expected = run(model, example)
     install(model, *conversion)
+    refuse_methods(model)
+    guard_head(model)
     try:
         with undisturbed(model), torch.no_grad():
             prove_installed(model, example, expected)
@@ -101,14 +102,12 @@ def restore(model: nn.Module) -> nn.Module:
     """
     finetuned = was_finetuned(model)
     get_plan(model)
+    allow_methods(model)
     for forward in list(forwards_of(model)):
         forward.take_away()
     for module in list(model.modules()):
         if module is not model and isinstance(module._modules.get(CHILD), MASKS):
             del module._modules[CHILD]
-    for name in GRID_METHODS:
-        if isinstance(model.__dict__.get(name), Refusal):
-            del model.__dict__[name]
     unguard_head(model)
     del model._modules[CHILD]
     if finetuned:
@@ -168,7 +167,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         NotRetrofitted: where the model is not converted.
     """
     get_plan(model)
-    with _mode(model, "original"):
+    with in_mode(model, "original"):
         yield model
 
 
@@ -261,20 +260,18 @@ def build(
 def install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module, nn.Module], kept: Retrofit) -> None:
     """Put everything in place."""
     model._modules[CHILD] = kept
-    if any(row.scope != "LOCAL" for row in kept.plan.rows):  # LOCAL blocks give every token back
-        for name in GRID_METHODS:
-            if callable(getattr(model, name, None)):
-                model.__dict__[name] = Refusal(model, name)
     for forward in forwards:
         forward.put_in_place()
     for host, mask in masks.items():
-        host._modules[CHILD] = mask
-    guard_head(model)
+        if host is model:
+            kept.mask = mask
+        else:
+            host._modules[CHILD] = mask
 
 
 def prove_installed(model: nn.Module, example: Example, expected: Any) -> None:
     """(e) with P = N the converted model is the original bit for bit; and with merging it runs, shapes kept."""
-    with _mode(model, "identity"):
+    with in_mode(model, "identity"):
         if not all_equal(run(model, example), expected):
             raise UnsupportedBlock("proof (e): with nothing merged the converted model differs from the original")
     ours, theirs = tensors_of(run(model, example)), tensors_of(expected)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,12 +80,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_numbers_kept(model: nn.Module) -> Iterator[None]:
-    """Put the random state back, on the CPU and where the model lives."""
+    """Put the random state back, on the CPU and where the model lives; Python's and NumPy's, too."""
+    python, arrays = random.getstate(), np.random.get_state()
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
     kind = accelerators[0].type if accelerators else "cuda"
-    with torch.random.fork_rng(devices=[device.index or 0 for device in accelerators], device_type=kind):
-        yield
+    try:
+        with torch.random.fork_rng(devices=[device.index or 0 for device in accelerators], device_type=kind):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
 
 
 @contextmanager

@@ -294,6 +294,23 @@ def test_a_deepcopy_is_independent(family, converted, images):
     assert ltm.is_retrofitted(model) and equal(outputs(model, images), before)
 
 
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "family, options", [("timm-vit", {}), ("hf-vit", {"output_tokens": "full"})], ids=["timm", "hf-full"]
+)
+def test_a_copy_that_is_made_within_disabled_or_a_trace_merges(converted, build, images, family, options, way):
+    model = converted(family, **options)
+    merged = outputs(model, images)
+    with ltm.trace(model) as traced, ltm.disabled(model):
+        twin = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
+        assert equal(outputs(model, images), outputs(build(family), images)) and traced.steps == ()
+        assert equal(outputs(twin, images), merged)
+    assert equal(outputs(model, images), merged)
+    with ltm.disabled(twin):
+        assert equal(outputs(twin, images), outputs(build(family), images))
+    ltm.restore(twin)
+
+
 def test_pickle_round_trip(family, converted, images):
     model = converted(family)
     again = pickle.loads(pickle.dumps(model))
@@ -397,6 +414,20 @@ def test_tokens_without_sizes_are_refused_by_the_blocks_name(converted, images):
     handle.remove()
     with pytest.raises(CountError, match=r"'blocks.4'"):
         model.blocks[4](torch.randn(1, 41, 48))
+
+
+@pytest.mark.parametrize("what", ["call", "model", "example"])
+def test_inference_mode_is_refused_by_name_and_changes_nothing(build, images, what):
+    with torch.inference_mode(what == "model"):
+        model = build("timm-vit")
+    with torch.inference_mode(what == "example"):
+        example = images + 0
+    parts, before = snapshot(model), outputs(model, images)
+    with pytest.raises(ltm.RetrofitError, match="inference_mode"), torch.inference_mode(what == "call"):
+        ltm.retrofit(model, example=example)
+    assert snapshot(model) == parts and equal(outputs(model, images), before)
+    with torch.no_grad():
+        ltm.retrofit(build("timm-vit"))
 
 
 @pytest.mark.parametrize("family", ["timm-vit", "hf-vit"])

@@ -76,6 +76,8 @@ def prepare_example(model: nn.Module, example: Example | None) -> Example:
     for key, value in tensors.items():
         if value.device != device and device.type != "meta":  # a model without numbers is planned for, not run
             raise ExampleError(f"{key} is on {value.device}, the model on {device}: move one to the other")
+        if value.is_inference() and not torch.is_inference_mode_enabled():
+            raise ExampleError(f"{key} was made under torch.inference_mode(), so no proof can use it: pass its clone()")
         if value.ndim == 0 or len(value) == 0:
             raise ExampleError(f"{key} has shape {tuple(value.shape)}: an example holds at least one image")
         if value.is_floating_point() and not value.is_meta and not bool(torch.isfinite(value).all()):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.errors import CountError, ExampleError, NoAttentionError
+from ltm_retrofit.errors import CountError, ExampleError, NoAttentionError, UnsupportedBlock
 from ltm_retrofit.flops import count_macs_again, count_macs_quick
 from ltm_retrofit.graph.chains import find_chains
 from ltm_retrofit.graph.example import Example, fixed_of, in_float, prepare_example, run
@@ -47,7 +47,14 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
     Raises:
         NoAttentionError: where the model attends nowhere.
         ExampleError: where there is no example, or the model cannot be run on it.
+        UnsupportedBlock: under ``torch.inference_mode()``.
     """
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedBlock(
+            f"this {type(model).__name__} is looked at, or was built, under torch.inference_mode(), whose tensors no "
+            "gradient can go through, and where keys come from is read off gradients: build and convert it outside of "
+            "inference_mode; torch.no_grad() does no harm"
+        )
     return _find(model, prepare_example(model, example))
 
 

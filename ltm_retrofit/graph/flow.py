@@ -78,7 +78,7 @@ def find_flow(
 ) -> tuple[list[Candidate], int]:
     """Find the blocks that may be cut, and how many prefix tokens lead; the others go to ``excluded``."""
     candidates = unbroken(list(_candidates(model, recording, excluded)), recording, excluded)
-    candidates = handed_on(model, candidates, recording, excluded)
+    candidates = handed_on(model, example, candidates, recording, excluded)
     prefix = _drop(candidates, excluded, partial(_prefix_of, model, example, recording)) or 0
     return _prove_rest(model, example, candidates, prefix, excluded), prefix
 

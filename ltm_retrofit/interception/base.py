@@ -14,6 +14,14 @@ from ltm_retrofit.merging.tokens import Step
 CHILD = "ltm"
 
 
+class Record(nn.Module):
+    """What a converted model has under the name for masks; where the model is itself a site, its mask lies in here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask: nn.Module | None = None
+
+
 class Interceptor:
     """Stands in for one module's ``forward``.
 
@@ -24,12 +32,17 @@ class Interceptor:
         name: the site it works for.
     """
 
-    #: told of each step while a trace is on; never pickled, copied or compiled in
+    #: told of each step while a trace is on; never compiled in
     listener: Callable[[str, Step], None] | None = None
+    #: or "identity" (nothing merged: proof (e)) or "original"
+    mode = "merge"
 
     def __init__(self, block: nn.Module, name: str) -> None:
         self.block, self.name = block, name
-        self.mode = "merge"  # or "identity" (nothing merged: proof (e)) or "original"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is so for a while: nobody would end it for a copy or a pickle."""
+        return {key: value for key, value in vars(self).items() if key not in ("listener", "mode")}
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -44,7 +57,8 @@ class Interceptor:
     @property
     def mask(self) -> nn.Module | None:
         """The site's mask; None where the site only slices or hands on."""
-        return self.host._modules.get(CHILD)
+        child = self.host._modules.get(CHILD)
+        return child.mask if isinstance(child, Record) else child
 
     def put_in_place(self) -> None:
         """Intercept from now on."""

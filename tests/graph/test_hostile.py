@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ltm_retrofit as ltm
-from ltm_retrofit.blocks import forwards_of
-from ltm_retrofit.convert import _mode
+from ltm_retrofit.blocks import forwards_of, in_mode
 from ltm_retrofit.flops import count_macs
 from ltm_retrofit.graph import find
 from ltm_retrofit.graph.sites import Scope
@@ -529,7 +528,7 @@ def test_with_nothing_merged_it_is_the_original() -> None:
     model = ltm.retrofit(drawn(Net()), ltm.LTMConfig(flops=0.7), EXAMPLE)
     with torch.no_grad(), ltm.disabled(model):
         expected = model(EXAMPLE)
-    with torch.no_grad(), _mode(model, "identity"):
+    with torch.no_grad(), in_mode(model, "identity"):
         assert torch.equal(model(EXAMPLE), expected)
 
 
