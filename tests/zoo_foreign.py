@@ -54,15 +54,15 @@ class MultiheadBlock(nn.Module):
         return x + self.mlp(self.ln2(x))
 
 
-class SequenceFirst(nn.Module):
-    """Tokens before images within, as torch's own modules want them by default."""
+class Swapped(nn.Module):
+    """Within, tokens change places with images (0), as torch's modules want them by default, or with features (2)."""
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: nn.Module, place: int) -> None:
         super().__init__()
-        self.body = body
+        self.body, self.place = body, place
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x.transpose(0, 1)).transpose(0, 1)
+        return self.body(x.transpose(1, self.place)).transpose(1, self.place)
 
 
 class FunctionalBlock(nn.Module):
@@ -202,17 +202,6 @@ class ConvolutionBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-class TokensLast(nn.Module):
-    """(B, C, N) within."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x.transpose(1, 2)).transpose(1, 2)
-
-
 class ChildrenMlp(nn.Module):
     """Calls whatever children it has, one after the other."""
 
@@ -261,11 +250,11 @@ def _encoder(norm_first: bool, batch_first: bool = True) -> nn.Module:
         DIM, HEADS, 2 * DIM, activation="gelu", batch_first=batch_first, norm_first=norm_first
     )
     encoder = nn.TransformerEncoder(layer, DEPTH, enable_nested_tensor=False)
-    return Columnar(encoder if batch_first else SequenceFirst(encoder))
+    return Columnar(encoder if batch_first else Swapped(encoder, 0))
 
 
 def _sequence_first() -> nn.Module:
-    return Columnar(SequenceFirst(nn.Sequential(*(MultiheadBlock(batch_first=False) for _ in range(DEPTH)))))
+    return Columnar(Swapped(nn.Sequential(*(MultiheadBlock(batch_first=False) for _ in range(DEPTH))), 0))
 
 
 _SWIN = {"patch_size": [2, 2], "embed_dim": 16, "depths": [1, 2, 2, 1], "num_heads": [1, 2, 4, 8]}
@@ -290,7 +279,7 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "plain-single-head": (partial(_blocks, SingleHeadBlock), 32),
     "plain-folded-heads": (partial(_blocks, FoldedBlock), 32),
     "plain-tokens-last": (
-        lambda: Columnar(TokensLast(nn.Sequential(*(ConvolutionBlock() for _ in range(DEPTH)))), "mean"),
+        lambda: Columnar(Swapped(nn.Sequential(*(ConvolutionBlock() for _ in range(DEPTH))), 2), "mean"),
         32,
     ),
     "plain-placed": (lambda: Columnar(Placed()), 32),
