@@ -18,6 +18,7 @@ from ltm_retrofit.errors import (
     CountError,
     NotRetrofitted,
     RecipeError,
+    RetrofitError,
     UnsupportedBlock,
 )
 from ltm_retrofit.fingerprints import fingerprints_of
@@ -88,9 +89,13 @@ def retrofit(
     try:
         with undisturbed(model), torch.no_grad():
             prove_installed(model, example, expected)
-    except BaseException:
+    except BaseException as error:
         restore(model)
-        raise
+        if isinstance(error, RetrofitError) or not isinstance(error, Exception):
+            raise
+        raise UnsupportedBlock(
+            f"proof (e): converted, this {type(model).__name__} does not run: {type(error).__name__}: {error}"
+        ) from error
     return model
 
 

@@ -22,6 +22,7 @@ from ltm_retrofit.graph.prove import all_close
 from ltm_retrofit.graph.settings import settings_of
 from ltm_retrofit.interception.base import CHILD
 from ltm_retrofit.interception.masks import LEARNABLE
+from ltm_retrofit.interception.watch import PoolingWatch, unwatch
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.undisturbed import remembered, undisturbed
@@ -52,6 +53,11 @@ class Reset:
         Raises:
             UnsupportedBlock: where the new head reads tokens that are gone; the model is as it was.
         """
+        if torch.is_inference_mode_enabled():
+            raise UnsupportedBlock(
+                f"{RESET} of a converted {type(self.model).__name__} proves anew what the head reads, which "
+                "torch.inference_mode() does not allow: call it outside of inference_mode; torch.no_grad() does no harm"
+            )
         with _all_or_nothing(self.model), in_mode(self.model, "merge"):
             result = getattr(type(self.owner), RESET)(self.owner, *args, **kwargs)
             _follow(self.model)
@@ -63,12 +69,13 @@ def guard_head(model: nn.Module) -> None:
     for owner in _owners(model):
         if RESET not in owner.__dict__:
             owner.__dict__[RESET] = Reset(model, owner)
-    _remember_pooling(model)
+    _watch_pooling(model)
 
 
 def unguard_head(model: nn.Module) -> None:
     """Take away what `guard_head` put on modules."""
     for module in model.modules():
+        unwatch(module, PoolingWatch)
         if isinstance(module.__dict__.get(RESET), Reset):
             del module.__dict__[RESET]
 
@@ -146,13 +153,11 @@ def _resizable(module: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Put a model back where something fails meanwhile."""
-    put_back, noted = remembered(model), [(forward, forward.pooling) for forward in _sliced(model)]
+    put_back = remembered(model)
     try:
         yield
     except BaseException:
         put_back()
-        for forward, pooling in noted:
-            forward.pooling = pooling
         raise
 
 
@@ -177,20 +182,21 @@ def _sliced(model: nn.Module) -> Iterator[BlockForward]:
             yield forward
 
 
-def _remember_pooling(model: nn.Module) -> None:
-    """Note how the modules around the sliced block pool tokens, as far as an attribute of theirs says so."""
+def _watch_pooling(model: nn.Module) -> None:
+    """Have the modules around the sliced block watched for how they pool, as far as an attribute of theirs says so."""
     for forward in _sliced(model):
         parents = [forward.name[:end] for end, letter in enumerate(f"{forward.name}.") if letter == "."][:-1]
-        around = [(module, settings_of(module)) for module in map(model.get_submodule, ["", *parents])]
-        spoken = [(module, tuple(said for said in settings if "pool" in said[0])) for module, settings in around]
-        forward.pooling = tuple((module, settings) for module, settings in spoken if settings)
+        for module in map(model.get_submodule, ["", *parents]):
+            unwatch(module, PoolingWatch)
+            if settings := tuple((name, value) for name, value in settings_of(module).items() if "pool" in name):
+                module.register_forward_pre_hook(PoolingWatch(settings, forward.name))
 
 
 def _follow(model: nn.Module) -> None:
     """Prove the ending anew, then put the plan, the statistics and the counts right."""
     kept = _kept(model)
     example = make_example(kept.plan.input_size, kept.plan.fixed_inputs, model)
-    _remember_pooling(model)
+    _watch_pooling(model)
     served, recording = _record(model, example)
     _prove_ending(served, example, recording.output)
     classes, readouts = recording.classifier()

@@ -162,3 +162,12 @@ def test_a_head_is_followed_in_the_mode_that_merges():
     with in_mode(model, "original"):
         assert model(example).shape == (1, 11)
     assert measure(model, example, batches=()).macs["converted"] == plan.macs
+
+
+def test_another_head_under_inference_mode_is_refused_by_name() -> None:
+    model, _, example = converted("timm-vit-flow")
+    before = snapshot(model)
+    with torch.inference_mode(), pytest.raises(ltm.UnsupportedBlock, match=r"outside of inference_mode"):
+        model.reset_classifier(5)
+    assert snapshot(model) == before
+    assert call(model, example)[0].shape[-1] == 7

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -16,7 +16,7 @@ from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.flops import count_macs_quick
 from ltm_retrofit.graph.bystander import bystander
 from ltm_retrofit.graph.example import Example, run
-from ltm_retrofit.graph.layouts import find_sequence_first, shaped, some_tokens, spatial_of, width_of
+from ltm_retrofit.graph.layouts import Axes, shaped, some_tokens, spatial_of, width_of
 from ltm_retrofit.graph.probe import Event, Recording
 from ltm_retrofit.graph.prove import close
 
@@ -51,7 +51,7 @@ class Chain:
         return tuple(link.event.name for link in self.links)
 
 
-def find_chains(model: nn.Module, example: Example, recording: Recording) -> dict[int, list[Chain] | str]:
+def find_chains(model: nn.Module, example: Example, recording: Recording, axes: Axes) -> dict[int, list[Chain] | str]:
     """Find the MLP behind each attention, by number; a string says why there is none.
 
     Where a convolution inside an MLP mixes tokens, the weight matrices before and behind it are chains of their own.
@@ -61,7 +61,6 @@ def find_chains(model: nn.Module, example: Example, recording: Recording) -> dic
     calls: dict[str, int] = {}
     for event in recording.events:
         calls[event.name] = calls.get(event.name, 0) + 1
-    sequence_first = find_sequence_first(model, example, recording)
     times = [attended.time for attended in recording.attended]
     owners = [attended.chain[-1] for attended in recording.attended]
     windows = [
@@ -74,11 +73,11 @@ def find_chains(model: nn.Module, example: Example, recording: Recording) -> dic
             event.name: (index, event)
             for index, window in enumerate(windows)
             for event in window
-            if calls[event.name] == 1 and event.name not in links[index] and shaped(event)
+            if calls[event.name] == 1 and event.name not in {*links[index], *axes.folded} and shaped(event)
         }
         if not waiting:
             break
-        _prove_pass(model, example, waiting, links, sequence_first)
+        _prove_pass(model, example, waiting, links, axes.sequence_first)
         windows = [
             [
                 inner
@@ -111,7 +110,7 @@ def _prove_pass(
     example: Example,
     waiting: dict[str, tuple[int, Event]],
     links: dict[int, dict[str, Link]],
-    sequence_first: set[str],
+    sequence_first: Container[str],
 ) -> None:
     busy: list[str] = []
 
@@ -226,7 +225,7 @@ def _couple(chains: list[Chain]) -> list[Chain]:
     """
     for one, other in pairwise(chains):
         (width, inner), (same, out) = _widths(one), _widths(other)
-        if inner == same != width == out:
+        if inner == same > width == out:
             return [one, other]
     return []
 

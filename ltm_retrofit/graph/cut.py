@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.graph.bystander import NAME as BYSTANDER
 from ltm_retrofit.graph.bystander import bystander
-from ltm_retrofit.graph.settings import Settings, settings_of
+from ltm_retrofit.graph.settings import Settings, read_settings, settings_of, watched
 from ltm_retrofit.graph.signature import Signature
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
@@ -104,17 +104,20 @@ class _Tracer(fx.Tracer):
         return True
 
 
-def trace_block(block: nn.Module, signature: Signature, *, training: bool, bias: str | None) -> fx.Graph:
-    """FX-trace a block's own forward, children opaque, under one training flag.
+def trace_block(
+    block: nn.Module, signature: Signature, *, training: bool, bias: str | None
+) -> tuple[fx.Graph, Settings]:
+    """FX-trace a block's own forward, children opaque, under one training flag; return what it read of the block, too.
 
     Raises:
         UnsupportedBlock: where FX cannot follow it, with FX's own words.
     """
-    before = block.training
+    before, given = block.training, settings_of(block)
     object.__setattr__(block, "training", training)
     try:
+        stand_in, read = watched(block)
         with bystander(block):
-            graph = _Tracer().trace(_Bound(block, signature, bias))
+            graph = _Tracer().trace(_Bound(stand_in, signature, bias))
     except Exception as error:
         raise UnsupportedBlock(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
     finally:
@@ -129,7 +132,7 @@ def trace_block(block: nn.Module, signature: Signature, *, training: bool, bias:
                 "its forward computes with a tensor that is neither a parameter nor a buffer of its own, or makes one "
                 "of them, which would be frozen as it is: register it, or leave the computation in a child"
             )
-    return graph
+    return graph, read_settings(given, block, read)
 
 
 def _reaches(block: nn.Module, path: str) -> bool:
@@ -161,9 +164,7 @@ def cut_block(
     Raises:
         UnsupportedBlock: with the reason.
     """
-    before = settings_of(block)
-    graph = trace_block(block, signature, training=training, bias=bias)
-    after = settings_of(block)
+    graph, settings = trace_block(block, signature, training=training, bias=bias)
     nodes = list(graph.nodes)
     tokens, bias_node, rows = (node for node in nodes if node.op == "placeholder")
     stream, attended = {tokens}, set[fx.Node]()
@@ -209,7 +210,7 @@ def cut_block(
             (total, inner),
         ),
         _write(nodes, back - {total}, [total], output),
-        tuple(setting for setting in before if setting in after),
+        settings,
     )
 
 

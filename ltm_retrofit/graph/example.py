@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -130,9 +131,8 @@ def floats_of(example: Example) -> list[Tensor]:
 
 def flags_of(example: Example) -> list[Tensor]:
     """Return the other tensors of an example: masks, counts, identifiers."""
-    values = example.values() if isinstance(example, Mapping) else [example]
     images = {id(value) for value in floats_of(example)}
-    return [value for value in values if isinstance(value, Tensor) and id(value) not in images]
+    return [value for value in tensors_of(example) if id(value) not in images]
 
 
 def in_float(example: Example) -> Example:
@@ -148,13 +148,18 @@ def in_float(example: Example) -> Example:
 
 
 def other_image(example: Example) -> Example:
-    """Return the same example with other pixels: every floating tensor is drawn anew."""
+    """Return the same example with other pixels: the same values in another order, or noise where all are one."""
     generator = torch.Generator().manual_seed(1)
+    images = {id(value) for value in floats_of(example)}
 
     def redraw(value: Tensor) -> Tensor:
-        if value.is_floating_point():
+        if id(value) not in images:
+            return value
+        values = value.flatten()
+        if bool((values == values[0]).all()):
             return torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
-        return value
+        order = torch.randperm(len(values), generator=generator).to(value.device)
+        return values[order].view(value.shape)
 
     return mapped(example, redraw)
 
@@ -166,6 +171,16 @@ def repeat_batch(example: Example, batch: int) -> Example:
         example,
         lambda value: value[:1].repeat(batch, *[1] * (value.ndim - 1)) if len(value) == images else value,
     )
+
+
+def on_meta(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
+    """Return copies without numbers, on which counting is cheap."""
+    empty = copy.deepcopy(model, {id(p): _like(p) for p in model.parameters()}).to("meta")
+    return empty, mapped(example, lambda value: value.to("meta"))
+
+
+def _like(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
 
 def mapped(example: Example, change: Callable[[Tensor], Tensor]) -> Example:

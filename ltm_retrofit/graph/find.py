@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError, ExampleError, NoAttentionError, UnsupportedBlock
 from ltm_retrofit.flops import count_macs_again, count_macs_quick
-from ltm_retrofit.graph.chains import find_chains
-from ltm_retrofit.graph.example import Example, fixed_of, in_float, prepare_example, run
+from ltm_retrofit.graph.chains import Chain, Link, find_chains
+from ltm_retrofit.graph.example import Example, fixed_of, in_float, on_meta, prepare_example, run
 from ltm_retrofit.graph.flow import find_ending, find_flow, flow_sites
-from ltm_retrofit.graph.grids import find_grids, on_meta
+from ltm_retrofit.graph.grids import find_grids
+from ltm_retrofit.graph.layouts import find_axes
 from ltm_retrofit.graph.local import local_sites
 from ltm_retrofit.graph.maps import MapPoint, maps_around
 from ltm_retrofit.graph.mixers import find_mixers
@@ -88,9 +89,12 @@ def _find(model: nn.Module, example: Example, whole: bool = False) -> Sites:
         cut = {candidate.name for candidate in candidates}
         uncut = {n for n, attended in enumerate(recording.attended) if not cut & set(attended.chain)}
         # in large models without numbers, other scopes than the best one are not looked for
-        chains = {} if not uncut and total > SHORTENED else find_chains(model, example, recording)
-        mixers = find_mixers(model, recording, uncut)
-        if chains:
+        chains: dict[int, list[Chain] | str] = {}
+        mixers: dict[int, Link] = {}
+        if uncut or total <= SHORTENED:
+            axes = find_axes(model, example, recording)
+            chains = find_chains(model, example, recording, axes)
+            mixers = find_mixers(model, recording, uncut, axes.folded)
             note_constant_tokens(model, example, recording)
         total = total or count_macs_again(*full, recording.macs)
         flow = flow_sites(candidates, prefix, recording)

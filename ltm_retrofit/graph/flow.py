@@ -24,13 +24,22 @@ from ltm_retrofit.graph.sites import Cost, Ending, FlowSite, KeySource, Scope, T
 class Candidate:
     """A block under proof: what becomes a `FlowSite` if everything holds."""
 
-    def __init__(self, model: nn.Module, name: str, attended: Attended, call: Call, end: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        attended: Attended,
+        call: Call,
+        grids: set[tuple[int, int]],
+        end: bool = False,
+    ) -> None:
         self.name, self.attention, self.end = name, attended.chain[-1], end
         self.module = model.get_submodule(name)
         if "forward" in self.module.__dict__:
             raise UnsupportedBlock("its forward was replaced on the instance (a hook or a wrapper): remove that first")
         below = self.attention.removeprefix(name).lstrip(".")
-        self.signature = Signature.of(self.module, name, call.args, call.kwargs, padded=attended.found.padded)
+        padded = attended.found.padded
+        self.signature = Signature.of(self.module, name, call.args, call.kwargs, padded=padded, grids=grids)
         self.call = call.without(self.module, self.signature.masks)
         self.cut = partial(cut_block, self.module, below, self.signature, end=end)
         self.halves: dict[tuple[bool, bool], Halves] = {(False, False): self.cut(training=False, bias=None)}
@@ -106,6 +115,7 @@ def _candidates(model: nn.Module, recording: Recording, excluded: dict[str, str]
 def _smallest(model: nn.Module, recording: Recording, attended: Attended) -> Candidate:
     reasons: list[str] = []
     several = [(name, False) for name in reversed(attended.chain)]
+    grids = {(shape[2], shape[3]) for _, shape in recording.maps}
     for name, end in several:
         calls = recording.calls.get(name, [])
         kind = type(model.get_submodule(name)).__name__
@@ -114,7 +124,7 @@ def _smallest(model: nn.Module, recording: Recording, attended: Attended) -> Can
                 raise UnsupportedBlock(f"called {len(calls)} times in one forward pass")
             if calls[0].stream() is None:
                 continue  # not a block: other tokens come out than go in
-            candidate = Candidate(model, name, attended, calls[0], end)
+            candidate = Candidate(model, name, attended, calls[0], grids, end)
             candidate.prove_alone()
             return candidate
         except UnsupportedBlock as error:
@@ -151,6 +161,10 @@ def _prefix_of(model: nn.Module, example: Example, recording: Recording, candida
     if before is None:
         raise UnsupportedBlock("the tokens of its first attention are not those of the blocks that can be cut")
     same = same_tokens(model, example, name, before)
+    if same is None:
+        raise UnsupportedBlock(
+            "which of its tokens lead cannot be told: it takes no other image, or not in the same way"
+        )
     prefix = int(same.sum())
     if not bool(same[:prefix].all()):
         raise UnsupportedBlock("its prefix tokens do not lead the sequence")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.flops import count_macs_quick, counting
 from ltm_retrofit.graph.chains import Chain
-from ltm_retrofit.graph.example import Example, mapped, run, tensors_of
+from ltm_retrofit.graph.example import Example, run, tensors_of
 from ltm_retrofit.graph.maps import BEFORE, LEVELS, MapPoint, points_at
 from ltm_retrofit.graph.probe import Recording, replaced
 
@@ -217,13 +216,3 @@ def _measure(
     total = int(counter.get_total_flops()) // 2
     ends = [macs for _, _, macs in marks[1:]] + [total]
     return {name: (grid, end - macs) for (name, grid, macs), end in zip(marks, ends, strict=True)}
-
-
-def on_meta(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
-    """Return copies without numbers, on which counting is cheap."""
-    empty = copy.deepcopy(model, {id(p): _like(p) for p in model.parameters()}).to("meta")
-    return empty, mapped(example, lambda value: value.to("meta"))
-
-
-def _like(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ltm_retrofit.graph.example import Example, repeat_batch, run
+from ltm_retrofit.graph.example import Example, on_meta, repeat_batch, run
 from ltm_retrofit.graph.probe import Event, Recording
 
 
@@ -64,30 +64,38 @@ def shaped(event: Event) -> bool:
     return given[:-1] == out[:-1] or (len(given) in (3, 4) and given[0] == out[0] and given[2:] == out[2:])
 
 
-def find_sequence_first(model: nn.Module, example: Example, recording: Recording) -> set[str]:
-    """Return the modules whose tokens come before the images, as those of `nn.MultiheadAttention` do by default.
+class Axes(NamedTuple):
+    """Modules in which images are not in the first dimension."""
 
-    For one image ``(N, 1, C)`` may as well be N windows of a token each: two images show which.
+    sequence_first: frozenset[str]  # tokens come before images, as those of `nn.MultiheadAttention` do by default
+    folded: frozenset[str]  # images lie among the tokens, or elsewhere, where merging would mix them
+
+
+def find_axes(model: nn.Module, example: Example, recording: Recording) -> Axes:
+    """Find out by a pass of two images: for one image ``(N, 1, C)`` may as well be N windows of a token each.
+
+    The pass needs no numbers, where the model runs without; a model of one image only has none that could mix.
     """
-    counts = {
-        event.name: event.shape_in[0]
-        for event in recording.events
-        if len(event.shape_in) == 3 and event.shape_in[1] == 1 < event.shape_in[0] and shaped(event)
-    }
-    found: set[str] = set()
-    if not counts:
-        return found
+    one = {event.name: event.shape_in for event in recording.events if shaped(event)}
+    for without_numbers in (True, False):
+        two: dict[str, tuple[int, ...]] = {}
+        subject, inputs = on_meta(model, example) if without_numbers else (model, example)
+        handles = [subject.get_submodule(name).register_forward_pre_hook(partial(_note, two, name)) for name in one]
+        try:
+            run(subject, repeat_batch(inputs, 2))
+        except Exception:  # something looks at values, or it takes one image only
+            continue
+        finally:
+            for handle in handles:
+                handle.remove()
+        break
+    else:
+        return Axes(frozenset(), frozenset())
+    first = {name for name, size in two.items() if size == (2 * one[name][0], *one[name][1:])}
+    second = {name for name, size in two.items() if one[name][1] == 1 and size == (one[name][0], 2, *one[name][2:])}
+    return Axes(frozenset(second - first), frozenset(two.keys() - first - second))
 
-    def enter(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].shape[:2] == (counts[name], 2):
-            found.add(name)
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(partial(enter, name)) for name in counts]
-    try:
-        run(model, repeat_batch(example, 2))
-    except Exception:  # a model of one image only
-        return set()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+def _note(two: dict[str, tuple[int, ...]], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    if args and isinstance(args[0], Tensor):
+        two.setdefault(name, tuple(args[0].shape))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ltm_retrofit.graph.chains import Chain, Link
 from ltm_retrofit.graph.layouts import spatial_of, width_of
 from ltm_retrofit.graph.maps import CONTAINERS
-from ltm_retrofit.graph.padding import hides, masks_given, names_of
+from ltm_retrofit.graph.padding import companions
 from ltm_retrofit.graph.probe import Recording
 from ltm_retrofit.graph.sites import LocalSite, Scope, TokenLayout
 
@@ -84,6 +84,10 @@ def _site(
     weight = reading_weight(model.get_submodule(name), dim)
     if weight is None:
         return f"{name} ({type(model.get_submodule(name)).__name__}): no weight matrix of it reads the tokens"
+    call = recording.calls[owner][0]
+    beside = companions(model.get_submodule(owner), call.args, call.kwargs, recording.flagged)
+    if isinstance(beside, str):
+        return f"{owner}: {PADDED} ({beside})"
     host = f"{name}.{weight.rpartition('.')[0]}" if first.calls_children else name
     if host in taken:
         return f"{name}: shared with another attention"
@@ -110,13 +114,8 @@ def _site(
         width=width_of(last.event.shape_out, last.order),
         weight=weight,
         mixes=mixes,
-        masked=_masked(model, recording, owner),
+        companions=beside,
     )
-
-
-def _masked(model: nn.Module, recording: Recording, owner: str) -> tuple[str, ...]:
-    call, names = recording.calls[owner][0], names_of(model.get_submodule(owner))
-    return tuple(name for name, mask in masks_given(names, call.args, call.kwargs) if hides(mask))
 
 
 def choose_cell(grid: Grid, dim: int) -> Grid:

@@ -20,7 +20,9 @@ from ltm_retrofit.graph.signature import Signature
 FIRST = 2  # tokens at which its cost is first counted
 
 
-def find_mixers(model: nn.Module, recording: Recording, numbers: Container[int]) -> dict[int, Link]:
+def find_mixers(
+    model: nn.Module, recording: Recording, numbers: Container[int], folded: Container[str]
+) -> dict[int, Link]:
     """Find, of the attentions of these numbers, the innermost modules that can run on merged tokens.
 
     (b) for an attention: shuffling what goes in shuffles what comes out, ``m(u[idx]) = m(u)[idx]``; it accepts fewer
@@ -35,7 +37,9 @@ def find_mixers(model: nn.Module, recording: Recording, numbers: Container[int])
         if number not in numbers:
             continue
         link = _innermost(model, recording, attended, events)
-        if link is not None and link.event.name not in {other.event.name for other in found.values()}:
+        if link is None or link.event.name in folded:
+            continue
+        if link.event.name not in {other.event.name for other in found.values()}:
             found[number] = link
     return found
 
@@ -100,7 +104,7 @@ SIZES = ("shape", "ndim", "dtype", "device", "size", "dim", "numel", "type")
 
 def _adds_its_input(module: nn.Module, signature: Signature) -> bool:
     """Say whether its input reaches the output other than through what mixes: a residual addition lies within it."""
-    graph: fx.Graph = trace_block(module, signature, training=False, bias=None)
+    graph: fx.Graph = trace_block(module, signature, training=False, bias=None)[0]
     nodes = list(graph.nodes)
     tokens = next(node for node in nodes if node.op == "placeholder")
     waiting, seen = list(nodes[-1].all_input_nodes), set[fx.Node]()

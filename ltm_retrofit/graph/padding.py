@@ -1,54 +1,84 @@
-"""Which arguments of an attention are masks, and what they hide."""
+"""What an attention is called with beside its tokens: what of it may say that some tokens only fill up."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.graph.signature import seen_by
+Number = bool | int | float
 
 
-def masks_given(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """Return names and values of the arguments that may be masks over the tokens of the first one.
+@dataclass(frozen=True)
+class Companions:
+    """The tensors that an attention got in the example beside its tokens, by path: ``mask``, ``positions.0``.
 
-    Those are of booleans or numbers, with as many entries in the last dimension as there are tokens: ``(B, N)``,
-    ``(N, N)``, ``(B, 1, 1 or N, N)`` and alike.
+    Args:
+        free: those that follow from the image and the weights alone.
+        fixed: those that came from an input which is no image; each had one value throughout, which hid nothing.
+    """
+
+    free: tuple[str, ...] = ()
+    fixed: tuple[tuple[str, Number], ...] = ()
+
+
+def companions(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], flagged: Callable[[Tensor], bool]
+) -> Companions | str:
+    """Read them off a recorded call; a string names one that may hide tokens of the example.
+
+    Args:
+        module: the attention.
+        args: of the call.
+        kwargs: likewise.
+        flagged: says whether a tensor depends on an input that is no image.
+    """
+    free: list[str] = []
+    fixed: list[tuple[str, Number]] = []
+    for path, value in beside(names_of(module), args, kwargs):
+        if not flagged(value):
+            free.append(path)
+        elif (same := only_value(value)) is None:
+            return path
+        else:
+            fixed.append((path, same))
+    return Companions(tuple(free), tuple(fixed))
+
+
+def beside(names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    """Return the tensors of a call beside its tokens, which are the first of three dimensions and more, with paths.
 
     Args:
         names: of the positional arguments.
-        args: of a call.
+        args: of the call.
         kwargs: likewise.
     """
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-    tokens = next((value for value in tensors.values() if value.ndim >= 3), None)
-    found: list[tuple[str, Tensor]] = []
-    for name, value in tensors.items():
-        if tokens is None or value.ndim < 2 or value.shape[-1] not in tokens.shape[:-1]:
-            continue
-        if value.dtype == torch.bool or (value.is_floating_point() and value.shape != tokens.shape):
-            found.append((name, value))
-    return found
+    tensors = [found for name, value in given.items() for found in _flat(name, value)]
+    tokens = next((value for _, value in tensors if value.ndim >= 3 and value.is_floating_point()), None)
+    return [(path, value) for path, value in tensors if tokens is None or value.shape != tokens.shape]
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _flat(f"{path}.{key}", entry)
+    elif isinstance(value, (tuple, list)):
+        for place, entry in enumerate(value):
+            yield from _flat(f"{path}.{place}", entry)
+
+
+def only_value(value: Tensor) -> Number | None:
+    """Return the one value that all entries of a tensor have; None where there are others."""
+    first = value.flatten()[:1]
+    return first.item() if value.numel() and bool((value == first).all()) else None
 
 
 def names_of(module: nn.Module) -> list[str]:
     """Return the names of the arguments of a module's own forward, in order."""
     return list(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def hides(mask: Tensor) -> bool:
-    """Say whether a mask hides some tokens and shows others."""
-    return not bool(hides_nothing(mask))
-
-
-def hides_nothing(mask: Tensor) -> Tensor:
-    """Return the contrary of `hides`, for graphs in which no value may be read.
-
-    True stands for "hidden" in `nn.MultiheadAttention`, for "seen" elsewhere; a mask all of which is the same hides
-    nothing in either case.
-    """
-    return (mask == mask.flatten()[:1]).all() if mask.dtype == torch.bool else seen_by(mask).all()

@@ -14,8 +14,11 @@ class _Reached(Exception):
     """What enters the module was seen; the rest of the model need not run."""
 
 
-def same_tokens(model: nn.Module, example: Example, name: str, before: Tensor) -> Tensor:
-    """Say which tokens another image leaves as they are, ``(N,)``: they enter a module as ``(R, N, D)``."""
+def same_tokens(model: nn.Module, example: Example, name: str, before: Tensor) -> Tensor | None:
+    """Say which tokens another image leaves as they are, ``(N,)``: they enter a module as ``(R, N, D)``.
+
+    None where the model does not take such another image, or makes other tokens of it.
+    """
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -25,10 +28,12 @@ def same_tokens(model: nn.Module, example: Example, name: str, before: Tensor) -
     handle = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
     try:
         run(model, other_image(example))
-    except _Reached:
+    except Exception:  # reached, or whatever a model has against the image
         pass
     finally:
         handle.remove()
+    if not seen or seen[0].shape != before.shape:
+        return None
     same = (seen[0] == before).all(dim=-1)
     return same.all(dim=1 if same.shape[1] == 1 else 0)  # tokens may come before images
 
@@ -44,7 +49,8 @@ def note_constant_tokens(model: nn.Module, example: Example, recording: Recordin
         tokens = next((x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)), None)
         if tokens is None or tokens.ndim != 3 or not tokens.is_floating_point() or tokens._version != call.version:
             continue
-        same = same_tokens(model, example, name, tokens).tolist()
+        found = same_tokens(model, example, name, tokens)
+        same = [] if found is None else found.tolist()
         if True in same and False in same:
             recording.joined[len(same)] = same.index(False), same[::-1].index(False)
         return

@@ -78,6 +78,7 @@ class Recording:
     events: list[Event] = field(default_factory=list)  # of all modules, in the order in which they began
     used: dict[int, set[str]] = field(default_factory=dict)  # tensor → the innermost modules that compute with it
     joined: dict[int, tuple[int, int]] = field(default_factory=dict)  # token count → constant tokens at front and end
+    flagged: Callable[[Tensor], bool] = bool  # whether a tensor of the pass depends on an input that is no image
     calls: dict[str, list[Call]] = field(default_factory=dict)
     maps: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # 4-d outputs before the first attention
     flat: list[tuple[str, int, int]] = field(
@@ -162,7 +163,7 @@ def record(model: nn.Module, example: Example) -> Recording:
         with undisturbed(model), torch.no_grad(), counting() as counter, _watching(stack, example) as mode:
             recording.output = run(model, example)
         recording.macs = int(counter.get_total_flops()) // 2
-        recording.joined = mode.joined
+        recording.joined, recording.flagged = mode.joined, mode.flags.__contains__
     except CountError:
         raise
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -41,6 +42,7 @@ class Signature:
         *,
         dims: tuple[int, ...] = (3,),
         padded: bool = False,
+        grids: Collection[tuple[int, int]] = (),
     ) -> Signature:
         """Read the call ``block(*args, **kwargs)`` off its forward's signature.
 
@@ -51,6 +53,7 @@ class Signature:
             kwargs: likewise.
             dims: how many dimensions its tokens may have.
             padded: whether its attention has a mask that says which tokens only fill up.
+            grids: of the maps that tokens were made of.
 
         Raises:
             UnsupportedBlock: where other arguments than the tokens are tensors, or hold any; where tokens fill up.
@@ -79,7 +82,7 @@ class Signature:
                     f"block {name!r} ({type(block).__name__}) also receives {key!r} of type {type(value).__name__}, "
                     "which would have to follow the tokens"
                 )
-        if sizes := _sizes(others, count):
+        if sizes := _sizes(others, count, grids):
             raise UnsupportedBlock(
                 f"block {name!r} ({type(block).__name__}) also receives {', '.join(sizes)}, by which tokens lie on a "
                 "grid that merged ones would not fill"
@@ -139,12 +142,12 @@ def _is_mask(value: Any, count: int) -> bool:
     return value.dtype == torch.bool or (value.is_floating_point() and hides_or_shows(value))
 
 
-def _sizes(others: dict[str, Any], count: int) -> list[str]:
-    """List the arguments that say how many rows and columns ``count`` tokens fill; some of those may lead or end."""
+def _sizes(others: dict[str, Any], count: int, grids: Collection[tuple[int, int]]) -> list[str]:
+    """List the arguments that say how many tokens there are, or how many rows and columns they fill."""
     whole = {key: value for key, value in others.items() if type(value) is int and value > 1}
     found = {key: value for key, value in whole.items() if value == count}
     for (key, value), (other, times) in combinations(whole.items(), 2):
-        if 0 <= count - value * times <= MOST_PREFIX:
+        if value * times == count or (value, times) in grids:
             found |= {key: value, other: times}
     return [f"{key}={value}" for key, value in found.items()]
 

@@ -10,6 +10,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from ltm_retrofit.graph.cut import Halves
+from ltm_retrofit.graph.padding import Companions
 from ltm_retrofit.graph.signature import Signature
 
 
@@ -123,7 +124,7 @@ class LocalSite(AttentionSite):
     width: int  # of the chain's output
     weight: str
     mixes: bool = False
-    masked: tuple[str, ...] = ()  # arguments of the attention that hid some tokens from others in the example
+    companions: Companions = field(default_factory=Companions)  # what the attention got beside its tokens
 
 
 @dataclass(frozen=True, kw_only=True)

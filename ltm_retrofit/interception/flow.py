@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError, UnsupportedBlock
-from ltm_retrofit.graph.settings import Settings, changed_setting
+from ltm_retrofit.graph.settings import frozen
 from ltm_retrofit.graph.signature import hides_or_shows, seen_by
 from ltm_retrofit.graph.sites import FlowSite
 from ltm_retrofit.interception.base import Interceptor
+from ltm_retrofit.interception.watch import check_settings
 from ltm_retrofit.merging.tokens import Carried, carried_by, carry, positions, unmerge_all
 
 
@@ -27,9 +28,6 @@ class BlockForward(Interceptor):
         unmerge: whether to bring every token back at its end.
     """
 
-    #: where it slices: the modules around it, with what they say of how tokens are pooled
-    pooling: tuple[tuple[nn.Module, Settings], ...] = ()
-
     def __init__(
         self, block: nn.Module, site: FlowSite, *, expects: bool, keep: int | None, last: bool, unmerge: bool
     ) -> None:
@@ -37,8 +35,7 @@ class BlockForward(Interceptor):
         self.signature, self.halves, self.key, self.bias = site.signature, site.halves, site.key, site.bias
         self.tokens, self.prefix = site.layout.tokens, site.layout.prefix
         self.expects, self.keep, self.last, self.unmerge = expects, keep, last, unmerge
-        every = [halves.settings for halves in site.halves.values()]
-        self.settings = tuple(setting for setting in every[0] if all(setting in others for others in every))
+        self.settings = frozen(halves.settings for halves in site.halves.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block.
@@ -50,7 +47,7 @@ class BlockForward(Interceptor):
         block = self.block
         if self.mode == "original":
             return self.original(*args, **kwargs)
-        self._check_settings()
+        check_settings(block, self.settings, self.name)
         tokens, followers, padding = self.signature.split(self.name, args, kwargs, self.bias)
         if tokens.is_nested:
             raise UnsupportedBlock(
@@ -117,17 +114,6 @@ class BlockForward(Interceptor):
                     "different others: only padding, the same for all, is supported once tokens are merged"
                 )
         return valid
-
-    def _check_settings(self) -> None:
-        """Check that the attributes that the cut was made with are those of now."""
-        for module, settings in ((self.block, self.settings), *self.pooling):
-            if (changed := changed_setting(module, settings)) is not None:
-                name, old, new = changed
-                raise UnsupportedBlock(
-                    f"{name!r} of a {type(module).__name__} was {old!r} when block {self.name!r} was converted and is "
-                    f"{new!r} now, which the cut would not follow: set it back, or call ltm_retrofit.restore(model), "
-                    f"set {name!r} and retrofit again"
-                )
 
     def _check_fresh(self) -> None:
         """Check tokens that carry nothing."""

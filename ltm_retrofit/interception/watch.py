@@ -1,4 +1,4 @@
-"""Scope LOCAL sees no mask where it merges, so what the attention before it is called with is looked at."""
+"""What is looked at while a converted model runs: masks where nothing else sees them, and what was frozen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import UnsupportedBlock
-from ltm_retrofit.graph.padding import hides, hides_nothing, masks_given, names_of
+from ltm_retrofit.graph.padding import beside, names_of
+from ltm_retrofit.graph.settings import Settings, changed_setting
 from ltm_retrofit.graph.sites import LocalSite
 from ltm_retrofit.interception.base import Interceptor
 
@@ -26,26 +27,33 @@ class MaskWatch:
     """
 
     def __init__(self, attention: nn.Module, site: LocalSite, forward: Interceptor) -> None:
-        self.name, self.masked, self.forward, self.names = site.attention, site.masked, forward, names_of(attention)
+        self.name, self.forward, self.names = site.attention, forward, names_of(attention)
+        self.free, self.fixed = site.companions.free, dict(site.companions.fixed)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at a call.
 
         Raises:
-            UnsupportedBlock: where a mask hides tokens that none hid in the example.
+            UnsupportedBlock: where it holds a tensor by which tokens may fill up: one that the example's had not, or
+                not with that value.
         """
         if self.forward.mode != "merge":
             return
         for value in args:
             if isinstance(value, Tensor) and value.is_nested:
                 raise UnsupportedBlock(self._refusal("a nested tensor (nn.TransformerEncoder makes one of a mask)"))
-        for name, mask in masks_given(self.names, args, kwargs):
-            if name in self.masked or mask.is_meta:
+        for path, value in beside(self.names, args, kwargs):
+            if path in self.free or value.is_meta:
                 continue
+            said = f"{path}={tuple(value.shape)}, which may hide tokens"
+            expected = self.fixed.get(path)
+            if expected is None and value.ndim < 2:
+                raise UnsupportedBlock(self._refusal(said))
+            same = (value == (value.flatten()[:1] if expected is None else expected)).all()
             if torch.compiler.is_compiling():  # no value may be read: the graph checks it when it runs
-                torch._assert_async(hides_nothing(mask), self._refusal(f"a mask ({name}) that hides tokens"))
-            elif hides(mask):
-                raise UnsupportedBlock(self._refusal(f"{name}={tuple(mask.shape)}, a mask that hides tokens"))
+                torch._assert_async(same, self._refusal(said))
+            elif not bool(same):
+                raise UnsupportedBlock(self._refusal(said))
 
     def _refusal(self, given: str) -> str:
         return (
@@ -61,8 +69,39 @@ def watch(attention: nn.Module, watching: MaskWatch) -> None:
     attention.register_forward_pre_hook(watching, with_kwargs=True)
 
 
-def unwatch(module: nn.Module) -> None:
-    """Take away what `watch` put in place."""
-    for number in [number for number, kept in module._forward_pre_hooks.items() if isinstance(kept, MaskWatch)]:
+class PoolingWatch:
+    """A forward pre-hook of a module around the block that slices: refuses where it pools tokens otherwise now.
+
+    Args:
+        settings: what it says of its pooling.
+        block: the name of the block.
+    """
+
+    def __init__(self, settings: Settings, block: str) -> None:
+        self.settings, self.block = settings, block
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Compare."""
+        check_settings(module, self.settings, self.block)
+
+
+def check_settings(module: nn.Module, settings: Settings, block: str) -> None:
+    """Check that the attributes that a block was cut with, or sliced for, are those of now.
+
+    Raises:
+        UnsupportedBlock: where one differs.
+    """
+    if (changed := changed_setting(module, settings)) is not None:
+        name, old, new = changed
+        raise UnsupportedBlock(
+            f"{name!r} of a {type(module).__name__} was {old!r} when block {block!r} was converted and is {new!r} now, "
+            "which the conversion would not follow: set it back, or call ltm_retrofit.restore(model), set it, and "
+            "retrofit again"
+        )
+
+
+def unwatch(module: nn.Module, kind: type[MaskWatch] | type[PoolingWatch] = MaskWatch) -> None:
+    """Take such hooks of ours away."""
+    for number in [number for number, kept in module._forward_pre_hooks.items() if isinstance(kept, kind)]:
         del module._forward_pre_hooks[number]
         module._forward_pre_hooks_with_kwargs.pop(number, None)

@@ -40,15 +40,16 @@ def resized(model: nn.Module) -> tuple[int, int] | None:
         CheckpointError: where it takes its plan's inputs no longer, and cannot be set to them.
     """
     plan = get_plan(model)
-    if not can_resize(model) or _macs(model, plan) == plan.macs_original:
+    macs = _macs(model, plan)
+    if macs == plan.macs_original or (macs is None and not can_resize(model)):
         return None
     twin, size = at_planned_size(model), input_size(model)
     if twin is None or size is None or _macs(twin, plan) != plan.macs_original:
         raise CheckpointError(
             f"this {type(model).__name__} no longer is what its plan was made for: on inputs of "
             f"{', '.join(map(str, plan.input_size.values()))} it costs other than the plan's {plan.macs_original:,} "
-            "MACs, or does not run. Undo what was changed (set_input_size, another patch size), or call "
-            "ltm_retrofit.restore(model) and retrofit it as it is now"
+            "MACs, or does not run. Undo what was changed (LoRA by merge_and_unload, replaced modules, another patch "
+            "size), or call ltm_retrofit.restore(model) and retrofit it as it is now"
         )
     return size[1:]
 

@@ -141,7 +141,7 @@ def test_padding_of_packed_attention_is_seen(kind) -> None:
         ltm.retrofit(model, ltm.LTMConfig(flops=0.8), {"x": EXAMPLE, "pad": filled})
     ltm.retrofit(model, ltm.LTMConfig(flops=0.8), {"x": EXAMPLE, "pad": torch.zeros(1, 64, dtype=kind)})
     assert {row.scope for row in ltm.get_plan(model).rows} == {"LOCAL"}
-    with pytest.raises(ltm.UnsupportedBlock, match=r"key_padding_mask=\(1, 64\), a mask that hides tokens"):
+    with pytest.raises(ltm.UnsupportedBlock, match=r"key_padding_mask=\(1, 64\), which may hide tokens"):
         model(EXAMPLE, filled)
     with ltm.disabled(model):
         original = model(EXAMPLE, filled)
@@ -193,7 +193,7 @@ def test_a_watched_attention_is_left_as_it_was(copied) -> None:
         expected = model(EXAMPLE)
         assert torch.equal(called_with(model, mask), expected)
         mask[..., 50:] = -torch.inf
-        with pytest.raises(ltm.UnsupportedBlock, match="a mask that hides tokens"):
+        with pytest.raises(ltm.UnsupportedBlock, match="which may hide tokens"):
             called_with(model, mask)
         called_with(ltm.restore(model), mask)
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -438,6 +438,45 @@ def test_a_block_that_is_told_how_its_tokens_lie_runs_at_every_size() -> None:
     assert model(torch.randn(2, 3, 40, 64)).shape == (2, 5)
 
 
+class Numbered(Block):
+    def forward(self, x: Tensor, heads: int, patch: int) -> Tensor:
+        return super().forward(x)
+
+
+class Numbering(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(x)
+        for block in self.blocks:
+            x = block(x, 15, 4)  # 15 · 4 is nearly as many as there are tokens
+        return self.head(self.norm(x).mean(1))
+
+
+def test_whole_numbers_that_say_nothing_of_the_grid_leave_flow() -> None:
+    assert scopes(drawn(Numbering(Numbered))) == {Scope.FLOW}
+
+
+class Bottleneck(nn.Module):
+    """Narrows and widens again before its MLP of functions, in a block that no tracer follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(DIM, DIM) for _ in range(3))
+        self.down, self.up, self.fc1, self.fc2 = (
+            nn.Linear(*sizes) for sizes in ((DIM, 8), (8, DIM), (DIM, 4 * DIM), (4 * DIM, DIM))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.abs().max() < 1e9, "too large"
+        x = x + torch.softmax(self.q(x) @ self.k(x).transpose(1, 2), dim=-1) @ self.v(x)
+        x = x + self.up(F.gelu(self.down(x)))
+        return x + self.fc2(F.gelu(self.fc1(x)))
+
+
+def test_an_adapter_is_not_taken_for_the_mlp() -> None:
+    model = ltm.retrofit(drawn(Net(Bottleneck)), ltm.LTMConfig(flops=0.85), EXAMPLE)
+    assert {name for row in ltm.get_plan(model).rows for name in [row.site] if "down" in name or "up" in name} == set()
+
+
 class Registers(Net):
     """Joins constant tokens in each of the ways that there are."""
 
@@ -540,9 +579,11 @@ class Tuned(Block):
         super().__init__()
         self.scale, self.kind, self.gate, self.shape = 1.0, "mlp", None, F.gelu
         self.calls, self.count, self.use_checkpoint = 0, 0, False
+        self._hidden, self.rates, self.options, self.checkpoint_scale = 1.0, (1.0, 2.0), {"one": [1.0]}, 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
+        x = x * self._hidden * self.rates[0] * self.options["one"][0] * self.checkpoint_scale
         if not self.training:
             self.count = x.shape[1]
         x = x + self.attn(self.one(x))
@@ -557,6 +598,10 @@ class Tuned(Block):
         pytest.param("kind", "none", id="str"),
         pytest.param("gate", nn.Identity(), id="none-becomes-a-module"),
         pytest.param("shape", F.relu, id="function"),
+        pytest.param("_hidden", 0.5, id="private"),
+        pytest.param("rates", (0.5, 2.0), id="tuple"),
+        pytest.param("options", {"one": [0.5]}, id="nested"),
+        pytest.param("checkpoint_scale", 0.5, id="named-like-a-flag"),
     ],
 )
 def test_an_attribute_that_the_cut_has_frozen_is_refused_where_it_changes(name, value) -> None:
@@ -587,6 +632,35 @@ def test_attributes_that_a_forward_writes_and_flags_of_checkpointing_may_change(
         assert block.calls > 0 and block.count == 64
         block.use_checkpoint = True
     assert torch.equal(model(EXAMPLE), expected)
+
+
+def test_attributes_that_no_forward_reads_may_change() -> None:
+    model, seen = drawn(Net(Tuned)), []
+    handle = model.blocks[1].register_forward_hook(
+        lambda block, args, out: seen.append(setattr(block, "mean", len(seen)))
+    )
+    model(EXAMPLE)
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.7), EXAMPLE)
+    handle.remove()
+    expected = model(EXAMPLE)
+    for block in model.blocks:
+        block.mean, block.step, block.tag, block.lr_scale = 0.5, 3, "late", 0.1
+    assert len(seen) > 1 and torch.equal(model(EXAMPLE), expected)
+
+
+def test_what_is_in_a_list_is_frozen_too() -> None:
+    model = ltm.retrofit(drawn(Net(Tuned)), ltm.LTMConfig(flops=0.7), EXAMPLE)
+    model.blocks[2].options["one"][0] = 0.5
+    with pytest.raises(ltm.UnsupportedBlock, match="'options'"):
+        model(EXAMPLE)
+
+
+@pytest.mark.parametrize("scope", ["FLOW", "LOCAL"])
+def test_a_converted_block_does_not_carry_the_model(scope) -> None:
+    model = drawn(Net())
+    whole = len(pickle.dumps(model.blocks[-1]))
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.8, scope=scope), EXAMPLE)
+    assert len(pickle.dumps(model.blocks[-1])) < 2.5 * whole
 
 
 def test_a_compiled_block_notices_that_an_attribute_changed() -> None:

@@ -93,6 +93,17 @@ def test_what_cannot_be_set_back_to_the_plans_size_is_refused_on_saving(tmp_path
     with pytest.raises(ltm.CheckpointError, match=r"was set to inputs of 64×64 .*adapter=False"):
         ltm.save_pretrained(model, tmp_path / "saved", adapter=True)
     model.set_input_size(img_size=(side, side), patch_size=8)
-    with pytest.raises(ltm.CheckpointError, match=r"set_input_size, another patch size.*restore\(model\)"):
+    with pytest.raises(ltm.CheckpointError, match=r"another patch size.*restore\(model\)"):
+        ltm.save_pretrained(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("name", ["hf-vit-flow", "timm-vit-flow"])
+def test_a_model_that_costs_other_than_its_plan_is_not_saved(name, tmp_path) -> None:
+    model, _, _ = converted(name)
+    part, place = (model, "norm") if hasattr(model, "norm") else (model.vit, "layernorm")
+    width = getattr(part, place).normalized_shape[0]
+    setattr(part, place, nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)))
+    with pytest.raises(ltm.CheckpointError, match="no longer is what its plan was made for"):
         ltm.save_pretrained(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
