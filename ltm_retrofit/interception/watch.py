@@ -43,10 +43,10 @@ class MaskWatch:
             if isinstance(value, Tensor) and value.is_nested:
                 raise UnsupportedBlock(self._refusal("a nested tensor (nn.TransformerEncoder makes one of a mask)"))
         for path, value in beside(self.names, args, kwargs):
-            if path in self.free or value.is_meta:
+            expected = self.fixed.get(path)
+            if path in self.free or value.is_meta or (expected is None and value.ndim == 0):  # a size, while traced
                 continue
             said = f"{path}={tuple(value.shape)}, which may hide tokens"
-            expected = self.fixed.get(path)
             if expected is None and value.ndim < 2:
                 raise UnsupportedBlock(self._refusal(said))
             same = (value == (value.flatten()[:1] if expected is None else expected)).all()
