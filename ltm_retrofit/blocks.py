@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.errors import UnsupportedBlock
+from ltm_retrofit.errors import NotRetrofitted, UnsupportedBlock
 from ltm_retrofit.fingerprints import Fingerprint
 from ltm_retrofit.interception.base import CHILD, Interceptor, Record
 from ltm_retrofit.interception.flow import BlockForward
@@ -24,6 +24,7 @@ __all__ = [
     "Retrofit",
     "allow_methods",
     "forwards_of",
+    "get_retrofit",
     "in_mode",
     "load_state",
     "masks_of",
@@ -146,6 +147,21 @@ class Retrofit(Record):
     def extra_repr(self) -> str:
         """Say what was planned in a printed model."""
         return f"{self.plan.config.method}, tokens {', '.join(map(str, self.plan.tokens))}"
+
+
+def get_retrofit(model: nn.Module) -> Retrofit:
+    """Return what a converted model keeps of its conversion.
+
+    Raises:
+        NotRetrofitted: where it is not converted.
+    """
+    kept = model._modules.get(CHILD)
+    if not isinstance(kept, Retrofit):
+        raise NotRetrofitted(
+            f"this {type(model).__name__} is not converted: call ltm_retrofit.retrofit(model, LTMConfig(...)) first, "
+            "and pass the model itself, not a wrapper around it"
+        )
+    return kept
 
 
 def forwards_of(model: nn.Module) -> Iterator[Interceptor]:

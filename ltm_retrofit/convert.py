@@ -10,13 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltm_retrofit.blocks import FINETUNED, Retrofit, allow_methods, forwards_of, in_mode, refuse_methods
+from ltm_retrofit.blocks import (
+    FINETUNED,
+    Retrofit,
+    allow_methods,
+    forwards_of,
+    get_retrofit,
+    in_mode,
+    refuse_methods,
+)
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import (
     AlreadyRetrofitted,
     BaseMismatch,
     CountError,
-    NotRetrofitted,
     RecipeError,
     RetrofitError,
     UnsupportedBlock,
@@ -132,21 +139,6 @@ def get_plan(model: nn.Module) -> MergePlan:
         NotRetrofitted: where it is not converted.
     """
     return get_retrofit(model).plan
-
-
-def get_retrofit(model: nn.Module) -> Retrofit:
-    """Return what a converted model keeps of its conversion.
-
-    Raises:
-        NotRetrofitted: where it is not converted.
-    """
-    kept = model._modules.get(CHILD)
-    if not isinstance(kept, Retrofit):
-        raise NotRetrofitted(
-            f"this {type(model).__name__} is not converted: call ltm_retrofit.retrofit(model, LTMConfig(...)) first, "
-            "and pass the model itself, not a wrapper around it"
-        )
-    return kept
 
 
 def was_finetuned(model: nn.Module) -> bool:

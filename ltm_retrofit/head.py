@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator
@@ -13,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.blocks import BlockForward, Retrofit, forwards_of, in_mode, masks_of
+from ltm_retrofit.blocks import BlockForward, forwards_of, get_retrofit, in_mode, masks_of
 from ltm_retrofit.errors import ExampleError, UnsupportedBlock
 from ltm_retrofit.flops import count_macs_quick
 from ltm_retrofit.graph.example import Example, home, make_example, run, tensors_of
 from ltm_retrofit.graph.probe import Recording, record
 from ltm_retrofit.graph.prove import all_close
 from ltm_retrofit.graph.settings import settings_of
-from ltm_retrofit.interception.base import CHILD
 from ltm_retrofit.interception.masks import LEARNABLE
-from ltm_retrofit.interception.watch import PoolingWatch, unwatch
+from ltm_retrofit.interception.watch import PoolingWatch, unwatch, watch
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.plan import MergePlan
+from ltm_retrofit.resizing import at_planned_size
 from ltm_retrofit.undisturbed import remembered, undisturbed
 
 #: timm's method that gives a model another head
@@ -90,7 +89,7 @@ def follow_head(model: nn.Module, *, thorough: bool = False) -> None:
     Raises:
         UnsupportedBlock: where the head reads tokens that are gone.
     """
-    plan = _kept(model).plan
+    plan = get_retrofit(model).plan
     same = all(_width(model, name) == plan.classes for name in plan.readouts)
     if not same or (thorough and not plan.readouts):
         with _all_or_nothing(model), in_mode(model, "merge"):
@@ -114,42 +113,6 @@ def make_readout(model: nn.Module, plan: MergePlan) -> Statistics | None:
     return Statistics(width, plan.classes, plan.clusters).to(home(model)[0])
 
 
-def at_planned_size(model: nn.Module) -> nn.Module | None:
-    """Return a copy that takes inputs of the plan's size again, after `set_input_size`; None where that cannot be."""
-    plan = _kept(model).plan
-    if planned_size(plan) is None or not can_resize(model):
-        return None
-    twin = copy.deepcopy(model)
-    set_size(twin, planned_size(plan))
-    return twin
-
-
-def planned_size(plan: MergePlan) -> tuple[int, int] | None:
-    """Return height and width of the plan's images, where it is for one kind of them."""
-    images = [size for size in plan.input_size.values() if len(size) == 4]
-    return (images[0][2], images[0][3]) if len(images) == 1 else None
-
-
-def can_resize(model: nn.Module) -> bool:
-    """Say whether a model, or what it wraps, has timm's ``set_input_size``."""
-    return any(True for _ in _resizable(model))
-
-
-def set_size(model: nn.Module, size: tuple[int, int] | None) -> None:
-    """Set a model, or what it wraps, to images of this height and width; None leaves it as it is."""
-    for module in _resizable(model) if size is not None else ():
-        module.set_input_size(img_size=size)  # type: ignore[operator]
-
-
-def _resizable(module: nn.Module) -> Iterator[nn.Module]:
-    """Return the outermost modules that have the method."""
-    if callable(getattr(module, "set_input_size", None)):
-        yield module
-        return
-    for child in module.children():
-        yield from _resizable(child)
-
-
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Put a model back where something fails meanwhile."""
@@ -169,12 +132,6 @@ def _owners(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def _kept(model: nn.Module) -> Retrofit:
-    kept = model._modules[CHILD]
-    assert isinstance(kept, Retrofit)
-    return kept
-
-
 def _sliced(model: nn.Module) -> Iterator[BlockForward]:
     """Return the block that leaves only prefix tokens, where there is one."""
     for forward in forwards_of(model):
@@ -189,12 +146,12 @@ def _watch_pooling(model: nn.Module) -> None:
         for module in map(model.get_submodule, ["", *parents]):
             unwatch(module, PoolingWatch)
             if settings := tuple((name, value) for name, value in settings_of(module).items() if "pool" in name):
-                module.register_forward_pre_hook(PoolingWatch(settings, forward.name))
+                watch(module, PoolingWatch(settings, forward.name))
 
 
 def _follow(model: nn.Module) -> None:
     """Prove the ending anew, then put the plan, the statistics and the counts right."""
-    kept = _kept(model)
+    kept = get_retrofit(model)
     example = make_example(kept.plan.input_size, kept.plan.fixed_inputs, model)
     _watch_pooling(model)
     served, recording = _record(model, example)
@@ -262,7 +219,7 @@ def _refusal(model: nn.Module, reason: str) -> str:
 
 def _renew_statistics(model: nn.Module, plan: MergePlan) -> None:
     """Start statistics anew where they are of other classes or of another feature."""
-    kept, fresh = _kept(model), make_readout(model, plan)
+    kept, fresh = get_retrofit(model), make_readout(model, plan)
     if _shapes(kept.readout) != _shapes(fresh):
         kept.readout = fresh if fresh is None else fresh.train(kept.training)
     for mask in masks_of(model).values():

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.blocks import forwards_of, masks_of
-from ltm_retrofit.convert import get_retrofit
+from ltm_retrofit.blocks import forwards_of, get_retrofit, masks_of
 from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.head import follow_head
 from ltm_retrofit.interception.flow import BlockForward

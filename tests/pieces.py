@@ -27,6 +27,17 @@ class Calls(nn.Module):
         return self.function(self.inner(x))
 
 
+class Own(nn.Module):
+    """A class of the user's, around another model."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> object:
+        return self.inner(x)
+
+
 def snapshot(model: nn.Module) -> dict:
     """All that hangs on a model, with its parts by identity."""
 

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from conversions import batch, call, convert, converted, equal
-from pieces import snapshot
+from pieces import Own, snapshot
 from torch import nn
 from zoo import ZOO
 
@@ -19,15 +19,6 @@ from ltm_retrofit.head import RESET, Reset
 from ltm_retrofit.reporting.report import measure
 
 torch.set_num_threads(1)
-
-
-class Wrapped(nn.Module):
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.backbone(x)
 
 
 _WRAPPED: list[nn.Module] = []
@@ -40,9 +31,9 @@ def sliced(how: str) -> tuple[nn.Module, nn.Module, torch.Tensor]:
         return model, model, example
     original, example = ZOO["timm-vit"]()
     if not _WRAPPED:
-        _WRAPPED.append(convert(Wrapped(original), example))
+        _WRAPPED.append(convert(Own(original), example))
     model = copy.deepcopy(_WRAPPED[0])
-    return model, model.backbone, example
+    return model, model.inner, example
 
 
 # ------------------------------------------------------------------------------------- a head that reads what is gone
@@ -98,7 +89,7 @@ def test_the_stand_in_looks_like_the_method_and_goes_with_restoring(how):
     assert isinstance(owner.__dict__[RESET], Reset)
     assert inspect.signature(owner.reset_classifier) == inspect.signature(method.__get__(owner))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        inner = other if how == "model" else other.backbone
+        inner = other if how == "model" else other.inner
         inner.reset_classifier(11)
         assert other(example).shape == (1, 11) and ltm.get_plan(other).classes == 11
         assert model(example).shape == (1, 7) and ltm.get_plan(model).classes == 7

@@ -31,7 +31,7 @@ class Candidate:
         attended: Attended,
         call: Call,
         grids: set[tuple[int, int]],
-        end: bool = False,
+        end: bool,
     ) -> None:
         self.name, self.attention, self.end = name, attended.chain[-1], end
         self.module = model.get_submodule(name)

@@ -13,14 +13,10 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.graph.attention import AttentionMode, Found, Packed
 from ltm_retrofit.graph.cut import Halves
-from ltm_retrofit.graph.probe import Call
+from ltm_retrofit.graph.probe import Call, Reached
 from ltm_retrofit.graph.prove import Piece, close
 from ltm_retrofit.graph.signature import MOST_PREFIX
 from ltm_retrofit.graph.sites import KeySource
-
-
-class _Reached(Exception):
-    """The keys were seen; the rest of the block need not run."""
 
 
 def trace_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, int, int]:
@@ -42,12 +38,12 @@ def trace_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, 
 
     def found(attended: Found) -> None:
         seen.append(attended)
-        raise _Reached
+        raise Reached
 
     with torch.enable_grad(), AttentionMode(found, linear):
         try:
             block.forward(*call.args, **call.kwargs)
-        except _Reached:
+        except Reached:
             pass
     names = {id(parameter): name for name, parameter in block.named_parameters()}
     if not seen:

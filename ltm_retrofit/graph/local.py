@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ltm_retrofit.graph.chains import Chain, Link
 from ltm_retrofit.graph.layouts import spatial_of, width_of
 from ltm_retrofit.graph.maps import CONTAINERS
-from ltm_retrofit.graph.padding import companions
+from ltm_retrofit.graph.padding import Companions, companions
 from ltm_retrofit.graph.probe import Recording
 from ltm_retrofit.graph.sites import LocalSite, Scope, TokenLayout
 
@@ -32,21 +32,34 @@ def local_sites(
     found: dict[int, list[LocalSite] | str] = {}
     names: set[str] = set()
     for number, several in chains.items():
-        if recording.attended[number].found.hides:
-            several = f"{recording.attended[number].chain[-1]}: {PADDED}"
+        beside = _beside(model, recording, number)
+        if isinstance(beside, str):
+            found[number] = beside
+            continue
         if isinstance(several, str):
             found[number] = several
             continue
-        made = [_site(model, recording, number, chain, maps, names) for chain in several]
+        made = [_site(model, recording, number, chain, beside, maps, names) for chain in several]
         sites = [site for site in made if isinstance(site, LocalSite)]
         found[number] = sites or "; ".join(reason for reason in made if isinstance(reason, str))
     for number, link in mixers.items():
-        if not recording.attended[number].found.padded:
-            site = _site(model, recording, number, Chain([link]), maps, names, mixes=True)
+        beside = _beside(model, recording, number)
+        if not recording.attended[number].found.padded and not isinstance(beside, str):
+            site = _site(model, recording, number, Chain([link]), beside, maps, names, mixes=True)
             have = found.get(number)
             if isinstance(site, LocalSite):
                 found[number] = [*(have if isinstance(have, list) else []), site]
     return found
+
+
+def _beside(model: nn.Module, recording: Recording, number: int) -> Companions | str:
+    """Return what an attention gets beside its tokens; a string says that some of those only fill up."""
+    owner = recording.attended[number].chain[-1]
+    if recording.attended[number].found.hides:
+        return f"{owner}: {PADDED}"
+    call = recording.calls[owner][0]
+    found = companions(model.get_submodule(owner), call.args, call.kwargs, recording.flagged)
+    return f"{owner}: {PADDED} ({found})" if isinstance(found, str) else found
 
 
 def _site(
@@ -54,6 +67,7 @@ def _site(
     recording: Recording,
     number: int,
     chain: Chain,
+    beside: Companions,
     maps: set[Grid],
     taken: set[str],
     mixes: bool = False,
@@ -84,10 +98,6 @@ def _site(
     weight = reading_weight(model.get_submodule(name), dim)
     if weight is None:
         return f"{name} ({type(model.get_submodule(name)).__name__}): no weight matrix of it reads the tokens"
-    call = recording.calls[owner][0]
-    beside = companions(model.get_submodule(owner), call.args, call.kwargs, recording.flagged)
-    if isinstance(beside, str):
-        return f"{owner}: {PADDED} ({beside})"
     host = f"{name}.{weight.rpartition('.')[0]}" if first.calls_children else name
     if host in taken:
         return f"{name}: shared with another attention"

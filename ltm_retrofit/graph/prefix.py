@@ -7,11 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ltm_retrofit.graph.example import Example, other_image, run
-from ltm_retrofit.graph.probe import Recording
-
-
-class _Reached(Exception):
-    """What enters the module was seen; the rest of the model need not run."""
+from ltm_retrofit.graph.probe import Reached, Recording
 
 
 def same_tokens(model: nn.Module, example: Example, name: str, before: Tensor) -> Tensor | None:
@@ -23,7 +19,7 @@ def same_tokens(model: nn.Module, example: Example, name: str, before: Tensor) -
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(next(value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)))
-        raise _Reached
+        raise Reached
 
     handle = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
     try:

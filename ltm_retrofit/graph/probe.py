@@ -20,6 +20,10 @@ from ltm_retrofit.graph.example import Example, flags_of, floats_of, logits_of, 
 from ltm_retrofit.undisturbed import undisturbed
 
 
+class Reached(Exception):
+    """What a pass was for was seen; the rest of the model need not run."""
+
+
 @dataclass
 class Call:
     """One recorded call of a module that attends somewhere inside."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ltm_retrofit.graph.example import Example, run
-from ltm_retrofit.graph.probe import Event, Recording, replaced
+from ltm_retrofit.graph.probe import Event, Reached, Recording, replaced
 from ltm_retrofit.undisturbed import undisturbed
 
 if TYPE_CHECKING:
@@ -72,9 +72,6 @@ def _lost_in_training(model: nn.Module, example: Example, run_of: list[Candidate
         return ""
     put_out: list[Tensor] = []
     lost: list[str] = []
-
-    class Reached(Exception):
-        pass
 
     def stand_in(candidate: Candidate, *args: Any, **kwargs: Any) -> Tensor:
         tokens = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)

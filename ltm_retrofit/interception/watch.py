@@ -63,12 +63,6 @@ class MaskWatch:
         )
 
 
-def watch(attention: nn.Module, watching: MaskWatch) -> None:
-    """Have an attention watched, once."""
-    unwatch(attention)
-    attention.register_forward_pre_hook(watching, with_kwargs=True)
-
-
 class PoolingWatch:
     """A forward pre-hook of a module around the block that slices: refuses where it pools tokens otherwise now.
 
@@ -80,7 +74,7 @@ class PoolingWatch:
     def __init__(self, settings: Settings, block: str) -> None:
         self.settings, self.block = settings, block
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compare."""
         check_settings(module, self.settings, self.block)
 
@@ -98,6 +92,12 @@ def check_settings(module: nn.Module, settings: Settings, block: str) -> None:
             "which the conversion would not follow: set it back, or call ltm_retrofit.restore(model), set it, and "
             "retrofit again"
         )
+
+
+def watch(module: nn.Module, watching: MaskWatch | PoolingWatch) -> None:
+    """Have a module watched, once in each way."""
+    unwatch(module, type(watching))
+    module.register_forward_pre_hook(watching, with_kwargs=True)
 
 
 def unwatch(module: nn.Module, kind: type[MaskWatch] | type[PoolingWatch] = MaskWatch) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.convert import get_retrofit, restore, retrofit
+from ltm_retrofit.blocks import get_retrofit
+from ltm_retrofit.convert import restore, retrofit
 from ltm_retrofit.errors import BaseMismatch, CheckpointError
 from ltm_retrofit.fingerprints import fingerprint
 from ltm_retrofit.plan import MergePlan

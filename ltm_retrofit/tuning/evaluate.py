@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ltm_retrofit.convert import get_retrofit, is_retrofitted
+from ltm_retrofit.blocks import get_retrofit
+from ltm_retrofit.convert import is_retrofitted
 from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.graph.example import home, logits_of, prepare_example, run
 from ltm_retrofit.head import follow_head

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.blocks import masks_of
-from ltm_retrofit.convert import get_retrofit
+from ltm_retrofit.blocks import get_retrofit, masks_of
 from ltm_retrofit.merging import ib
 from ltm_retrofit.merging.memory import Memory
 from ltm_retrofit.merging.statistics import of_all_ranks

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from ltm_retrofit.convert import get_retrofit, is_retrofitted, restore
+from ltm_retrofit.blocks import get_retrofit
+from ltm_retrofit.convert import is_retrofitted, restore
 from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.graph.example import logits_of, run
 from ltm_retrofit.graph.probe import record

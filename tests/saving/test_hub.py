@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 import transformers
+from pieces import Own
 from torch import nn
 
 import ltm_retrofit as ltm
@@ -222,17 +223,6 @@ def test_fitted_statistics_and_eta_survive(build: Build, images: torch.Tensor, t
     assert torch.equal(loaded.ltm.readout.counts, model.ltm.readout.counts)
     etas = [key for key in model.state_dict() if "eta" in key and "beta" not in key]
     assert etas and all(float(loaded.state_dict()[key]) == float(model.state_dict()[key]) for key in etas)
-
-
-class Own(nn.Module):
-    """A class of the user's."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x)
 
 
 def test_users_own_class_needs_base(build: Build, images: torch.Tensor, tmp_path: Path) -> None:
