@@ -2,13 +2,15 @@
 
     python benchmarks/ablation_base.py --data PATH     # once: the base
     python benchmarks/ablation.py run --data PATH      # appends a line for each finished run; goes on where it was
+    python benchmarks/ablation.py try --data PATH      # likewise: variations of arms that were run
     python benchmarks/ablation.py table                # writes docs/ablation.md from ablation.jsonl
 
 Every arm is tuned with each rate of one grid on the first 45,000 training images; the rate that is best on the 5,000
-set aside is then run with every seed and reads the test images, once. The first seed's run is the one that was chosen,
-kept under runs/ablation. The unconverted network's arms serve all shares. Images are decoded once. The information is
-that of test images, with centroids and temperatures fitted to the same 5,000 training images for all arms. Two
-processes may append to one log, given different arms.
+set aside is then run with every seed and reads the test images, once. What an arm does not say is as `TrainConfig` has
+it. The first seed's run is the one that was chosen, kept under runs/ablation. The unconverted network's arms serve all
+shares. Images are decoded once. The information is that of test images, with centroids and temperatures fitted to the
+same 5,000 training images for all arms. Variations have their arm's rate and its first seed, and are read on the images
+set aside. Two processes may append to one log, given different arms.
 """
 
 from __future__ import annotations
@@ -16,15 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import ablation_base as base
 import torch
+from ablation_page import write_page
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,44 +35,76 @@ from ltm_retrofit.flops import count_macs
 from ltm_retrofit.graph.example import prepare_example
 from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging import ib
+from ltm_retrofit.merging.statistics import Statistics
+from ltm_retrofit.tuning.data import UNLABELLED
 
 HERE = Path(__file__).parent
 RATES = (1e-4, 3e-4, 1e-3)
 CLUSTERS, PERPLEXITY = 64, 8.0
-FINETUNE = {"batch_size": 128, "label_smoothing": base.SMOOTHING}
-#: arm → conversion method, settings of the fine-tune (None: none at all), and whether it has all seeds
-ARMS: dict[str, tuple[str | None, dict[str, Any] | None, bool]] = {
-    "original": (None, None, False),
-    "original, tuned": (None, {"bound": "none"}, True),
-    "original, tuned, distillation": (None, {"bound": "none", "distill": 1.0}, True),
-    "LTM, not tuned": ("ltm", None, False),
-    "LTM, CE": ("ltm", {"bound": "none"}, True),
-    "LTM, CE + IBB": ("ltm", {"bound": "ibb"}, False),
-    "LTM, CE + CEB": ("ltm", {"bound": "ceb"}, True),
-    "LTM, CE + CEB, no IB step": ("ltm", {"bound": "ceb", "step": False}, False),
-    "LTM, distillation": ("ltm", {"bound": "none", "distill": 1.0}, True),
-    "LTM, distillation + CEB": ("ltm", {"bound": "ceb", "distill": 1.0}, True),
-    "LTM, masks only, CE + CEB": ("ltm", {"bound": "ceb", "train": "masks"}, False),
-    "ToMe, not tuned": ("tome", None, False),
-    "ToMe, CE": ("tome", {"bound": "none"}, True),
-    "ToMe, distillation": ("tome", {"bound": "none", "distill": 1.0}, True),
-    "average pooling, CE": ("pool", {"bound": "none"}, False),
+BATCH = ltm.TrainConfig().batch_size
+
+
+class Arm(NamedTuple):
+    """A conversion method, the settings of the fine-tune (None: none at all), and whether it has all seeds."""
+
+    method: str | None
+    settings: dict[str, Any] | None = None
+    all_seeds: bool = False
+    #: changes to the masks before the fine-tune: ``eta`` (stays zero), ``clusters``, ``perplexity``
+    masks: Mapping[str, Any] = MappingProxyType({})
+
+
+CE, CEB, IBB = ({"bound": kind} for kind in ("none", "ceb", "ibb"))
+DISTILL = {"distill": 1.0}
+ARMS = {
+    "original": Arm(None),
+    "original, tuned": Arm(None, CE, True),
+    "original, tuned, distillation": Arm(None, CE | DISTILL, True),
+    "LTM, not tuned": Arm("ltm"),
+    "LTM, CE": Arm("ltm", CE, True),
+    "LTM, CE + IBB": Arm("ltm", IBB, True),
+    "LTM, CE + CEB": Arm("ltm", CEB, True),
+    "LTM, CE + CEB, no IB step": Arm("ltm", CEB, masks={"eta": False}),
+    "LTM, distillation": Arm("ltm", CE | DISTILL, True),
+    "LTM, distillation + CEB": Arm("ltm", CEB | DISTILL, True),
+    "LTM, masks only, CE + CEB": Arm("ltm", CEB | {"train": "masks"}),
+    "ToMe, not tuned": Arm("tome"),
+    "ToMe, CE": Arm("tome", CE, True),
+    "ToMe, distillation": Arm("tome", CE | DISTILL, True),
+    "average pooling, CE": Arm("pool", CE),
+}
+#: what was tried → of which arm, and the settings or masks that it changes
+VARIATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    **{f"γ = {gamma:g}": ("LTM, CE + CEB", {"gamma": gamma}, {}) for gamma in (0.0, 3.0)},
+    **{f"λ = {weight:g}": ("LTM, CE + CEB", {"bound_weight": weight}, {}) for weight in (0.01, 0.3, 1.0)},
+    **{f"β for a perplexity of {target:g}": ("LTM, CE + CEB", {}, {"perplexity": target}) for target in (2.0, 24.0)},
+    **{f"{clusters} clusters": ("LTM, CE + CEB", {}, {"clusters": clusters}) for clusters in (16, 160)},
+    "bound at every site too": ("LTM, CE + CEB", {"bound_sites": 1.0}, {}),
+    "bound from the first step": ("LTM, CE + CEB", {"bound_warmup": 0.0}, {}),
+    "masks at 30 times the rate": ("LTM, CE + CEB", {"mask_lr": 30.0}, {}),
+    "gate": ("LTM, CE + CEB", {"gate": True}, {}),
+    "gate, distillation": ("LTM, distillation", {"gate": True}, {}),
+    "masks at 30 times the rate, distillation": ("LTM, distillation", {"mask_lr": 30.0}, {}),
+    "counts annealed over half the run, distillation": ("LTM, distillation", {"anneal": 0.5}, {}),
+    "distillation without labels": ("LTM, distillation", {"labels": False}, {}),
+    "soft labels by mixup, CE": ("LTM, CE", {"mixup": 0.2}, {}),
+    "soft labels by mixup, CE + CEB": ("LTM, CE + CEB", {"mixup": 0.2}, {}),
+    "soft labels by mixup, distillation": ("LTM, distillation", {"mixup": 0.2}, {}),
 }
 
 
 class Batches:
     """Augmented batches of the training images, drawn anew each time, from one seed."""
 
-    def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
-        self.images, self.labels = images, labels
+    def __init__(self, images: Tensor, labels: Tensor, seed: int, *, labelled: bool = True) -> None:
+        self.images, self.labels = images, labels if labelled else torch.full_like(labels, UNLABELLED)
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
-        return len(self.images) // FINETUNE["batch_size"]
+        return len(self.images) // BATCH
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        size = FINETUNE["batch_size"]
-        for index in torch.randperm(len(self.images), generator=self.generator)[: len(self) * size].split(size):
+        for index in torch.randperm(len(self.images), generator=self.generator)[: len(self) * BATCH].split(BATCH):
             images = base.augmented(self.images[index], self.generator)
             yield base.to_batch(images), self.labels[index]
 
@@ -87,21 +121,31 @@ def convert(method: str | None, flops: float) -> nn.Module:
     return model
 
 
-def tuned(arm: str, flops: float, epochs: int, rate: float, seed: int, train: tuple[Tensor, Tensor]) -> nn.Module:
+def tuned(arm: Arm, flops: float, epochs: int, rate: float, seed: int, train: tuple[Tensor, Tensor]) -> nn.Module:
     """Return an arm's network, converted and fine-tuned."""
-    method, settings, _ = ARMS[arm]
     torch.manual_seed(seed)
-    model = convert(method, flops)
-    if settings is None:
+    model = convert(arm.method, flops)
+    if arm.settings is None:
         return model
-    settings = dict(settings)
-    if not settings.pop("step", True):
-        for module in model.modules():
-            if isinstance(module, LEARNABLE):
-                module.eta.requires_grad_(False)
-    config = replace(ltm.TrainConfig(epochs=epochs, lr=rate, seed=seed, **settings), **FINETUNE)
-    ltm.finetune(model, Batches(*train, seed), config=config)
+    change(model, **arm.masks)
+    settings = dict(arm.settings)
+    labelled = settings.pop("labels", True)
+    if "mask_lr" in settings:
+        settings["mask_lr"] *= rate
+    config = ltm.TrainConfig(epochs=epochs, lr=rate, seed=seed, **settings)
+    ltm.finetune(model, Batches(*train, seed, labelled=labelled), config=config)
     return model.eval()
+
+
+def change(model: nn.Module, *, eta: bool = True, clusters: int = CLUSTERS, perplexity: float = PERPLEXITY) -> None:
+    """Change the masks of a network before its fine-tune."""
+    for module in list(model.modules()):
+        if isinstance(module, LEARNABLE):
+            module.eta.requires_grad_(eta)
+        for name, part in list(module.named_children()):
+            if isinstance(part, Statistics) and (clusters, perplexity) != (CLUSTERS, PERPLEXITY):
+                (_, dim), classes = part.centroids.shape, part.counts.shape[1]
+                setattr(module, name, Statistics(dim, classes, clusters, perplexity=perplexity))
 
 
 @torch.no_grad()
@@ -144,39 +188,71 @@ def noted(log: Path) -> list[dict[str, Any]]:
 
 def run(args: argparse.Namespace) -> None:
     """Do every run that the log does not have."""
-    torch.set_num_threads(args.threads)
-    images, labels = base.decoded(args.data, "train")
-    held = images[-base.ASIDE :], labels[-base.ASIDE :]
-    train = images[: -base.ASIDE][: args.limit], labels[: -base.ASIDE][: args.limit]
+    train, held = split(args)
     test = tuple(part[: args.limit] for part in base.decoded(args.data, "test"))
-    for arm in args.arms or ARMS:
-        method, settings, all_seeds = ARMS[arm]
-        setting = {"flops": args.flops if method else 1.0, "epochs": args.epochs, "images": len(train[0])}
-        for rate in RATES if settings is not None else (0.0,):
-            if find(args.log, arm=arm, stage="choose", rate=rate, **setting):
+    for name in args.arms or ARMS:
+        arm = ARMS[name]
+        setting = {"flops": args.flops if arm.method else 1.0, "epochs": args.epochs, "images": len(train[0])}
+        for rate in RATES if arm.settings is not None else (0.0,):
+            if find(args.log, arm=name, stage="choose", rate=rate, **setting):
                 continue
             began = time.perf_counter()
             model = tuned(arm, args.flops, args.epochs, rate, 0, train)
-            line = {"arm": arm, "stage": "choose", "rate": rate, **setting, "aside": share(hits(model, *held))}
+            line = {"arm": name, "stage": "choose", "rate": rate, **setting}
             line |= {"macs": count_macs(model, prepare_example(model, None)).total}
-            file = weights_of(arm, rate, setting)
+            file = weights_of(name, rate, setting)
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(model.state_dict(), file)
-            note(args.log, line | {"seconds": time.perf_counter() - began})
-        best = max(find(args.log, arm=arm, stage="choose", **setting), key=lambda line: line["aside"])["rate"]
-        for seed in range(args.seeds if all_seeds else 1):
-            if find(args.log, arm=arm, stage="test", seed=seed, **setting):
+            note(args.log, line | read(model, held) | {"seconds": time.perf_counter() - began})
+        best = rate_of(args.log, name, setting)
+        for seed in range(args.seeds if arm.all_seeds else 1):
+            if find(args.log, arm=name, stage="test", seed=seed, **setting):
                 continue
-            file = weights_of(arm, best, setting)
+            file = weights_of(name, best, setting)
             if seed == 0 and file.exists():
-                model = convert(method, args.flops).eval()
+                model = convert(arm.method, args.flops).eval()
                 model.load_state_dict(load_file(file))
             else:  # the same run once more, where its weights went with the machine
                 model = tuned(arm, args.flops, args.epochs, best, seed, train)
-            right = hits(model, *test)
-            line = {"arm": arm, "stage": "test", "seed": seed, "rate": best, **setting, "accuracy": share(right)}
-            line |= information(model, held, test)
-            note(args.log, line | {"right": bytes(right.to(torch.uint8).tolist()).translate(BITS).decode()})
+            line = {"arm": name, "stage": "test", "seed": seed, "rate": best, **setting}
+            note(args.log, line | information(model, held, test) | read(model, test))
+
+
+def vary(args: argparse.Namespace) -> None:
+    """Try every variation that the log does not have and whose arm it has."""
+    train, held = split(args)
+    setting = {"flops": args.flops, "epochs": args.epochs, "images": len(train[0])}
+    for name in args.arms or VARIATIONS:
+        of, settings, masks = VARIATIONS[name]
+        rate = rate_of(args.log, of, setting)
+        if rate is None or find(args.log, arm=name, stage="vary", **setting):
+            continue
+        began = time.perf_counter()
+        arm = ARMS[of]._replace(settings=ARMS[of].settings | settings, masks=masks)
+        model = tuned(arm, args.flops, args.epochs, rate, 0, train)
+        line = {"arm": name, "stage": "vary", "of": of, "rate": rate, **setting}
+        note(args.log, line | read(model, held) | {"seconds": time.perf_counter() - began})
+
+
+def split(args: argparse.Namespace) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return the images that train and those that are set aside, with their labels."""
+    images, labels = base.decoded(args.data, "train")
+    train = images[: -base.ASIDE][: args.limit], labels[: -base.ASIDE][: args.limit]
+    return train, (images[-base.ASIDE :], labels[-base.ASIDE :])
+
+
+def rate_of(log: Path, arm: str, setting: dict[str, Any]) -> float | None:
+    """Return the rate that is best for an arm on the images set aside; None where not all were tried."""
+    lines = find(log, arm=arm, stage="choose", **setting)
+    if len(lines) < (1 if ARMS[arm].settings is None else len(RATES)):
+        return None
+    return max(lines, key=lambda line: line["accuracy"])["rate"]
+
+
+def read(model: nn.Module, images: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """Return the accuracy in percent, and a character for each image: x where it is recognised."""
+    right = hits(model, *images)
+    return {"accuracy": share(right), "right": bytes(right.to(torch.uint8).tolist()).translate(BITS).decode()}
 
 
 def weights_of(arm: str, rate: float, setting: dict[str, Any]) -> Path:
@@ -204,77 +280,24 @@ def note(log: Path, line: dict[str, Any]) -> None:
     print({key: value for key, value in line.items() if key != "right"}, flush=True)
 
 
-def paired(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[float, float]:
-    """Return the mean difference in points and its standard error: over seeds, paired by test image."""
-    seeds = sorted({line["seed"] for line in one} & {line["seed"] for line in other})
-    rows = []
-    for seed in seeds:
-        first, second = (next(x["right"] for x in lines if x["seed"] == seed) for lines in (one, other))
-        rows.append([(a == "x") - (b == "x") for a, b in zip(first, second, strict=True)])
-    images = [statistics.fmean(column) for column in zip(*rows, strict=True)]
-    return 100 * statistics.fmean(images), 100 * statistics.stdev(images) / len(images) ** 0.5
-
-
-def table(args: argparse.Namespace) -> None:
-    """Write all settings of the log as Markdown tables."""
-    lines = noted(args.log)
-    settings = sorted({(x["flops"], x["epochs"], x["images"]) for x in lines if x["flops"] < 1}, reverse=True)
-    curve = noted(HERE / "ablation_base.jsonl")
-    page = [
-        "# Ablation",
-        "",
-        "Made by `benchmarks/ablation_base.py`, `ablation.py run` and `table`, from `benchmarks/ablation.jsonl`.",
-        f"Hardware: {', '.join(sorted({x['hardware'] for x in lines}))}.",
-        f"Base: {base.ARCHITECTURE} {base.MODEL_ARGS}, {curve[-1]['epoch']} epochs, test accuracy "
-        f"{curve[-1].get('test', float('nan')):.2f} %.",
-        f"Rates {RATES}, chosen on {base.ASIDE} training images set aside. Differences are paired by test image, ± one",
-        "standard error; *control* is the better of the original and the original given the same fine-tune.",
-    ]
-    for flops, epochs, images in settings:
-        here = [x for x in lines if x["flops"] in (flops, 1) and (x["epochs"], x["images"]) == (epochs, images)]
-        tests = {arm: [x for x in here if x["arm"] == arm and x["stage"] == "test"] for arm in ARMS}
-        macs = {arm: next((x["macs"] for x in here if x["arm"] == arm and "macs" in x), 0) for arm in ARMS}
-        control = max(
-            (arm for arm in ARMS if arm.startswith("original") and tests[arm]),
-            key=lambda arm: statistics.fmean(x["accuracy"] for x in tests[arm]),
-        )
-        page += ["", f"## ×{flops} of the multiply-adds, {epochs} epoch(s) of {images} images", ""]
-        page += [
-            f"Control: {control}.",
-            "",
-            "| arm | rate | MACs | top-1 (range) | to the control | IB | I(X̃;X) | I(X̃;Y) |",
-        ]
-        page += ["|---|---|---|---|---|---|---|---|"]
-        for arm, runs in tests.items():
-            if not runs:
-                continue
-            values = [x["accuracy"] for x in runs]
-            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
-            gap = "" if arm == control else "{:+.2f} ± {:.2f}".format(*paired(runs, tests[control]))
-            known = [f"{statistics.fmean(x[key] for x in runs):.3f}" for key in ("ib", "i_input", "i_label")]
-            cells = [arm, f"{runs[0]['rate']:g}", f"×{macs[arm] / macs['original']:.3f}"]
-            page.append(f"| {' | '.join([*cells, f'{statistics.fmean(values):.2f}{spread}', gap, *known])} |")
-        for one, other in (("LTM, CE + CEB", "LTM, CE"), ("LTM, CE", "ToMe, CE"), ("LTM, CE + CEB", "ToMe, CE")):
-            if tests[one] and tests[other]:
-                page += ["", "{} against {}: {:+.2f} ± {:.2f}".format(one, other, *paired(tests[one], tests[other]))]
-    args.out.write_text("\n".join(page) + "\n", encoding="utf-8")
-    print("\n".join(page))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("command", choices=("run", "try", "table"))
     parser.add_argument("--data", type=Path, help="folder with train.parquet and test.parquet")
     parser.add_argument("--flops", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3, help="of the headline arms; the others have one")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *VARIATIONS], metavar="ARM")
     parser.add_argument("--limit", type=int, help="images, to try things out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--log", type=Path, default=HERE / "ablation.jsonl")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "ablation.md")
     args = parser.parse_args()
-    {"run": run, "table": table}[args.command](args)
+    torch.set_num_threads(args.threads)
+    if args.command == "table":
+        write_page(noted(args.log), ARMS, RATES, args.out)
+    else:
+        {"run": run, "try": vary}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""docs/ablation.md: the runs of ablation.jsonl as tables, with differences paired by image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import ablation_base as base
+
+Runs = list[dict[str, Any]]
+#: pairs of arms that the page sets against each other
+AGAINST = (
+    ("LTM, CE + CEB", "LTM, CE"),
+    ("LTM, CE + IBB", "LTM, CE"),
+    ("LTM, distillation + CEB", "LTM, distillation"),
+    ("LTM, CE", "ToMe, CE"),
+    ("LTM, CE + CEB", "ToMe, CE"),
+    ("LTM, distillation", "ToMe, distillation"),
+    ("LTM, distillation + CEB", "ToMe, distillation"),
+    ("LTM, CE", "average pooling, CE"),
+)
+
+
+def paired(one: Runs, other: Runs) -> tuple[float, float]:
+    """Return the mean difference in points and its standard error: over seeds, paired by image."""
+    seeds = sorted({line.get("seed", 0) for line in one} & {line.get("seed", 0) for line in other})
+    if not seeds:  # one network against several runs of another
+        seeds, one, other = [0], one[:1], other[:1]
+    rows = []
+    for seed in seeds:
+        first, second = (next(x["right"] for x in lines if x.get("seed", 0) == seed) for lines in (one, other))
+        rows.append([(a == "x") - (b == "x") for a, b in zip(first, second, strict=True)])
+    images = [fmean(column) for column in zip(*rows, strict=True)]
+    return 100 * fmean(images), 100 * stdev(images) / len(images) ** 0.5
+
+
+def difference(one: Runs, other: Runs) -> str:
+    return "{:+.2f} ± {:.2f}".format(*paired(one, other))
+
+
+def write_page(lines: Runs, arms: Iterable[str], rates: Iterable[float], out: Path) -> None:
+    """Write all settings of the log as Markdown tables, and print them."""
+    arms, rates = list(arms), ", ".join(f"{rate:g}" for rate in rates)
+    curve = [json.loads(line) for line in (base.HERE / "ablation_base.jsonl").read_text(encoding="utf-8").splitlines()]
+    hardware = ", an ".join(sorted({x["hardware"] for x in lines}))
+    page = [
+        "# Ablation",
+        "",
+        "Made by `benchmarks/ablation_base.py`, then `ablation.py run`, `try` and `table`, from",
+        f"`benchmarks/ablation.jsonl`. Hardware: one core of an {hardware}.",
+        "",
+        f"Base: {base.ARCHITECTURE} {base.MODEL_ARGS}, trained {curve[-1]['epoch']} epochs on {50_000 - base.ASIDE:,}",
+        f"CIFAR-10 images, test accuracy {curve[-1]['test']:.2f} %. Every arm was tuned with the rates {rates}; the",
+        f"best on {base.ASIDE:,} training images set aside was run with the seeds and read the test images once. All",
+        "other settings are `TrainConfig`'s defaults. Differences are means over the seeds, paired by test image, ±",
+        "their standard error. *Control* is the better of the original and the original given the same fine-tune.",
+        "IB = I(X̃;X) − I(X̃;Y) in nats, on test images, clusters fitted to the images set aside.",
+    ]
+    settings = sorted({(x["flops"], x["epochs"], x["images"]) for x in lines if x["flops"] < 1}, reverse=True)
+    for flops, epochs, images in settings:
+        here = [x for x in lines if x["flops"] in (flops, 1) and (x["epochs"], x["images"]) == (epochs, images)]
+        here += [x for x in lines if x["arm"] == "original" and x not in here]  # it is the same after any fine-tune
+        page += ["", f"## ×{flops:g} of the multiply-adds, {epochs} epoch{'s' * (epochs > 1)} of {images:,} images", ""]
+        page += main_table(here, arms) + variations(here)
+    out.write_text("\n".join(page) + "\n", encoding="utf-8")
+    print("\n".join(page))
+
+
+def main_table(here: Runs, arms: list[str]) -> list[str]:
+    tests = {arm: [x for x in here if x["arm"] == arm and x["stage"] == "test"] for arm in arms}
+    macs = {arm: next((x["macs"] for x in here if x["arm"] == arm and "macs" in x), 0) for arm in arms}
+    controls = [arm for arm in arms if arm.startswith("original") and tests[arm]]
+    control = max(controls, key=lambda arm: fmean(x["accuracy"] for x in tests[arm]))
+    page = [
+        f"Control: {control}.",
+        "",
+        "| arm | rate | MACs | top-1 % (seeds) | to the control | IB | I(X̃;X) | I(X̃;Y) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, runs in tests.items():
+        if not runs:
+            continue
+        values = [x["accuracy"] for x in runs]
+        spread = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
+        gap = "" if arm == control else difference(runs, tests[control])
+        known = [f"{fmean(x[key] for x in runs):.3f}" for key in ("ib", "i_input", "i_label")]
+        cells = [arm, f"{runs[0]['rate']:g}" if runs[0]["rate"] else "", f"×{macs[arm] / macs['original']:.3f}"]
+        page.append(f"| {' | '.join([*cells, f'{fmean(values):.2f}{spread}', gap, *known])} |")
+    pairs = [(one, other) for one, other in AGAINST if tests[one] and tests[other]]
+    if pairs:
+        page += ["", "| one | against | difference |", "|---|---|---|"]
+        page += [f"| {one} | {other} | {difference(tests[one], tests[other])} |" for one, other in pairs]
+    return page
+
+
+def variations(here: Runs) -> list[str]:
+    """Compare each variation with its arm at the same rate and seed, on the images set aside."""
+    tried = [x for x in here if x["stage"] == "vary"]
+    if not tried:
+        return []
+    page = [
+        "",
+        "What else was tried, one run each, on the images set aside (nothing here was chosen on test images):",
+        "",
+        "| variation | of | to the arm itself |",
+        "|---|---|---|",
+    ]
+    for line in tried:
+        own = [x for x in here if (x["arm"], x["stage"], x["rate"]) == (line["of"], "choose", line["rate"])]
+        page.append(f"| {line['arm']} | {line['of']} | {difference([line], own)} |")
+    return page
