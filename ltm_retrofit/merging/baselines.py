@@ -44,7 +44,7 @@ class ToMeMask(SimilarityMask):
             weight, bias = key
             keys = F.linear(inner[:, self.prefix :].to(weight.dtype), weight, bias)
             leaving, staying, similarity = self.choose(lifted(keys), counts, self.valid(sizes, padded))
-            target = similarity.argmax(dim=-1)
+            target = take(similarity, leaving).argmax(dim=-1)
             sizes = similarity.new_ones(tokens.shape[:2]) if sizes is None else sizes
             source, destination = split(tokens[:, self.prefix :], counts)
             source_size, size = split(sizes[:, self.prefix :], counts)

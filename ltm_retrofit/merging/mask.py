@@ -21,6 +21,8 @@ from ltm_retrofit.merging.tokens import Assignment, Step
 
 #: temperature of the softmax over destinations in a freshly converted model
 INITIAL_TEMPERATURE = 0.05
+#: how far from the last similarity that leaves a source still learns whether to (METHOD, item 4)
+GATE_TEMPERATURE = 0.1
 #: far below the size of any token, and no zero
 TINY = 1e-12
 #: above what nothing but filling adds up to
@@ -85,7 +87,7 @@ class SimilarityMask(nn.Module):
 
         Returns:
             positions among the sources of those that leave ``(B, r)``, or None where all leave; of those that stay,
-            ascending; and the similarities of the leaving ones to all destinations ``(B, r, destinations)``.
+            ascending; and the similarities of all sources to all destinations ``(B, sources, destinations)``.
         """
         source, destination = split(F.normalize(keys, dim=-1), counts)
         similarity = torch.bmm(source, destination.transpose(1, 2))
@@ -101,7 +103,7 @@ class SimilarityMask(nn.Module):
         else:
             order = most.argsort(dim=-1, descending=True, stable=True)
         leaving, staying = order[:, :leave], order[:, leave:].sort(dim=-1).values
-        return leaving, staying, take(similarity, leaving)
+        return leaving, staying, similarity
 
     def valid(self, sizes: Tensor | None, padded: bool) -> Tensor | None:
         """Return which patch tokens are more than filling ``(B, patches)``; None where all are."""
@@ -130,6 +132,9 @@ class MaskModule(SimilarityMask):
         classes: C, of the statistics that the information-bottleneck step uses.
         clusters: A, likewise.
     """
+
+    #: whether training teaches who leaves, too
+    gated = False
 
     def __init__(
         self, dim: int, key_dim: int, tokens_in: int, tokens_out: int, prefix: int, classes: int, clusters: int = 64
@@ -166,30 +171,53 @@ class MaskModule(SimilarityMask):
         with full_precision(tokens):
             keys = self.key(inner[:, self.prefix :].to(self.key.weight.dtype))
             leaving, staying, similarity = self.choose(lifted(keys), counts, self.valid(sizes, padded))
+            gate = None
+            if self.gated and self.training and leaving is not None and leaving.shape[1]:
+                gate = self.gate(similarity, leaving)
+            moving = leaving if gate is None else None  # with a gate all sources do, most of them by nothing
+            similarity = take(similarity, moving)
             weights = torch.softmax(similarity * self.log_scale.exp().to(similarity.dtype), dim=-1)
             sizes = similarity.new_ones(tokens.shape[:2]) if sizes is None else sizes
             source, destination = split(tokens[:, self.prefix :], counts)
             source_size, size = split(sizes[:, self.prefix :], counts)
-            brought = pick(source_size, leaving).unsqueeze(-1) * weights  # s_a W_ab
+            brought = pick(source_size, moving).unsqueeze(-1) * weights  # s_a W_ab
+            if gate is not None:
+                brought = gate.unsqueeze(-1) * brought
+                source_size = source_size * (1 - gate)  # what stays where it is
             # where nothing but padding meets, sizes are zero
             new_size = (size + brought.sum(dim=1)).clamp_min(TINY)
 
             share = (brought / new_size.unsqueeze(1)).sum(dim=-1)  # Σ_p G⁰_jp of each source that leaves
-            if leaving is not None:  # a source that stays is a column of its own
+            if gate is not None:  # a source that stays is a column of its own
+                share = share + 1 - gate
+            elif leaving is not None:
                 share = share.new_ones(source.shape[:2]).scatter(1, leaving, share)
             remain = counts.tokens_out - self.prefix
             descriptor, source_tilt, tilt = self.descend(source, destination, share, size / new_size, remain, groups)
-            brought_tilted = pick(source_tilt, leaving).exp().unsqueeze(-1) * brought
+            brought_tilted = pick(source_tilt, moving).exp().unsqueeze(-1) * brought
             own = tilt.exp() * size
             total = (own + brought_tilted.sum(dim=1)).clamp_min(TINY)
 
             added = torch.bmm(
-                (brought_tilted / total.unsqueeze(1)).transpose(1, 2).to(tokens.dtype), take(source, leaving)
+                (brought_tilted / total.unsqueeze(1)).transpose(1, 2).to(tokens.dtype), take(source, moving)
             )
             merged = torch.addcmul(added, (own / total).unsqueeze(-1).to(tokens.dtype), destination)
             out = torch.cat([tokens[:, : self.prefix], take(source, staying), merged], dim=1)
             out_sizes = torch.cat([sizes[:, : self.prefix], pick(source_size, staying), new_size], dim=1)
+            weights = weights if gate is None else take(weights, leaving)
         return Merged(out, out_sizes, Step(self.assignment(leaving, staying, weights, counts), descriptor))
+
+    def gate(self, similarity: Tensor, leaving: Tensor) -> Tensor:
+        """Return 1 for each source that leaves and 0 for the others ``(B, sources)``, with a gradient (METHOD, item 4).
+
+        The gradient is that of ``σ((m − θ) / 0.1)``, m a source's largest similarity and θ halfway between the last
+        that leaves and the first that stays.
+        """
+        most = similarity.amax(dim=-1)
+        hard = torch.zeros_like(most).scatter(1, leaving, 1.0)
+        edges = most.detach().sort(dim=-1, descending=True).values[:, leaving.shape[1] - 1 : leaving.shape[1] + 1]
+        soft = torch.sigmoid((most - edges.mean(dim=-1, keepdim=True)) / GATE_TEMPERATURE)
+        return hard + (soft - soft.detach())
 
     def descend(
         self, source: Tensor, destination: Tensor, source_share: Tensor, share: Tensor, remain: int, groups: int

@@ -64,6 +64,7 @@ class TrainConfig(Strict):
         unreadable: share of the training images that may be unreadable; the next one takes the place of each.
         checkpoint_every: steps between two checkpoints, where `finetune` is given a folder for them.
         anneal: share of the steps in which the token counts fall from all to those of the plan.
+        gate: whether masks by similarity also learn which tokens merge, by a straight-through gate (METHOD, item 4).
     """
 
     epochs: int = 1
@@ -100,6 +101,7 @@ class TrainConfig(Strict):
     unreadable: float = 0.01
     checkpoint_every: int = 500
     anneal: float = 0.0
+    gate: bool = False
 
     def __post_init__(self) -> None:
         """Check every value; nothing is corrected silently."""
@@ -116,10 +118,11 @@ class TrainConfig(Strict):
                 if type(value) not in (int, float) or not 0 <= value <= most or math.isinf(value):
                     hint = " (YAML reads 1e-4 as text: write 1.0e-4)" if isinstance(value, str) else ""
                     raise RecipeError(f"{name} must be a number from 0 to {most}, got {value!r}{hint}")
-        if not isinstance(self.opt, str) or not isinstance(self.checkpointing, bool):
-            raise RecipeError(
-                f"opt is a name and checkpointing true or false, got {self.opt!r}, {self.checkpointing!r}"
-            )
+        if not isinstance(self.opt, str):
+            raise RecipeError(f"opt is a name, one of timm's optimizers, got {self.opt!r}")
+        for name in ("checkpointing", "gate"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.ema == 1 or self.layer_decay == 0:
             raise RecipeError("ema must be below 1 and layer_decay above 0, else nothing would ever be learned")
         if self.distill_temperature == 0:

@@ -16,7 +16,7 @@ from ltm_retrofit.blocks import FINETUNED, load_state
 from ltm_retrofit.errors import CheckpointError, DataError, TrainingError
 from ltm_retrofit.graph.example import home
 from ltm_retrofit.interception.masks import MASKS
-from ltm_retrofit.merging.mask import SimilarityMask
+from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
 from ltm_retrofit.merging.memory import Memory
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints
@@ -126,6 +126,7 @@ def finetune(
             stack.enter_context(low_rank(model, config))
             stack.enter_context(checkpointed(model, config.checkpointing))
             stack.enter_context(_kept_state(model, config.train))
+            stack.enter_context(_gated(model, config.gate))
             accumulate = config.accumulate * config.batch_size // batch_size
             run = Run(model, accelerator, config, classes, passes, accumulate, folder)
             if state is not None and not retried:
@@ -170,6 +171,25 @@ def _check_annealed(model: nn.Module, config: TrainConfig) -> None:
             f"anneal lets the counts of masks by similarity fall (methods ltm and tome, no grids), and this model has "
             f"{kinds}: set it to 0"
         )
+
+
+@contextmanager
+def _gated(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let masks learn which tokens merge, while inside.
+
+    Raises:
+        TrainingError: where no mask could.
+    """
+    masks = [module for module in model.modules() if isinstance(module, MaskModule)] if wanted else []
+    if wanted and not masks:
+        raise TrainingError("gate is for learnable masks by similarity (method ltm, no grids), and there is none here")
+    for mask in masks:
+        mask.gated = True
+    try:
+        yield
+    finally:
+        for mask in masks:
+            del mask.gated
 
 
 @contextmanager

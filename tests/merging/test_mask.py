@@ -500,6 +500,66 @@ def test_macs_of_methods_are_ordered(n, p, prefix):
     assert unmerge_macs("slice", DIM, n, p, prefix) == (n - p) * DIM
 
 
+# --------------------------------------------------------------------------------------------------------------- gate
+
+
+@pytest.mark.parametrize("n, p, prefix", COUNTS)
+def test_a_gate_changes_gradients_and_no_value(n, p, prefix):
+    read = {}
+    for gated in (False, True):
+        mask = soft(n, p, prefix, fit=True, eta=0.3)
+        mask.gated = gated
+        inner, tokens, sizes = double_inputs(n, DIM, 3, sized=True)
+        merged = mask(inner, tokens, sizes)
+        (merged.tokens.square().sum() + merged.sizes.square().sum()).backward()
+        step = merged.step
+        read[gated] = merged.tokens, merged.sizes, step.descriptor, step.assignment.dense(), mask.key.weight.grad
+        mask.eval()
+        torch.testing.assert_close(mask(inner, tokens, sizes).tokens, merged.tokens)
+    for plain, gated in zip(read[False][:-1], read[True][:-1], strict=True):
+        torch.testing.assert_close(gated, plain)
+    chosen = 0 < n - p < len(mask.source_positions)
+    assert (
+        (read[True][-1] - read[False][-1]).abs().max() > 1e-4
+        if chosen
+        else (torch.equal(read[True][-1], read[False][-1]))
+    )
+
+
+def test_gradient_of_a_gate_is_that_of_the_formula():
+    n, p, prefix = 17, 12, 1
+    mask = soft(n, p, prefix)
+    mask.gated = True
+    inner, tokens, sizes = double_inputs(n, DIM, 3, sized=True)
+    merged = mask(inner, tokens, sizes)
+    weight = torch.randn(merged.tokens.shape, generator=torch.Generator().manual_seed(1)).double()
+    loss = (merged.tokens * weight).sum() + (merged.sizes * weight[..., 0]).sum()
+    (ours,) = torch.autograd.grad(loss, mask.key.weight)
+
+    keys = F.normalize(mask.key(inner[:, prefix:]), dim=-1)
+    places = mask.source_positions.tolist()
+    others = [place for place in range(n - prefix) if place not in places]
+    similarity = keys[:, places] @ keys[:, others].transpose(1, 2)
+    assignment = (similarity * mask.log_scale.exp()).softmax(dim=-1)
+    loss = torch.zeros(()).double()
+    for image in range(BATCH):
+        most, z, s = similarity[image].amax(dim=-1), tokens[image, prefix:], sizes[image, prefix:]
+        order = most.argsort(descending=True)
+        threshold = (most[order[n - p - 1]] + most[order[n - p]]).detach() / 2
+        soft_gate = ((most - threshold) / 0.1).sigmoid()
+        staying = order[n - p :].sort().values
+        hard_gate = torch.ones_like(most).scatter(0, staying, 0.0)
+        gate = hard_gate + soft_gate - soft_gate.detach()
+        moved = (gate * s[places])[:, None] * assignment[image]
+        size = s[others] + moved.sum(dim=0)
+        z_merged = (s[others, None] * z[others] + moved.T @ z[places]) / size[:, None]
+        rows = torch.cat([tokens[image, :prefix], z[places][staying], z_merged])
+        leave = torch.cat([sizes[image, :prefix], (s[places] * (1 - gate))[staying], size])
+        loss = loss + (rows * weight[image]).sum() + (leave * weight[image, :, 0]).sum()
+    (theirs,) = torch.autograd.grad(loss, mask.key.weight)
+    torch.testing.assert_close(ours, theirs)
+
+
 # -------------------------------------------------------------------------------------------------------- composition
 
 

@@ -117,3 +117,16 @@ def test_fixed_counts_cannot_be_annealed(converted, build) -> None:
     for model, named in ((converted("timm-vit", "slice"), "SliceMask"), (build("timm-vit"), "no mask")):
         with pytest.raises(TrainingError, match=rf"anneal lets .* this model has {named}"):
             ltm.finetune(model, batches(2), config=ltm.TrainConfig(anneal=0.3))
+
+
+def test_who_leaves_is_learned_behind_a_gate_only_while_training(converted, build) -> None:
+    keys = {}
+    for gate in (False, True):
+        model = converted("timm-vit")
+        ltm.finetune(model, batches(3), config=ltm.TrainConfig(batch_size=7, gate=gate, bound="none"))
+        masks = [module for module in model.modules() if isinstance(module, LEARNABLE)]
+        assert not any(mask.gated for mask in masks)
+        keys[gate] = masks[0].key.weight.detach()
+    assert not torch.equal(keys[False], keys[True])
+    with pytest.raises(TrainingError, match="gate is for learnable masks by similarity"):
+        ltm.finetune(converted("timm-vit", "tome"), batches(2), config=ltm.TrainConfig(gate=True))

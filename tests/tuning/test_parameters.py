@@ -206,7 +206,8 @@ def test_a_model_without_checkpointing_says_so() -> None:
         ({"accumulate": 0}, "accumulate must be a whole number from 1 on"),
         ({"lora_rank": 0}, "lora_rank must be a whole number from 1 on"),
         ({"opt": None}, "opt is a name"),
-        ({"checkpointing": 1}, "checkpointing true or false"),
+        ({"checkpointing": 1}, "checkpointing must be true or false"),
+        ({"gate": 1}, "gate must be true or false"),
     ],
 )
 def test_impossible_settings_are_refused(values, message) -> None:
