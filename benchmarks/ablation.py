@@ -1,6 +1,7 @@
 """What brings the accuracy back: arms with the same multiply-adds, data and learning-rate grid, on CIFAR-10.
 
     python benchmarks/ablation_base.py --data PATH     # once: the base
+    python benchmarks/ablation.py plans --data PATH    # which blocks should merge: accuracies without any fine-tune
     python benchmarks/ablation.py run --data PATH      # appends a line for each finished run; goes on where it was
     python benchmarks/ablation.py try --data PATH      # likewise: variations of arms that were run
     python benchmarks/ablation.py table                # writes docs/ablation.md from ablation.jsonl
@@ -19,13 +20,13 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import ablation_base as base
 import torch
+from ablation_arms import ARMS, BATCH, CHOICES, CLUSTERS, PERPLEXITY, RATES, VARIATIONS, Arm, change, convert
 from ablation_page import write_page
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,64 +34,10 @@ from torch import Tensor, nn
 import ltm_retrofit as ltm
 from ltm_retrofit.flops import count_macs
 from ltm_retrofit.graph.example import prepare_example
-from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging import ib
-from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning.data import UNLABELLED
 
 HERE = Path(__file__).parent
-RATES = (1e-4, 3e-4, 1e-3)
-CLUSTERS, PERPLEXITY = 64, 8.0
-BATCH = ltm.TrainConfig().batch_size
-
-
-class Arm(NamedTuple):
-    """A conversion method, the settings of the fine-tune (None: none at all), and whether it has all seeds."""
-
-    method: str | None
-    settings: dict[str, Any] | None = None
-    all_seeds: bool = False
-    #: changes to the masks before the fine-tune: ``eta`` (stays zero), ``clusters``, ``perplexity``
-    masks: Mapping[str, Any] = MappingProxyType({})
-
-
-CE, CEB, IBB = ({"bound": kind} for kind in ("none", "ceb", "ibb"))
-DISTILL = {"distill": 1.0}
-ARMS = {
-    "original": Arm(None),
-    "original, tuned": Arm(None, CE, True),
-    "original, tuned, distillation": Arm(None, CE | DISTILL, True),
-    "LTM, not tuned": Arm("ltm"),
-    "LTM, CE": Arm("ltm", CE, True),
-    "LTM, CE + IBB": Arm("ltm", IBB, True),
-    "LTM, CE + CEB": Arm("ltm", CEB, True),
-    "LTM, CE + CEB, no IB step": Arm("ltm", CEB, masks={"eta": False}),
-    "LTM, distillation": Arm("ltm", CE | DISTILL, True),
-    "LTM, distillation + CEB": Arm("ltm", CEB | DISTILL, True),
-    "LTM, masks only, CE + CEB": Arm("ltm", CEB | {"train": "masks"}),
-    "ToMe, not tuned": Arm("tome"),
-    "ToMe, CE": Arm("tome", CE, True),
-    "ToMe, distillation": Arm("tome", CE | DISTILL, True),
-    "average pooling, CE": Arm("pool", CE),
-}
-#: what was tried → of which arm, and the settings or masks that it changes
-VARIATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    **{f"γ = {gamma:g}": ("LTM, CE + CEB", {"gamma": gamma}, {}) for gamma in (0.0, 3.0)},
-    **{f"λ = {weight:g}": ("LTM, CE + CEB", {"bound_weight": weight}, {}) for weight in (0.01, 0.3, 1.0)},
-    **{f"β for a perplexity of {target:g}": ("LTM, CE + CEB", {}, {"perplexity": target}) for target in (2.0, 24.0)},
-    **{f"{clusters} clusters": ("LTM, CE + CEB", {}, {"clusters": clusters}) for clusters in (16, 160)},
-    "bound at every site too": ("LTM, CE + CEB", {"bound_sites": 1.0}, {}),
-    "bound from the first step": ("LTM, CE + CEB", {"bound_warmup": 0.0}, {}),
-    "masks at 30 times the rate": ("LTM, CE + CEB", {"mask_lr": 30.0}, {}),
-    "gate": ("LTM, CE + CEB", {"gate": True}, {}),
-    "gate, distillation": ("LTM, distillation", {"gate": True}, {}),
-    "masks at 30 times the rate, distillation": ("LTM, distillation", {"mask_lr": 30.0}, {}),
-    "counts annealed over half the run, distillation": ("LTM, distillation", {"anneal": 0.5}, {}),
-    "distillation without labels": ("LTM, distillation", {"labels": False}, {}),
-    "soft labels by mixup, CE": ("LTM, CE", {"mixup": 0.2}, {}),
-    "soft labels by mixup, CE + CEB": ("LTM, CE + CEB", {"mixup": 0.2}, {}),
-    "soft labels by mixup, distillation": ("LTM, distillation", {"mixup": 0.2}, {}),
-}
 
 
 class Batches:
@@ -109,18 +56,6 @@ class Batches:
             yield base.to_batch(images), self.labels[index]
 
 
-def convert(method: str | None, flops: float) -> nn.Module:
-    """Return the base, converted to a share of its multiply-adds; pooling gets the counts of ``ltm``."""
-    model = base.load()
-    if method in ("ltm", "tome"):
-        return ltm.retrofit(model, ltm.LTMConfig(flops=flops, method=method))
-    if method == "pool":
-        rows = [row for row in ltm.get_plan(convert("ltm", flops)).rows if row.action == "merge"]
-        sites, counts = tuple(row.site for row in rows), tuple(row.tokens_out for row in rows)
-        return ltm.retrofit(model, ltm.LTMConfig(tokens=counts, sites=sites, method="pool"))
-    return model
-
-
 def tuned(arm: Arm, flops: float, epochs: int, rate: float, seed: int, train: tuple[Tensor, Tensor]) -> nn.Module:
     """Return an arm's network, converted and fine-tuned."""
     torch.manual_seed(seed)
@@ -135,17 +70,6 @@ def tuned(arm: Arm, flops: float, epochs: int, rate: float, seed: int, train: tu
     config = ltm.TrainConfig(epochs=epochs, lr=rate, seed=seed, **settings)
     ltm.finetune(model, Batches(*train, seed, labelled=labelled), config=config)
     return model.eval()
-
-
-def change(model: nn.Module, *, eta: bool = True, clusters: int = CLUSTERS, perplexity: float = PERPLEXITY) -> None:
-    """Change the masks of a network before its fine-tune."""
-    for module in list(model.modules()):
-        if isinstance(module, LEARNABLE):
-            module.eta.requires_grad_(eta)
-        for name, part in list(module.named_children()):
-            if isinstance(part, Statistics) and (clusters, perplexity) != (CLUSTERS, PERPLEXITY):
-                (_, dim), classes = part.centroids.shape, part.counts.shape[1]
-                setattr(module, name, Statistics(dim, classes, clusters, perplexity=perplexity))
 
 
 @torch.no_grad()
@@ -234,6 +158,17 @@ def vary(args: argparse.Namespace) -> None:
         note(args.log, line | read(model, held) | {"seconds": time.perf_counter() - began})
 
 
+def plans(args: argparse.Namespace) -> None:
+    """Note how well each choice of blocks does off the shelf, on the images set aside."""
+    held = split(args)[1]
+    for blocks in CHOICES:
+        line = {"arm": f"LTM, not tuned, blocks {blocks}", "stage": "plan", "flops": args.flops}
+        if not find(args.log, **line):
+            model = convert("ltm", args.flops, blocks).eval()
+            counts = {row.site: row.tokens_out for row in ltm.get_plan(model).rows}
+            note(args.log, line | {"tokens": counts} | read(model, held))
+
+
 def split(args: argparse.Namespace) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the images that train and those that are set aside, with their labels."""
     images, labels = base.decoded(args.data, "train")
@@ -282,7 +217,7 @@ def note(log: Path, line: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "try", "table"))
+    parser.add_argument("command", choices=("plans", "run", "try", "table"))
     parser.add_argument("--data", type=Path, help="folder with train.parquet and test.parquet")
     parser.add_argument("--flops", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=1)
@@ -297,7 +232,7 @@ def main() -> None:
     if args.command == "table":
         write_page(noted(args.log), ARMS, RATES, args.out)
     else:
-        {"run": run, "try": vary}[args.command](args)
+        {"plans": plans, "run": run, "try": vary}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,18 @@ def write_page(lines: Runs, arms: Iterable[str], rates: Iterable[float], out: Pa
         "their standard error. *Control* is the better of the original and the original given the same fine-tune.",
         "IB = I(X̃;X) − I(X̃;Y) in nats, on test images, clusters fitted to the images set aside.",
     ]
+    lines, plans = ([x for x in lines if (x["stage"] == "plan") == planned] for planned in (False, True))
     settings = sorted({(x["flops"], x["epochs"], x["images"]) for x in lines if x["flops"] < 1}, reverse=True)
     for flops, epochs, images in settings:
         here = [x for x in lines if x["flops"] in (flops, 1) and (x["epochs"], x["images"]) == (epochs, images)]
         here += [x for x in lines if x["arm"] == "original" and x not in here]  # it is the same after any fine-tune
         page += ["", f"## ×{flops:g} of the multiply-adds, {epochs} epoch{'s' * (epochs > 1)} of {images:,} images", ""]
         page += main_table(here, arms) + variations(here)
+    page += ["", "## Which blocks merge", "", "Without a fine-tune, on the images set aside; the best was taken.", ""]
+    page += ["| multiply-adds | tokens after each block | top-1 % |", "|---|---|---|"]
+    for line in sorted(plans, key=lambda line: (-line["flops"], -line["accuracy"])):
+        tokens = ", ".join(f"{site.removeprefix('blocks.')}: {count}" for site, count in line["tokens"].items())
+        page.append(f"| ×{line['flops']:g} | {tokens} | {line['accuracy']:.2f} |")
     out.write_text("\n".join(page) + "\n", encoding="utf-8")
     print("\n".join(page))
 

@@ -1,0 +1,110 @@
+"""The ablation's arms: what each converts by, how it is tuned, and what else is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import ablation_base as base
+from torch import nn
+
+import ltm_retrofit as ltm
+from ltm_retrofit.interception.masks import LEARNABLE
+from ltm_retrofit.merging.statistics import Statistics
+
+RATES = (1e-4, 3e-4, 1e-3)
+CLUSTERS, PERPLEXITY = 64, 8.0
+#: blocks that could merge, for `ablation.py plans`; the last one's patch tokens are dead, and sliced off
+EVERY = (0, 1, 2, 3, 4, 5)
+CHOICES = (
+    *(
+        (0, 5),
+        (1, 5),
+        (0, 1, 5),
+        (0, 2, 5),
+        (0, 3, 5),
+        (1, 2, 5),
+        (1, 3, 4, 5),
+        (0, 1, 2, 5),
+        (0, 1, 3, 5),
+        (0, 2, 4, 5),
+    ),
+    *((1, 2, 3, 5), (0, 1, 2, 3, 5), (1, 2, 3, 4, 5), EVERY),
+)
+#: share → those that were best off the shelf on the images set aside; (1, 3, 4, 5) is the schedule "stages"
+SITES = {0.65: EVERY, 0.5: EVERY, 0.35: (0, 3, 5)}
+BATCH = ltm.TrainConfig().batch_size
+
+
+class Arm(NamedTuple):
+    """A conversion method, the settings of the fine-tune (None: none at all), and whether it has all seeds."""
+
+    method: str | None
+    settings: dict[str, Any] | None = None
+    all_seeds: bool = False
+    #: changes to the masks before the fine-tune: ``eta`` (stays zero), ``clusters``, ``perplexity``
+    masks: Mapping[str, Any] = MappingProxyType({})
+
+
+CE, CEB, IBB = ({"bound": kind} for kind in ("none", "ceb", "ibb"))
+DISTILL = {"distill": 1.0}
+ARMS = {
+    "original": Arm(None),
+    "original, tuned": Arm(None, CE, True),
+    "original, tuned, distillation": Arm(None, CE | DISTILL, True),
+    "LTM, not tuned": Arm("ltm"),
+    "LTM, CE": Arm("ltm", CE, True),
+    "LTM, CE + IBB": Arm("ltm", IBB, True),
+    "LTM, CE + CEB": Arm("ltm", CEB, True),
+    "LTM, CE + CEB, no IB step": Arm("ltm", CEB, masks={"eta": False}),
+    "LTM, distillation": Arm("ltm", CE | DISTILL, True),
+    "LTM, distillation + CEB": Arm("ltm", CEB | DISTILL, True),
+    "LTM, masks only, CE + CEB": Arm("ltm", CEB | {"train": "masks"}),
+    "ToMe, not tuned": Arm("tome"),
+    "ToMe, CE": Arm("tome", CE, True),
+    "ToMe, distillation": Arm("tome", CE | DISTILL, True),
+    "average pooling, CE": Arm("pool", CE),
+}
+#: what was tried → of which arm, and the settings or masks that it changes
+VARIATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    **{f"γ = {gamma:g}": ("LTM, CE + CEB", {"gamma": gamma}, {}) for gamma in (0.0, 3.0)},
+    **{f"λ = {weight:g}": ("LTM, CE + CEB", {"bound_weight": weight}, {}) for weight in (0.01, 0.3, 1.0)},
+    **{f"β for a perplexity of {target:g}": ("LTM, CE + CEB", {}, {"perplexity": target}) for target in (2.0, 24.0)},
+    **{f"{clusters} clusters": ("LTM, CE + CEB", {}, {"clusters": clusters}) for clusters in (16, 160)},
+    "bound at every site too": ("LTM, CE + CEB", {"bound_sites": 1.0}, {}),
+    "bound from the first step": ("LTM, CE + CEB", {"bound_warmup": 0.0}, {}),
+    "masks at 30 times the rate": ("LTM, CE + CEB", {"mask_lr": 30.0}, {}),
+    "gate": ("LTM, CE + CEB", {"gate": True}, {}),
+    "gate, distillation": ("LTM, distillation", {"gate": True}, {}),
+    "masks at 30 times the rate, distillation": ("LTM, distillation", {"mask_lr": 30.0}, {}),
+    "counts annealed over half the run, distillation": ("LTM, distillation", {"anneal": 0.5}, {}),
+    "distillation without labels": ("LTM, distillation", {"labels": False}, {}),
+    "soft labels by mixup, CE": ("LTM, CE", {"mixup": 0.2}, {}),
+    "soft labels by mixup, CE + CEB": ("LTM, CE + CEB", {"mixup": 0.2}, {}),
+    "soft labels by mixup, distillation": ("LTM, distillation", {"mixup": 0.2}, {}),
+}
+
+
+def convert(method: str | None, flops: float, blocks: tuple[int, ...] = ()) -> nn.Module:
+    """Return the base, converted to a share of its multiply-adds; pooling gets the counts of ``ltm``."""
+    model = base.load()
+    if method in ("ltm", "tome"):
+        sites = tuple(f"blocks.{index}" for index in blocks or SITES[flops])
+        return ltm.retrofit(model, ltm.LTMConfig(flops=flops, method=method, sites=sites))
+    if method == "pool":
+        rows = [row for row in ltm.get_plan(convert("ltm", flops)).rows if row.action == "merge"]
+        sites, counts = tuple(row.site for row in rows), tuple(row.tokens_out for row in rows)
+        return ltm.retrofit(model, ltm.LTMConfig(tokens=counts, sites=sites, method="pool"))
+    return model
+
+
+def change(model: nn.Module, *, eta: bool = True, clusters: int = CLUSTERS, perplexity: float = PERPLEXITY) -> None:
+    """Change the masks of a network before its fine-tune."""
+    for module in list(model.modules()):
+        if isinstance(module, LEARNABLE):
+            module.eta.requires_grad_(eta)
+        for name, part in list(module.named_children()):
+            if isinstance(part, Statistics) and (clusters, perplexity) != (CLUSTERS, PERPLEXITY):
+                (_, dim), classes = part.centroids.shape, part.counts.shape[1]
+                setattr(module, name, Statistics(dim, classes, clusters, perplexity=perplexity))
