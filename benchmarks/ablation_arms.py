@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -43,12 +44,13 @@ class Arm(NamedTuple):
     method: str | None
     settings: dict[str, Any] | None = None
     all_seeds: bool = False
-    #: changes to the masks before the fine-tune: ``eta`` (stays zero), ``clusters``, ``perplexity``
+    #: changes to the masks before the fine-tune: ``eta`` (stays zero), ``clusters``, ``perplexity``, ``temperature``
     masks: Mapping[str, Any] = MappingProxyType({})
 
 
 CE, CEB, IBB = ({"bound": kind} for kind in ("none", "ceb", "ibb"))
-DISTILL = {"distill": 1.0}
+#: from logits and feature, on images mixed by CutMix, and without labels: the base knows its training labels by heart
+DISTILL = {"distill": 1.0, "distill_token": 1.0, "cutmix": 1.0, "labels": False}
 ARMS = {
     "original": Arm(None),
     "original, tuned": Arm(None, CE, True),
@@ -79,10 +81,14 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gate, distillation": ("LTM, distillation", {"gate": True}, {}),
     "masks at 30 times the rate, distillation": ("LTM, distillation", {"mask_lr": 30.0}, {}),
     "counts annealed over half the run, distillation": ("LTM, distillation", {"anneal": 0.5}, {}),
-    "distillation without labels": ("LTM, distillation", {"labels": False}, {}),
+    "with labels, distillation": ("LTM, distillation", {"labels": True}, {}),
+    "of logits alone, distillation": ("LTM, distillation", {"distill_token": 0.0}, {}),
+    "without CutMix, distillation": ("LTM, distillation", {"cutmix": 0.0}, {}),
+    "a temperature of 0.01 to begin with, distillation": ("LTM, distillation", {}, {"temperature": 0.01}),
     "soft labels by mixup, CE": ("LTM, CE", {"mixup": 0.2}, {}),
     "soft labels by mixup, CE + CEB": ("LTM, CE + CEB", {"mixup": 0.2}, {}),
-    "soft labels by mixup, distillation": ("LTM, distillation", {"mixup": 0.2}, {}),
+    "soft labels by CutMix, CE": ("LTM, CE", {"cutmix": 1.0}, {}),
+    "soft labels by CutMix, CE + CEB": ("LTM, CE + CEB", {"cutmix": 1.0}, {}),
 }
 
 
@@ -99,11 +105,20 @@ def convert(method: str | None, flops: float, blocks: tuple[int, ...] = ()) -> n
     return model
 
 
-def change(model: nn.Module, *, eta: bool = True, clusters: int = CLUSTERS, perplexity: float = PERPLEXITY) -> None:
+def change(
+    model: nn.Module,
+    *,
+    eta: bool = True,
+    clusters: int = CLUSTERS,
+    perplexity: float = PERPLEXITY,
+    temperature: float | None = None,
+) -> None:
     """Change the masks of a network before its fine-tune."""
     for module in list(model.modules()):
         if isinstance(module, LEARNABLE):
             module.eta.requires_grad_(eta)
+            if temperature is not None:
+                nn.init.constant_(module.log_scale, -math.log(temperature))
         for name, part in list(module.named_children()):
             if isinstance(part, Statistics) and (clusters, perplexity) != (CLUSTERS, PERPLEXITY):
                 (_, dim), classes = part.centroids.shape, part.counts.shape[1]
