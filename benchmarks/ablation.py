@@ -230,7 +230,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.command == "table":
-        write_page(noted(args.log), ARMS, RATES, args.out)
+        write_page(noted(args.log), args.out)
     else:
         {"plans": plans, "run": run, "try": vary}[args.command](args)
 

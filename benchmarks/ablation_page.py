@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import ablation_base as base
+from ablation_arms import ARMS, DISTILL, RATES
 
 Runs = list[dict[str, Any]]
 #: pairs of arms that the page sets against each other
@@ -41,9 +41,11 @@ def difference(one: Runs, other: Runs) -> str:
     return "{:+.2f} ± {:.2f}".format(*paired(one, other))
 
 
-def write_page(lines: Runs, arms: Iterable[str], rates: Iterable[float], out: Path) -> None:
+def write_page(lines: Runs, out: Path) -> None:
     """Write all settings of the log as Markdown tables, and print them."""
-    arms, rates = list(arms), ", ".join(f"{rate:g}" for rate in rates)
+    arms, rates = list(ARMS), ", ".join(f"{rate:g}" for rate in RATES)
+    labels = "with" if DISTILL["labels"] else "without"
+    distilled = ", ".join(f"`{key}={value:g}`" for key, value in DISTILL.items() if key != "labels")
     curve = [json.loads(line) for line in (base.HERE / "ablation_base.jsonl").read_text(encoding="utf-8").splitlines()]
     hardware = ", an ".join(sorted({x["hardware"] for x in lines}))
     page = [
@@ -55,7 +57,8 @@ def write_page(lines: Runs, arms: Iterable[str], rates: Iterable[float], out: Pa
         f"Base: {base.ARCHITECTURE} {base.MODEL_ARGS}, trained {curve[-1]['epoch']} epochs on {50_000 - base.ASIDE:,}",
         f"CIFAR-10 images, test accuracy {curve[-1]['test']:.2f} %. Every arm was tuned with the rates {rates}; the",
         f"best on {base.ASIDE:,} training images set aside was run with the seeds and read the test images once. All",
-        "other settings are `TrainConfig`'s defaults. Differences are means over the seeds, paired by test image, ±",
+        f"other settings are `TrainConfig`'s defaults, but *distillation* sets {distilled} and learns",
+        f"{labels} labels. Differences are means over the seeds, paired by test image, ±",
         "their standard error. *Control* is the better of the original and the original given the same fine-tune.",
         "IB = I(X̃;X) − I(X̃;Y) in nats, on test images, clusters fitted to the images set aside.",
     ]
