@@ -16,25 +16,9 @@ from ltm_retrofit.merging.statistics import Statistics
 
 RATES = (1e-4, 3e-4, 1e-3)
 CLUSTERS, PERPLEXITY = 64, 8.0
-#: blocks that could merge, for `ablation.py plans`; the last one's patch tokens are dead, and sliced off
+#: blocks that could merge, for the lines "plan"; the last one's patch tokens are dead, and sliced off
 EVERY = (0, 1, 2, 3, 4, 5)
-CHOICES = (
-    *(
-        (0, 5),
-        (1, 5),
-        (0, 1, 5),
-        (0, 2, 5),
-        (0, 3, 5),
-        (1, 2, 5),
-        (1, 3, 4, 5),
-        (0, 1, 2, 5),
-        (0, 1, 3, 5),
-        (0, 2, 4, 5),
-    ),
-    *((1, 2, 3, 5), (0, 1, 2, 3, 5), (1, 2, 3, 4, 5), EVERY),
-)
-#: share → those that were best off the shelf on the images set aside; (1, 3, 4, 5) is the schedule "stages"
-SITES = {0.65: EVERY, 0.5: EVERY, 0.35: (0, 3, 5)}
+CHOICES = ((0, 5), (1, 5), (0, 2, 5), (0, 3, 5), (1, 3, 4, 5), (0, 1, 3, 5), (0, 1, 2, 3, 5), (1, 2, 3, 4, 5), EVERY)
 BATCH = ltm.TrainConfig().batch_size
 
 
@@ -92,14 +76,29 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def convert(method: str | None, flops: float, blocks: tuple[int, ...] = ()) -> nn.Module:
+#: what is run, in this order: share of the multiply-adds, epochs, arms
+PROGRAMME: tuple[tuple[float, int, tuple[str, ...]], ...] = (
+    (1.0, 0, ("original",)),
+    *((share, 0, ("LTM, not tuned", "ToMe, not tuned")) for share in (0.5, 0.65, 0.35)),
+    (0.5, 1, ("LTM, distillation",)),
+    (1.0, 1, ("original, tuned, distillation", "original, tuned")),
+    (0.65, 1, ("LTM, distillation",)),
+    (0.5, 1, ("LTM, CE", "LTM, CE + CEB", "ToMe, CE", "ToMe, distillation", "LTM, distillation + CEB")),
+    (0.5, 5, ("LTM, distillation",)),
+    (1.0, 5, ("original, tuned, distillation", "original, tuned")),
+    (0.35, 5, ("LTM, distillation",)),
+    (0.5, 1, ("LTM, CE + IBB", "LTM, CE + CEB, no IB step", "LTM, masks only, CE + CEB", "average pooling, CE")),
+)
+
+
+def convert(method: str | None, flops: float, blocks: tuple[int, ...]) -> nn.Module:
     """Return the base, converted to a share of its multiply-adds; pooling gets the counts of ``ltm``."""
     model = base.load()
+    sites = tuple(f"blocks.{index}" for index in blocks)
     if method in ("ltm", "tome"):
-        sites = tuple(f"blocks.{index}" for index in blocks or SITES[flops])
         return ltm.retrofit(model, ltm.LTMConfig(flops=flops, method=method, sites=sites))
     if method == "pool":
-        rows = [row for row in ltm.get_plan(convert("ltm", flops)).rows if row.action == "merge"]
+        rows = [row for row in ltm.get_plan(convert("ltm", flops, blocks)).rows if row.action == "merge"]
         sites, counts = tuple(row.site for row in rows), tuple(row.tokens_out for row in rows)
         return ltm.retrofit(model, ltm.LTMConfig(tokens=counts, sites=sites, method="pool"))
     return model
