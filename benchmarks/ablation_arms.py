@@ -83,6 +83,7 @@ PROGRAMME: tuple[tuple[float, int, tuple[str, ...]], ...] = (
     (0.5, 1, ("LTM, distillation",)),
     (1.0, 1, ("original, tuned, distillation", "original, tuned")),
     (0.65, 1, ("LTM, distillation",)),
+    (0.35, 1, ("LTM, distillation",)),
     (0.5, 1, ("LTM, CE", "LTM, CE + CEB", "ToMe, CE", "ToMe, distillation", "LTM, distillation + CEB")),
     (0.5, 5, ("LTM, distillation",)),
     (1.0, 5, ("original, tuned, distillation", "original, tuned")),

@@ -42,7 +42,7 @@ ASIDE = 5000
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
 BATCH, LR, WEIGHT_DECAY, SMOOTHING, WARMUP = 256, 3e-3, 0.05, 0.1, 2
 #: how many there are, and how many of them mix images
-EPOCHS, MIXED = 100, 90
+EPOCHS, MIXED = 40, 36
 
 
 def decoded(data: Path, split: str) -> tuple[Tensor, Tensor]:
