@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import ablation_base as base
-from ablation_arms import ARMS, DISTILL, RATES
+from ablation_arms import ARMS, DISTILL, PROGRAMME, RATES, VARIATIONS
 
 Runs = list[dict[str, Any]]
 #: pairs of arms that the page sets against each other
@@ -49,12 +49,12 @@ def write_page(lines: Runs, out: Path) -> None:
     labels = "with" if DISTILL["labels"] else "without"
     distilled = ", ".join(f"`{key}={value:g}`" for key, value in DISTILL.items() if key != "labels")
     curve = [json.loads(line) for line in (base.HERE / "ablation_base.jsonl").read_text(encoding="utf-8").splitlines()]
-    hardware = ", an ".join(sorted({x["hardware"] for x in lines}))
+    hardware = "; ".join(sorted({x["hardware"] for x in lines}))
     page = [
         "# Ablation",
         "",
-        "Made by `benchmarks/ablation_base.py`, then `ablation.py run`, `try` and `table`, from",
-        f"`benchmarks/ablation.jsonl`. Hardware: one core of an {hardware}.",
+        "Made by `benchmarks/ablation_base.py`, then `ablation.py run` and `table`, from `benchmarks/ablation.jsonl`.",
+        f"Hardware: {hardware}.",
         "",
         f"Base: {base.ARCHITECTURE} {base.MODEL_ARGS}, trained {curve[-1]['epoch']} epochs on {50_000 - base.ASIDE:,}",
         f"CIFAR-10 images, test accuracy {curve[-1]['test']:.2f} %. Every arm was tuned with the rates {rates}; the",
@@ -65,12 +65,12 @@ def write_page(lines: Runs, out: Path) -> None:
         "IB = I(X̃;X) − I(X̃;Y) in nats, on test images, clusters fitted to the images set aside.",
     ]
     lines, plans = ([x for x in lines if (x["stage"] == "plan") == planned] for planned in (False, True))
-    settings = sorted({(x["flops"], x["epochs"], x["images"]) for x in lines if x["flops"] < 1}, reverse=True)
-    for flops, epochs, images in settings:
-        here = [x for x in lines if x["flops"] in (flops, 1) and (x["epochs"], x["images"]) == (epochs, images)]
-        here += [x for x in lines if x["arm"] == "original" and x not in here]  # it is the same after any fine-tune
+    settings = sorted({(x["flops"], x["epochs"], x["images"]) for x in lines if x["flops"] < 1 and x["epochs"]})
+    for flops, epochs, images in reversed(settings):
+        here = [x for x in lines if x["flops"] in (flops, 1) and x["epochs"] in (epochs, 0) and x["images"] == images]
         page += ["", f"## ×{flops:g} of the multiply-adds, {epochs} epoch{'s' * (epochs > 1)} of {images:,} images", ""]
         page += main_table(here, arms) + variations(here)
+    page += not_run(lines)
     page += ["", "## Which blocks merge", "", "Without a fine-tune, on the images set aside; the best was taken.", ""]
     page += ["| multiply-adds | tokens after each block | top-1 % |", "|---|---|---|"]
     for line in sorted(plans, key=lambda line: (-line["flops"], -line["accuracy"])):
@@ -78,6 +78,21 @@ def write_page(lines: Runs, out: Path) -> None:
         page.append(f"| ×{line['flops']:g} | {tokens} | {line['accuracy']:.2f} |")
     out.write_text("\n".join(page) + "\n", encoding="utf-8")
     print("\n".join(page))
+
+
+def not_run(lines: Runs) -> list[str]:
+    """List what the programme holds and the log does not."""
+    done = {(x["flops"], x["epochs"], x["arm"]) for x in lines if x["stage"] in ("test", "vary")}
+    rows = [*PROGRAMME, (0.5, 1, tuple(VARIATIONS))]
+    missing = [
+        (flops, epochs, [arm for arm in names if (flops, epochs, arm) not in done]) for flops, epochs, names in rows
+    ]
+    page = [
+        f"- ×{flops:g}, {epochs} epoch{'s' * (epochs > 1)}: {'; '.join(names)}"
+        for flops, epochs, names in missing
+        if names
+    ]
+    return ["", "## In the programme, not run yet", "", *page] if page else []
 
 
 def main_table(here: Runs, arms: list[str]) -> list[str]:
