@@ -25,13 +25,15 @@ AGAINST = (
 
 
 def paired(one: Runs, other: Runs) -> tuple[float, float]:
-    """Return the mean difference in points and its standard error: over seeds, paired by image."""
-    seeds = sorted({line.get("seed", 0) for line in one} & {line.get("seed", 0) for line in other})
-    if not seeds:  # one network against several runs of another
-        seeds, one, other = [0], one[:1], other[:1]
+    """Return the mean difference in points and its standard error: over seeds, paired by image.
+
+    A network that is not tuned has one run, which stands against each seed of the other.
+    """
+    runs = [{line.get("seed", 0): line["right"] for line in lines} for lines in (one, other)]
+    seeds = sorted(set(runs[0]) & set(runs[1]) if min(map(len, runs)) > 1 else set(runs[0]) | set(runs[1]))
     rows = []
     for seed in seeds:
-        first, second = (next(x["right"] for x in lines if x.get("seed", 0) == seed) for lines in (one, other))
+        first, second = (known[seed] if len(known) > 1 else next(iter(known.values())) for known in runs)
         rows.append([(a == "x") - (b == "x") for a, b in zip(first, second, strict=True)])
     images = [fmean(column) for column in zip(*rows, strict=True)]
     return 100 * fmean(images), 100 * stdev(images) / len(images) ** 0.5
