@@ -1,6 +1,6 @@
 """Train the ablation's base: a vision transformer of 6 blocks and 257 tokens, from scratch, on CIFAR-10.
 
-    python benchmarks/ablation_base.py --data PATH      # minutes on a GPU, more than a day on two cores
+    python benchmarks/ablation_base.py --data PATH      # 40 epochs of about 4 s on an H200
 
 The last 5,000 training images are set aside: neither the base nor a fine-tune learns from them, learning rates are
 chosen on them. Half of the batches are mixed (MixUp, CutMix), as the recipes of pretrained vision transformers do, and
