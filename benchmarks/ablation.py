@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import ablation_base as base
-from ablation_arms import ARMS, CHOICES, PROGRAMME, RATES, VARIATIONS
+from ablation_arms import ARMS, CHOICES, PROGRAMME, RATES, VARIATIONS, arm_of
 from ablation_job import Job, do
 from ablation_page import write_page
 
@@ -47,7 +47,7 @@ def best_of(jobs: list[Job], accuracies: dict[Job, float]) -> Job | None:
 def wanted(programme: list[tuple[float, int, str]], done: dict[Job, float], seeds: int, images: int) -> Iterator[Job]:
     """Yield every job whose choice has been made, done or not, in the order of the programme."""
     for flops, epochs, name in programme:
-        arm = ARMS[VARIATIONS[name][0] if name in VARIATIONS else name]
+        arm, of = arm_of(name), VARIATIONS[name][0] if name in VARIATIONS else name
         chosen = Job("plan", "LTM, not tuned", 1.0)
         if arm.method:
             plans = [Job("plan", "LTM, not tuned", flops, blocks=blocks) for blocks in CHOICES]
@@ -60,7 +60,6 @@ def wanted(programme: list[tuple[float, int, str]], done: dict[Job, float], seed
         if arm.settings is None:
             yield Job("test", name, **setting)
             continue
-        of = VARIATIONS[name][0] if name in VARIATIONS else name
         choices = [Job("choose", of, rate=rate, **setting) for rate in RATES]
         yield from choices
         best = best_of(choices, done)
@@ -74,22 +73,21 @@ def wanted(programme: list[tuple[float, int, str]], done: dict[Job, float], seed
 
 def run(args: argparse.Namespace) -> None:
     """Do every job that the log does not have, several at once; one that fails does not stop the others."""
-    programme = [(flops, epochs, name) for flops, epochs, names in PROGRAMME for name in names]
-    programme += [(0.5, 1, name) for name in VARIATIONS]
     programme = [
         (flops, epochs, name)
-        for flops, epochs, name in programme
+        for flops, epochs, names in PROGRAMME
+        for name in names
         if (not args.arms or name in args.arms)
         and (not args.flops or flops in (*args.flops, 1.0))
         and (not args.epochs or epochs in (*args.epochs, 0))
     ]
     for split in ("train", "test"):
         base.decoded(args.data, split)
+    done = {job_of(line): line["accuracy"] for line in noted(args.log)}
     failed: set[Job] = set()
     flying: dict[Future[dict[str, Any]], Job] = {}
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         while True:
-            done = {job_of(line): line["accuracy"] for line in noted(args.log)}
             for job in wanted(programme, done, args.seeds, args.images):
                 if len(flying) < args.workers and not (job in done or job in failed or job in flying.values()):
                     flying[pool.submit(do, job, args.data, args.threads)] = job
@@ -98,18 +96,15 @@ def run(args: argparse.Namespace) -> None:
             for future in wait(flying, return_when=FIRST_COMPLETED).done:
                 job = flying.pop(future)
                 try:
-                    note(args.log, future.result())
+                    line = future.result()
                 except Exception:  # whatever it is, the others' hours are not to be lost
                     traceback.print_exc()
                     failed.add(job)
+                else:
+                    base.note(args.log, line, hidden="right")
+                    done[job] = line["accuracy"]
     if failed:
         raise SystemExit(f"{len(failed)} runs failed: {sorted(failed)}")
-
-
-def note(log: Path, line: dict[str, Any]) -> None:
-    with log.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(line) + "\n")
-    print({key: value for key, value in line.items() if key != "right"}, flush=True)
 
 
 def main() -> None:

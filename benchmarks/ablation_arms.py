@@ -17,8 +17,10 @@ from ltm_retrofit.merging.statistics import Statistics
 RATES = (1e-4, 3e-4, 1e-3)
 CLUSTERS, PERPLEXITY = 64, 8.0
 #: blocks that could merge, for the lines "plan"; the last one's patch tokens are dead, and sliced off
-EVERY = (0, 1, 2, 3, 4, 5)
-CHOICES = ((0, 5), (1, 5), (0, 2, 5), (0, 3, 5), (1, 3, 4, 5), (0, 1, 3, 5), (0, 1, 2, 3, 5), (1, 2, 3, 4, 5), EVERY)
+CHOICES = (
+    *((0, 5), (1, 5), (0, 2, 5), (0, 3, 5), (1, 3, 4, 5), (0, 1, 3, 5)),
+    *((0, 1, 2, 3, 5), (1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)),
+)
 BATCH = ltm.TrainConfig().batch_size
 
 
@@ -74,9 +76,7 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "soft labels by CutMix, CE": ("LTM, CE", {"cutmix": 1.0}, {}),
     "soft labels by CutMix, CE + CEB": ("LTM, CE + CEB", {"cutmix": 1.0}, {}),
 }
-
-
-#: what is run, in this order: share of the multiply-adds, epochs, arms
+#: what is run, in this order: share of the multiply-adds, epochs, arms or variations
 PROGRAMME: tuple[tuple[float, int, tuple[str, ...]], ...] = (
     (1.0, 0, ("original",)),
     *((share, 0, ("LTM, not tuned", "ToMe, not tuned")) for share in (0.5, 0.65, 0.35)),
@@ -89,7 +89,16 @@ PROGRAMME: tuple[tuple[float, int, tuple[str, ...]], ...] = (
     (1.0, 5, ("original, tuned, distillation", "original, tuned")),
     (0.35, 5, ("LTM, distillation",)),
     (0.5, 1, ("LTM, CE + IBB", "LTM, CE + CEB, no IB step", "LTM, masks only, CE + CEB", "average pooling, CE")),
+    (0.5, 1, tuple(VARIATIONS)),
 )
+
+
+def arm_of(name: str) -> Arm:
+    """Return an arm, or what a variation makes of its arm."""
+    if name in ARMS:
+        return ARMS[name]
+    of, settings, masks = VARIATIONS[name]
+    return ARMS[of]._replace(settings=(ARMS[of].settings or {}) | settings, masks=masks)
 
 
 def convert(method: str | None, flops: float, blocks: tuple[int, ...]) -> nn.Module:

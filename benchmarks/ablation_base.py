@@ -124,8 +124,7 @@ def main() -> None:
     save_file(model.state_dict(), BASE)
     TRAINING.unlink(missing_ok=True)
     test = (part.to(DEVICE) for part in decoded(args.data, "test"))
-    hardware = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
-    note(args.log, {"epoch": EPOCHS, "test": share(hits(model, *test)), "hardware": hardware})
+    note(args.log, {"epoch": EPOCHS, "test": share(hits(model, *test)), "hardware": hardware()})
 
 
 def epochs(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -169,11 +168,17 @@ def epochs(model: nn.Module, images: Tensor, labels: Tensor) -> Iterator[tuple[d
         yield line, {"epoch": epoch + 1, **{name: part.state_dict() for name, part in parts.items()}}
 
 
-def note(log: Path, line: dict[str, object]) -> None:
-    """Append a line to the log, and print it."""
+def hardware() -> str:
+    """Name what runs here."""
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.machine()
+    return f"{device}, torch {torch.__version__}"
+
+
+def note(log: Path, line: dict[str, Any], hidden: str = "") -> None:
+    """Append a line to a log, and print it but for what is hidden."""
     with log.open("a", encoding="utf-8") as out:
         out.write(json.dumps(line) + "\n")
-    print(line, flush=True)
+    print({key: value for key, value in line.items() if key != hidden}, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ limit=$1
 shift
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target /tmp/site .whl/*.whl || exit 1
-export PYTHONPATH=/tmp/site
-if command -v nvidia-cuda-mps-control || PATH=$PATH:/usr/local/nvidia/bin command -v nvidia-cuda-mps-control; then
-  export PATH=$PATH:/usr/local/nvidia/bin CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps_log
+export PYTHONPATH=/tmp/site PATH=$PATH:/usr/local/nvidia/bin
+if command -v nvidia-cuda-mps-control; then
+  export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps_log
   mkdir -p $CUDA_MPS_PIPE_DIRECTORY $CUDA_MPS_LOG_DIRECTORY
   nvidia-cuda-mps-control -d
   if ! timeout 60 python3 -c "import torch; torch.ones(3, device='cuda').sum().item()"; then

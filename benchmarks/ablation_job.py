@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 import ablation_base as base
 import torch
-from ablation_arms import ARMS, BATCH, CLUSTERS, PERPLEXITY, VARIATIONS, Arm, change, convert
+from ablation_arms import BATCH, CLUSTERS, PERPLEXITY, Arm, arm_of, change, convert
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -77,11 +76,7 @@ def do(job: Job, data: Path, threads: int) -> dict[str, Any]:
     began = time.perf_counter()
     train, held, test = images_of(data)
     train = train[0][: job.images], train[1][: job.images]
-    arm = ARMS[VARIATIONS[job.arm][0] if job.stage == "vary" else job.arm]
-    if job.stage == "vary":
-        _, settings, masks = VARIATIONS[job.arm]
-        arm = arm._replace(settings=(arm.settings or {}) | settings, masks=masks)
-    kept = weights_of(job)
+    arm, kept = arm_of(job.arm), weights_of(job)
     if job.stage == "test" and kept.exists():
         model = convert(arm.method, job.flops, job.blocks).to(base.DEVICE).eval()
         model.load_state_dict(load_file(kept))
@@ -96,15 +91,14 @@ def do(job: Job, data: Path, threads: int) -> dict[str, Any]:
         line |= information(model, held, test)
     if job.stage == "plan":
         line["tokens"] = {row.site: row.tokens_out for row in ltm.get_plan(model).rows}
-    device = torch.cuda.get_device_name() if base.DEVICE == "cuda" else f"one core of an {platform.machine()}"
-    return line | {"seconds": time.perf_counter() - began, "hardware": f"{device}, torch {torch.__version__}"}
+    return line | {"seconds": time.perf_counter() - began, "hardware": base.hardware()}
 
 
 def tuned(arm: Arm, job: Job, train: Images) -> nn.Module:
-    """Return an arm's network, converted and, where there are epochs for it, fine-tuned."""
+    """Return an arm's network, converted and, where it has settings for that, fine-tuned."""
     torch.manual_seed(job.seed)
     model = convert(arm.method, job.flops, job.blocks).to(base.DEVICE)
-    if arm.settings is None or not job.epochs:
+    if arm.settings is None:
         return model.eval()
     change(model, **arm.masks)
     settings = dict(arm.settings)
@@ -150,9 +144,7 @@ def information(model: nn.Module, fit: Images, test: Images) -> dict[str, float]
 
 
 def weights_of(job: Job) -> Path:
-    """Return where the first seed's network is kept, which is chosen among those of other rates and then tested."""
+    """Return where the network of a rate is kept; the best rate's is the first seed's that is tested."""
     known = job._replace(stage="choose")
-    if job.seed or not job.rate:
-        return base.RUNS / "none"
     words = "_".join(f"{key}={value}" for key, value in known._asdict().items())
     return base.RUNS / "".join(letter if letter.isalnum() or letter in "_=.-" else "+" for letter in words)

@@ -27,9 +27,9 @@ AGAINST = (
 def paired(one: Runs, other: Runs) -> tuple[float, float]:
     """Return the mean difference in points and its standard error: over seeds, paired by image.
 
-    A network that is not tuned has one run, which stands against each seed of the other.
+    An arm with one run, as one that is not tuned, has it stand against each seed of the other.
     """
-    runs = [{line.get("seed", 0): line["right"] for line in lines} for lines in (one, other)]
+    runs = [{line["seed"]: line["right"] for line in lines} for lines in (one, other)]
     seeds = sorted(set(runs[0]) & set(runs[1]) if min(map(len, runs)) > 1 else set(runs[0]) | set(runs[1]))
     rows = []
     for seed in seeds:
@@ -83,21 +83,17 @@ def write_page(lines: Runs, out: Path) -> None:
 def not_run(lines: Runs) -> list[str]:
     """List what the programme holds and the log does not."""
     done = {(x["flops"], x["epochs"], x["arm"]) for x in lines if x["stage"] in ("test", "vary")}
-    rows = [*PROGRAMME, (0.5, 1, tuple(VARIATIONS))]
-    missing = [
-        (flops, epochs, [arm for arm in names if (flops, epochs, arm) not in done]) for flops, epochs, names in rows
-    ]
-    page = [
-        f"- ×{flops:g}, {epochs} epoch{'s' * (epochs > 1)}: {'; '.join(names)}"
-        for flops, epochs, names in missing
-        if names
-    ]
+    page = []
+    for flops, epochs, names in PROGRAMME:
+        missing = [arm for arm in names if (flops, epochs, arm) not in done]
+        if missing:
+            page.append(f"- ×{flops:g}, {epochs} epoch{'s' * (epochs > 1)}: {'; '.join(missing)}")
     return ["", "## In the programme, not run yet", "", *page] if page else []
 
 
 def main_table(here: Runs, arms: list[str]) -> list[str]:
     tests = {arm: [x for x in here if x["arm"] == arm and x["stage"] == "test"] for arm in arms}
-    macs = {arm: next((x["macs"] for x in here if x["arm"] == arm and "macs" in x), 0) for arm in arms}
+    macs = {arm: next((x["macs"] for x in here if x["arm"] == arm), 0) for arm in arms}
     controls = [arm for arm in arms if arm.startswith("original") and tests[arm]]
     control = max(controls, key=lambda arm: fmean(x["accuracy"] for x in tests[arm]))
     page = [
@@ -135,6 +131,7 @@ def variations(here: Runs) -> list[str]:
         "|---|---|---|",
     ]
     for line in tried:
-        own = [x for x in here if (x["arm"], x["stage"], x["rate"]) == (line["of"], "choose", line["rate"])]
-        page.append(f"| {line['arm']} | {line['of']} | {difference([line], own)} |")
+        of = VARIATIONS[line["arm"]][0]
+        own = [x for x in here if (x["arm"], x["stage"], x["rate"]) == (of, "choose", line["rate"])]
+        page.append(f"| {line['arm']} | {of} | {difference([line], own)} |")
     return page
