@@ -5,11 +5,12 @@
     python benchmarks/ablation.py table                # writes docs/ablation.md from ablation.jsonl
 
 First it is read off which blocks should merge: those with the best accuracy before any fine-tune, on the 5,000 training
-images set aside. Then every arm is tuned with each rate of one grid on the other 45,000; the rate that is best on the
-images set aside is run with every seed and reads the test images, once. What an arm does not say is as `TrainConfig`
-has it. The first seed's run is the one that was chosen, kept under runs/ablation. The unconverted network's arms serve
-all shares. The information is that of test images, with centroids and temperatures fitted to the same 5,000 training
-images for all arms. Variations have their arm's rate and its first seed, and are read on the images set aside.
+images set aside. Then every arm is tuned for an epoch with each rate of one grid on the other 45,000; the rate that is
+best on the images set aside is run with every seed and reads the test images, once; longer runs take the rate that was
+best after one epoch. What an arm does not say is as `TrainConfig` has it. The first seed's run of one epoch is the one
+that was chosen, kept under runs/ablation. The unconverted network's arms serve all shares. The information is that of
+test images, with centroids and temperatures fitted to the same 5,000 training images for all arms. Variations have
+their arm's rate and its first seed, and are read on the images set aside.
 """
 
 from __future__ import annotations
@@ -60,15 +61,16 @@ def wanted(programme: list[tuple[float, int, str]], done: dict[Job, float], seed
         if arm.settings is None:
             yield Job("test", name, **setting)
             continue
-        choices = [Job("choose", of, rate=rate, **setting) for rate in RATES]
+        choices = [Job("choose", of, rate=rate, **setting | {"epochs": 1}) for rate in RATES]
         yield from choices
         best = best_of(choices, done)
         if best is None:
             continue
         if name in VARIATIONS:
             yield best._replace(stage="vary", arm=name)
-        else:
-            yield from (best._replace(stage="test", seed=seed) for seed in range(seeds if arm.all_seeds else 1))
+            continue
+        for seed in range(seeds if arm.all_seeds else 1):
+            yield best._replace(stage="test", epochs=epochs, seed=seed)
 
 
 def run(args: argparse.Namespace) -> None:

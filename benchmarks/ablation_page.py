@@ -58,7 +58,8 @@ def write_page(lines: Runs, out: Path) -> None:
         "",
         f"Base: {base.ARCHITECTURE} {base.MODEL_ARGS}, trained {curve[-1]['epoch']} epochs on {50_000 - base.ASIDE:,}",
         f"CIFAR-10 images, test accuracy {curve[-1]['test']:.2f} %. Every arm was tuned with the rates {rates}; the",
-        f"best on {base.ASIDE:,} training images set aside was run with the seeds and read the test images once. All",
+        f"best after one epoch, on {base.ASIDE:,} training images set aside, was run with the seeds, for the epochs that",
+        "the heading says, and read the test images once. All",
         f"other settings are `TrainConfig`'s defaults, but *distillation* sets {distilled} and learns",
         f"{labels} labels. Differences are means over the seeds, paired by test image, ±",
         "their standard error. *Control* is the better of the original and the original given the same fine-tune.",
@@ -70,7 +71,7 @@ def write_page(lines: Runs, out: Path) -> None:
         here = [x for x in lines if x["flops"] in (flops, 1) and x["epochs"] in (epochs, 0) and x["images"] == images]
         page += ["", f"## ×{flops:g} of the multiply-adds, {epochs} epoch{'s' * (epochs > 1)} of {images:,} images", ""]
         page += main_table(here, arms) + variations(here)
-    page += not_run(lines)
+    page += plateau(lines) + not_run(lines)
     page += ["", "## Which blocks merge", "", "Without a fine-tune, on the images set aside; the best was taken.", ""]
     page += ["| multiply-adds | tokens after each block | top-1 % |", "|---|---|---|"]
     for line in sorted(plans, key=lambda line: (-line["flops"], -line["accuracy"])):
@@ -78,6 +79,25 @@ def write_page(lines: Runs, out: Path) -> None:
         page.append(f"| ×{line['flops']:g} | {tokens} | {line['accuracy']:.2f} |")
     out.write_text("\n".join(page) + "\n", encoding="utf-8")
     print("\n".join(page))
+
+
+def plateau(lines: Runs) -> list[str]:
+    """Say what each fine-tune does to the unconverted network: a base at its plateau stays where it is."""
+    tests = [x for x in lines if x["flops"] == 1 and x["stage"] == "test"]
+    page = ["", "## The unconverted network, tuned", ""]
+    page += ["| arm | epochs | rate | top-1 % (seeds) | to the untouched one |", "|---|---|---|---|---|"]
+    untouched = [x for x in tests if not x["epochs"]]
+    for arm, epochs in sorted({(x["arm"], x["epochs"]) for x in tests if x["epochs"]}):
+        runs = [x for x in tests if (x["arm"], x["epochs"]) == (arm, epochs)]
+        page.append(f"| {arm} | {epochs} | {runs[0]['rate']:g} | {seeds_of(runs)} | {difference(runs, untouched)} |")
+    return page
+
+
+def seeds_of(runs: Runs) -> str:
+    """Return the mean accuracy and, where there are several, that of each seed."""
+    values = [x["accuracy"] for x in runs]
+    each = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
+    return f"{fmean(values):.2f}{each}"
 
 
 def not_run(lines: Runs) -> list[str]:
@@ -105,12 +125,10 @@ def main_table(here: Runs, arms: list[str]) -> list[str]:
     for arm, runs in tests.items():
         if not runs:
             continue
-        values = [x["accuracy"] for x in runs]
-        spread = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
         gap = "" if arm == control else difference(runs, tests[control])
         known = [f"{fmean(x[key] for x in runs):.3f}" for key in ("ib", "i_input", "i_label")]
         cells = [arm, f"{runs[0]['rate']:g}" if runs[0]["rate"] else "", f"×{macs[arm] / macs['original']:.3f}"]
-        page.append(f"| {' | '.join([*cells, f'{fmean(values):.2f}{spread}', gap, *known])} |")
+        page.append(f"| {' | '.join([*cells, seeds_of(runs), gap, *known])} |")
     pairs = [(one, other) for one, other in AGAINST if tests[one] and tests[other]]
     if pairs:
         page += ["", "| one | against | difference |", "|---|---|---|"]
