@@ -49,15 +49,15 @@ def wanted(programme: list[tuple[float, int, str]], done: dict[Job, float], seed
     """Yield every job whose choice has been made, done or not, in the order of the programme."""
     for flops, epochs, name in programme:
         arm, of = arm_of(name), VARIATIONS[name][0] if name in VARIATIONS else name
-        chosen = Job("plan", "LTM, not tuned", 1.0)
+        plan = Job("plan", "LTM, not tuned", 1.0)
         if arm.method:
             plans = [Job("plan", "LTM, not tuned", flops, blocks=blocks) for blocks in CHOICES]
             yield from plans
             best = best_of(plans, done)
             if best is None:
                 continue
-            chosen = best
-        setting = {"flops": flops, "epochs": epochs, "blocks": chosen.blocks, "images": images}
+            plan = best
+        setting = {"flops": flops, "epochs": epochs, "blocks": plan.blocks, "images": images}
         if arm.settings is None:
             yield Job("test", name, **setting)
             continue
@@ -66,11 +66,11 @@ def wanted(programme: list[tuple[float, int, str]], done: dict[Job, float], seed
         best = best_of(choices, done)
         if best is None:
             continue
+        chosen = best._replace(epochs=epochs)
         if name in VARIATIONS:
-            yield best._replace(stage="vary", arm=name)
-            continue
-        for seed in range(seeds if arm.all_seeds else 1):
-            yield best._replace(stage="test", epochs=epochs, seed=seed)
+            yield chosen._replace(stage="vary", arm=name)
+        else:
+            yield from (chosen._replace(stage="test", seed=seed) for seed in range(seeds if arm.all_seeds else 1))
 
 
 def run(args: argparse.Namespace) -> None:

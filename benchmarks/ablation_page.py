@@ -85,11 +85,12 @@ def plateau(lines: Runs) -> list[str]:
     """Say what each fine-tune does to the unconverted network: a base at its plateau stays where it is."""
     tests = [x for x in lines if x["flops"] == 1 and x["stage"] == "test"]
     page = ["", "## The unconverted network, tuned", ""]
-    page += ["| arm | epochs | rate | top-1 % (seeds) | to the untouched one |", "|---|---|---|---|---|"]
+    page += ["| arm | images | epochs | rate | top-1 % (seeds) | to the untouched one |", "|---|---|---|---|---|---|"]
     untouched = [x for x in tests if not x["epochs"]]
-    for arm, epochs in sorted({(x["arm"], x["epochs"]) for x in tests if x["epochs"]}):
-        runs = [x for x in tests if (x["arm"], x["epochs"]) == (arm, epochs)]
-        page.append(f"| {arm} | {epochs} | {runs[0]['rate']:g} | {seeds_of(runs)} | {difference(runs, untouched)} |")
+    for arm, images, epochs in sorted({(x["arm"], x["images"], x["epochs"]) for x in tests if x["epochs"]}):
+        runs = [x for x in tests if (x["arm"], x["images"], x["epochs"]) == (arm, images, epochs)]
+        cells = [arm, f"{images:,}", str(epochs), f"{runs[0]['rate']:g}", seeds_of(runs), difference(runs, untouched)]
+        page.append(f"| {' | '.join(cells)} |")
     return page
 
 
