@@ -10,7 +10,8 @@ best on the images set aside is run with every seed and reads the test images, o
 best after one epoch. What an arm does not say is as `TrainConfig` has it. The first seed's run of one epoch is the one
 that was chosen, kept under runs/ablation. The unconverted network's arms serve all shares. The information is that of
 test images, with centroids and temperatures fitted to the same 5,000 training images for all arms. Variations have
-their arm's rate and its first seed, and are read on the images set aside.
+their arm's rate and its first seed, learn from a quarter of the images, as their arm then does too, and are read on
+the images set aside.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def best_of(jobs: list[Job], accuracies: dict[Job, float]) -> Job | None:
     return max(jobs, key=accuracies.__getitem__) if all(job in accuracies for job in jobs) else None
 
 
-def wanted(programme: list[tuple[float, int, str]], done: dict[Job, float], seeds: int, images: int) -> Iterator[Job]:
+def wanted(programme: list[tuple[float, int, int, str]], done: dict[Job, float], seeds: int) -> Iterator[Job]:
     """Yield every job whose choice has been made, done or not, in the order of the programme."""
-    for flops, epochs, name in programme:
+    for flops, epochs, images, name in programme:
         arm, of = arm_of(name), VARIATIONS[name][0] if name in VARIATIONS else name
         plan = Job("plan", "LTM, not tuned", 1.0)
         if arm.method:
@@ -76,8 +77,8 @@ def wanted(programme: list[tuple[float, int, str]], done: dict[Job, float], seed
 def run(args: argparse.Namespace) -> None:
     """Do every job that the log does not have, several at once; one that fails does not stop the others."""
     programme = [
-        (flops, epochs, name)
-        for flops, epochs, names in PROGRAMME
+        (flops, epochs, args.images or images, name)
+        for flops, epochs, images, names in PROGRAMME
         for name in names
         if (not args.arms or name in args.arms)
         and (not args.flops or flops in (*args.flops, 1.0))
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     flying: dict[Future[dict[str, Any]], Job] = {}
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         while True:
-            for job in wanted(programme, done, args.seeds, args.images):
+            for job in wanted(programme, done, args.seeds):
                 if len(flying) < args.workers and not (job in done or job in failed or job in flying.values()):
                     flying[pool.submit(do, job, args.data, args.threads)] = job
             if not flying:
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--flops", nargs="+", type=float, help="only these shares")
     parser.add_argument("--epochs", nargs="+", type=int, help="only this many")
     parser.add_argument("--seeds", type=int, default=3, help="of the headline arms; the others have one")
-    parser.add_argument("--images", type=int, default=Job._field_defaults["images"], help="fewer, to try things out")
+    parser.add_argument("--images", type=int, help="that train, of every run, to try things out")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="of each")
     parser.add_argument("--log", type=Path, default=HERE / "ablation.jsonl")

@@ -76,22 +76,26 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "soft labels by CutMix, CE": ("LTM, CE", {"cutmix": 1.0}, {}),
     "soft labels by CutMix, CE + CEB": ("LTM, CE + CEB", {"cutmix": 1.0}, {}),
 }
-#: what is run, in this order: share of the multiply-adds, epochs, arms or variations
-PROGRAMME: tuple[tuple[float, int, tuple[str, ...]], ...] = (
-    (1.0, 0, ("original",)),
-    *((share, 0, ("LTM, not tuned", "ToMe, not tuned")) for share in (0.5, 0.65, 0.35)),
-    (0.5, 1, ("LTM, distillation",)),
-    (1.0, 1, ("original, tuned, distillation", "original, tuned")),
-    (0.65, 1, ("LTM, distillation",)),
-    (0.35, 1, ("LTM, distillation",)),
-    (0.5, 1, ("LTM, CE", "LTM, CE + CEB", "ToMe, CE", "ToMe, distillation", "LTM, distillation + CEB")),
-    (0.5, 2, ("LTM, distillation",)),
-    (1.0, 2, ("original, tuned, distillation",)),
-    (1.0, 5, ("original, tuned, distillation", "original, tuned")),
-    (0.5, 5, ("LTM, distillation",)),
-    (0.35, 5, ("LTM, distillation",)),
-    (0.5, 1, ("LTM, CE + IBB", "LTM, CE + CEB, no IB step", "LTM, masks only, CE + CEB", "average pooling, CE")),
-    (0.5, 1, tuple(VARIATIONS)),
+#: images that train, and what variations make do with
+ALL, FEW = 50_000 - base.ASIDE, 11_250
+#: what is run, in this order: share of the multiply-adds, epochs, images, arms or variations
+PROGRAMME: tuple[tuple[float, int, int, tuple[str, ...]], ...] = (
+    (1.0, 0, ALL, ("original",)),
+    *((share, 0, ALL, ("LTM, not tuned", "ToMe, not tuned")) for share in (0.5, 0.65, 0.35)),
+    (0.5, 1, ALL, ("LTM, distillation",)),
+    (1.0, 1, ALL, ("original, tuned, distillation", "original, tuned")),
+    (0.65, 1, ALL, ("LTM, distillation",)),
+    (0.35, 1, ALL, ("LTM, distillation",)),
+    (0.5, 1, ALL, ("LTM, CE", "LTM, CE + CEB", "ToMe, CE", "ToMe, distillation", "LTM, distillation + CEB")),
+    (0.5, 2, ALL, ("LTM, distillation",)),
+    (1.0, 2, ALL, ("original, tuned, distillation",)),
+    (0.5, 1, FEW, tuple(VARIATIONS)),
+    # a harder budget, and a longer run
+    *((share, epochs, FEW, ("LTM, CE", "LTM, CE + CEB")) for share, epochs in ((0.35, 1), (0.5, 5))),
+    (0.5, 1, ALL, ("LTM, CE + IBB", "LTM, CE + CEB, no IB step", "LTM, masks only, CE + CEB", "average pooling, CE")),
+    (1.0, 5, ALL, ("original, tuned, distillation", "original, tuned")),
+    (0.5, 5, ALL, ("LTM, distillation",)),
+    (0.35, 5, ALL, ("LTM, distillation",)),
 )
 
 

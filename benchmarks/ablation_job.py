@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import ablation_base as base
 import torch
-from ablation_arms import BATCH, CLUSTERS, PERPLEXITY, Arm, arm_of, change, convert
+from ablation_arms import ALL, BATCH, CLUSTERS, PERPLEXITY, Arm, arm_of, change, convert
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -41,7 +41,7 @@ class Job(NamedTuple):
     #: those that merge, the last one's slice included
     blocks: tuple[int, ...] = ()
     #: that train
-    images: int = 50_000 - base.ASIDE
+    images: int = ALL
 
 
 class Batches:

@@ -68,7 +68,8 @@ def write_page(lines: Runs, out: Path) -> None:
     lines, plans = ([x for x in lines if (x["stage"] == "plan") == planned] for planned in (False, True))
     settings = sorted({(x["flops"], x["epochs"], x["images"]) for x in lines if x["flops"] < 1 and x["epochs"]})
     for flops, epochs, images in reversed(settings):
-        here = [x for x in lines if x["flops"] in (flops, 1) and x["epochs"] in (epochs, 0) and x["images"] == images]
+        alike = [x for x in lines if (x["epochs"], x["images"]) == (epochs, images) or not x["epochs"]]
+        here = [x for x in alike if x["flops"] in (flops, 1)]
         page += ["", f"## ×{flops:g} of the multiply-adds, {epochs} epoch{'s' * (epochs > 1)} of {images:,} images", ""]
         page += main_table(here, arms) + variations(here)
     page += plateau(lines) + not_run(lines)
@@ -103,12 +104,12 @@ def seeds_of(runs: Runs) -> str:
 
 def not_run(lines: Runs) -> list[str]:
     """List what the programme holds and the log does not."""
-    done = {(x["flops"], x["epochs"], x["arm"]) for x in lines if x["stage"] in ("test", "vary")}
+    done = {(x["flops"], x["epochs"], x["images"], x["arm"]) for x in lines if x["stage"] in ("test", "vary")}
     page = []
-    for flops, epochs, names in PROGRAMME:
-        missing = [arm for arm in names if (flops, epochs, arm) not in done]
+    for flops, epochs, images, names in PROGRAMME:
+        missing = [arm for arm in names if (flops, epochs, images, arm) not in done]
         if missing:
-            page.append(f"- ×{flops:g}, {epochs} epoch{'s' * (epochs > 1)}: {'; '.join(missing)}")
+            page.append(f"- ×{flops:g}, {epochs} epoch{'s' * (epochs > 1)} of {images:,} images: {'; '.join(missing)}")
     return ["", "## In the programme, not run yet", "", *page] if page else []
 
 
@@ -117,8 +118,9 @@ def main_table(here: Runs, arms: list[str]) -> list[str]:
     macs = {arm: next((x["macs"] for x in here if x["arm"] == arm), 0) for arm in arms}
     controls = [arm for arm in arms if arm.startswith("original") and tests[arm]]
     control = max(controls, key=lambda arm: fmean(x["accuracy"] for x in tests[arm]))
+    alone = "" if any(x["epochs"] for arm in controls for x in tests[arm]) else "; it was not tuned on so few images"
     page = [
-        f"Control: {control}.",
+        f"Control: {control}{alone}.",
         "",
         "| arm | rate | MACs | top-1 % (seeds) | to the control | IB | I(X̃;X) | I(X̃;Y) |",
         "|---|---|---|---|---|---|---|---|",
