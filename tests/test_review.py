@@ -24,7 +24,7 @@ from ltm_retrofit.errors import (
     UnsupportedBlock,
 )
 from ltm_retrofit.recipe import check_folder
-from ltm_retrofit.tuning.data import Preprocessing, make_transform, preprocessing_of
+from ltm_retrofit.tuning.preprocessing import Preprocessing, make_transform, preprocessing_of
 
 CONFIG = ltm.LTMConfig(flops=0.7)
 

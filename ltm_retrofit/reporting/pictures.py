@@ -23,7 +23,7 @@ from ltm_retrofit.errors import DataError, ExampleError
 from ltm_retrofit.graph.example import home, run
 from ltm_retrofit.reporting.groups import FEW, Panel, panels_of, patches_before
 from ltm_retrofit.tracing import trace
-from ltm_retrofit.tuning.data import Preprocessing, make_transform, preprocessing_of
+from ltm_retrofit.tuning.preprocessing import Preprocessing, make_transform, preprocessing_of, reversed_channels
 from ltm_retrofit.undisturbed import undisturbed
 
 #: inches of a panel, panels in a row, and the widest grid whose patches have room for a number
@@ -123,6 +123,7 @@ def _shown(pixels: Tensor, wanted: Preprocessing) -> np.ndarray:
     values = pixels.float().cpu()
     mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (wanted.mean, wanted.std))
     image = (values * std + mean).clamp(0, 1)
+    image = reversed_channels(image) if wanted.reverse else image
     if len(image) != 3:  # the first channel of what is no RGB image, in grey
         image = image[:1].expand(3, -1, -1)
     return np.asarray(image.permute(1, 2, 0).numpy())

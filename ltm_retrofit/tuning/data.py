@@ -1,87 +1,16 @@
-"""Transforms from the model's own configuration; labels checked before anything is trained; batches taken apart."""
+"""Labels checked before anything is trained; batches taken apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ltm_retrofit.errors import DataError
-from ltm_retrofit.graph.example import input_size
 
-AUGMENTS = ("none", "crop")
-#: attribute under which a reloaded Hugging Face model keeps what its image processor said
-RECORDED = "ltm_preprocessing"
 Data = Any  # a `datasets` data set with columns image and label, or an iterable of batches
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a model wants its images: size, normalisation, interpolation, share of the resized image that is kept."""
-
-    size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bicubic"
-    crop_pct: float = 1.0
-    squash: bool = False  # resize both sides, instead of the shorter one and cropping
-
-
-def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """Read a model's preprocessing: the size off the live model, the rest off timm's config or HF's image processor.
-
-    Raises:
-        DataError: where the model does not say its input size.
-    """
-    size = input_size(model)
-    if size is None:
-        raise DataError(
-            f"{type(model).__name__} does not say its input size, so images cannot be resized for it: pass a loader "
-            "whose batches are ready for the model"
-        )
-    declared = model.__dict__.get(RECORDED) or getattr(model, "pretrained_cfg", None)
-    if isinstance(declared, Mapping):
-        mean, std = (_for_channels(declared[key], size[0]) for key in ("mean", "std"))
-        squash = declared.get("crop_mode") == "squash"
-        return Preprocessing(size[1:], mean, std, declared["interpolation"], declared["crop_pct"], squash)
-    folder = Path(getattr(getattr(model, "config", None), "_name_or_path", "") or "/nowhere")
-    if (folder / "preprocessor_config.json").is_file():
-        from transformers import AutoImageProcessor
-
-        processor: Any = AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
-        # image processors of transformers resize both sides, unless they say a shortest edge
-        squash = "shortest_edge" not in (getattr(processor, "size", None) or {})
-        mean, std = (_for_channels(values, size[0]) for values in (processor.image_mean, processor.image_std))
-        mode = {0: "nearest", 2: "bilinear", 3: "bicubic"}.get(int(getattr(processor, "resample", 3) or 0), "bicubic")
-        return Preprocessing(size[1:], mean, std, mode, squash=squash)
-    half = (0.5,) * size[0]
-    return Preprocessing(size[1:], half, half, "bilinear")
-
-
-def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Average per-channel values where the live model has another number of channels than its checkpoint's."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-def make_transform(wanted: Preprocessing, augment: str = "none") -> Callable[[Any], Tensor]:
-    """Return PIL image → ``(C, H, W)``; ``"crop"`` shifts by up to a sixteenth of the size."""
-    from torchvision.transforms import v2
-
-    height, width = wanted.size
-    scaled = [round(height / wanted.crop_pct), round(width / wanted.crop_pct)]
-    mode = getattr(v2.InterpolationMode, wanted.interpolation.upper(), v2.InterpolationMode.BICUBIC)
-    steps: list[Any] = [v2.RGB() if len(wanted.mean) == 3 else v2.Grayscale(), v2.PILToTensor()]
-    shorter = scaled if wanted.squash or height != width else scaled[:1]
-    steps += [v2.Resize(shorter, interpolation=mode, antialias=True), v2.CenterCrop([height, width])]
-    if augment == "crop":
-        steps.append(v2.RandomCrop([height, width], padding=max(height, width) // 16))
-    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(wanted.mean), list(wanted.std))]
-    return v2.Compose(steps)  # type: ignore[no-any-return]
-
 
 #: stands for a label where a data set has none
 UNLABELLED = -1

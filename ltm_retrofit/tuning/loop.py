@@ -66,7 +66,7 @@ class Run:
         if folder is not None:
             images = self.length * passes.images
             self.began = beginning(model, config, images, passes.digest(), accelerator.num_processes)
-        self.objective = Objective(model, config, classes)
+        self.objective = Objective(model, config, classes, accelerator)
         optimizer = make_optimizer(model, config)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         self.wrapped, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
@@ -30,14 +31,20 @@ class Objective:
         model: what is trained.
         config: weights and kinds.
         classes: C.
+        accelerator: of the run: where the teacher computes, and how precisely; None is where the model is, in full.
 
     The teacher is the network before conversion, with the weights that it has when training begins.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, classes: int) -> None:
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, classes: int, accelerator: Accelerator | None = None
+    ) -> None:
         self.model, self.config, self.classes = model, config, classes
         self.bounded = config.bound != "none" and is_retrofitted(model) and get_retrofit(model).readout is not None
         self.teacher = teacher_of(model) if config.distill or config.distill_token else None
+        if self.teacher is not None and accelerator is not None:
+            self.teacher.to(accelerator.device)
+        self.accelerator = accelerator
         self.readouts: tuple[str, ...] = ()
         self.pending: tuple[MergeTrace, Tensor] | None = None
         self.information = Information(model) if self.bounded else None
@@ -158,7 +165,8 @@ class Objective:
         if self.teacher is None:
             yield None, None
             return
-        with torch.no_grad(), reading(self.teacher, self.readouts) as read:
+        precision = nullcontext() if self.accelerator is None else self.accelerator.autocast()
+        with torch.no_grad(), precision, reading(self.teacher, self.readouts) as read:
             taught = logits_of(run(self.teacher, inputs))
         assert taught is not None
         yield taught.float(), torch.cat(read, dim=-1).float() if read else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from ltm_retrofit.config import Strict, check_choice
 from ltm_retrofit.errors import RecipeError
-from ltm_retrofit.tuning.data import AUGMENTS
+from ltm_retrofit.tuning.preprocessing import AUGMENTS
 
 TRAINS = ("all", "masks", "masks+norms", "lora")
 BOUNDS = ("ceb", "ibb", "none")

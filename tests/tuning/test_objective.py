@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,3 +194,21 @@ def test_impossible_objectives_are_refused(values, message) -> None:
 def test_a_tower_has_no_feature_to_compare(build) -> None:
     with pytest.raises(TrainingError):
         ltm.finetune(build("hf-clip"), batches(1), config=TrainConfig(distill=1.0, distill_token=1.0))
+
+
+def test_the_teacher_computes_where_the_run_does(build) -> None:
+    """A model may begin on the CPU of a machine with a GPU; meta tensors stand for the GPU here."""
+    there = SimpleNamespace(device=torch.device("meta"), autocast=nullcontext)
+    objective = Objective(build("timm-vit"), TrainConfig(distill=1.0), 7, there)
+    assert {tensor.device.type for tensor in objective.teacher.state_dict().values()} == {"meta"}
+
+
+def test_the_teacher_computes_as_precisely_as_the_run(build) -> None:
+    model, (images, _) = build("timm-vit"), batches(1)[0]
+    half = partial(torch.autocast, "cpu", torch.bfloat16)
+    there = SimpleNamespace(device=torch.device("cpu"), autocast=half)
+    with half():
+        expected = model(images).float()
+    for accelerator, equal_to_half in ((there, True), (None, False)):
+        with Objective(model, TrainConfig(distill=1.0), 7, accelerator)._teaching(images) as (taught, _):
+            assert torch.equal(taught, expected) == equal_to_half and taught.dtype == torch.float32

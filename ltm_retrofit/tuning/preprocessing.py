@@ -1,0 +1,205 @@
+"""How a model wants its images: read off timm's configuration or transformers' image processor, and tried."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import resolve_data_config  # type: ignore[attr-defined]
+from torch import Tensor, nn
+
+from ltm_retrofit.errors import DataError
+from ltm_retrofit.graph.example import input_size
+
+AUGMENTS = ("none", "crop")
+#: attribute under which a reloaded Hugging Face model keeps what its image processor said
+RECORDED = "ltm_preprocessing"
+#: Pillow's numbers of its filters, which image processors write down
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+ON_PIXELS = ("nearest", "bilinear", "bicubic")  # of these, what torchvision has for tensors
+#: how far a smooth picture may come out from what an image processor makes of it, as a share of white
+TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Size, normalisation, interpolation, share of the resized image that is kept, order of the channels."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+    squash: bool = False  # resize both sides, instead of the shorter one and cropping
+    reverse: bool = False  # blue first
+
+
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """Read a model's preprocessing: the size off the live model, the rest off timm's config or HF's image processor.
+
+    A model that came from nowhere, built from its configuration, gets a mean and a deviation of one half; one that came
+    from somewhere without an image processor too, with a warning.
+
+    Raises:
+        DataError: where the model does not say its input size, or its image processor does more than resizing,
+            cropping and normalising.
+    """
+    size = input_size(model)
+    if size is None:
+        raise DataError(
+            f"{type(model).__name__} does not say its input size, so images cannot be resized for it: pass a loader "
+            "whose batches are ready for the model"
+        )
+    if declared := _declared(model):
+        wanted = _of_config(declared)
+    elif processor := _processor_of(model):
+        wanted = _of_processor(processor)
+    else:
+        wanted = Preprocessing((0, 0), (0.5,), (0.5,), "bilinear")
+    mean, std = (_for_channels(values, size[0]) for values in (wanted.mean, wanted.std))
+    return replace(wanted, size=size[1:], mean=mean, std=std)
+
+
+def _declared(model: nn.Module) -> Mapping[str, Any] | None:
+    """Return settings as timm writes them: recorded, timm's own, or those in the config of transformers' wrapper."""
+    config = getattr(model, "config", None)
+    wrapped = getattr(getattr(model, "timm_model", None), "pretrained_cfg", None)
+    places = (
+        model.__dict__.get(RECORDED),
+        getattr(model, "pretrained_cfg", None),
+        getattr(config, "pretrained_cfg", None),
+        wrapped,
+    )
+    return next((place for place in places if isinstance(place, Mapping) and place), None)
+
+
+def _of_config(declared: Mapping[str, Any]) -> Preprocessing:
+    said = resolve_data_config(pretrained_cfg=dict(declared))  # type: ignore[no-untyped-call]
+    return Preprocessing(
+        tuple(said["input_size"][1:]),
+        tuple(said["mean"]),
+        tuple(said["std"]),
+        said["interpolation"],
+        said["crop_pct"],
+        squash=said["crop_mode"] == "squash",
+        reverse=bool(declared.get("reverse", False)),
+    )
+
+
+def _processor_of(model: nn.Module) -> Any:
+    """Return the image processor beside a transformers checkpoint; None for a model that was not loaded."""
+    config = getattr(model, "config", None)
+    name = str(getattr(config, "_name_or_path", "") or "")
+    if not name:
+        return None
+    from transformers import AutoImageProcessor
+
+    revision = {} if Path(name).is_dir() else {"revision": getattr(config, "_commit_hash", None)}
+    try:
+        return AutoImageProcessor.from_pretrained(name, **revision)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"no image processor found for {name} ({reason}): images are normalised with a mean and a deviation of "
+            "0.5. Where that is not what the model knows, pass loaders whose batches are ready for it",
+            stacklevel=4,
+        )
+        return None
+
+
+def _of_processor(processor: Any) -> Preprocessing:
+    """Read an image processor, and see that a picture comes out as from the processor itself."""
+    name = type(processor).__name__
+    size: dict[str, Any] = dict(getattr(processor, "size", None) or {})
+    crop: dict[str, Any] = dict(processor.crop_size) if getattr(processor, "do_center_crop", None) else {}
+    edge, share = size.get("shortest_edge"), getattr(processor, "crop_pct", None)
+    resized: tuple[Any, Any] = (edge, edge) if edge else (size.get("height"), size.get("width"))
+    other = DataError(
+        f"{name} does more to an image than resizing, cropping and normalising it: pass loaders whose batches are "
+        "ready for the model"
+    )
+    if None in resized or "longest_edge" in size:
+        raise other
+    squash = not edge
+    if share and edge and edge >= 384 and not crop:
+        squash = True  # ConvNeXt's, at this size
+    elif share:
+        crop = crop or {"height": edge, "width": edge}
+        resized = (int(resized[0] / share), int(resized[1] / share))
+    if name.startswith("Levit"):
+        resized = (int(256 / 224 * resized[0]), int(256 / 224 * resized[1]))
+    kept = (crop.get("height", resized[0]), crop.get("width", resized[1]))
+    white = 255 * processor.rescale_factor if processor.do_rescale else 255.0
+    white = 1.0 if math.isclose(white, 1.0) else white
+    normal = bool(processor.do_normalize)
+    number = getattr(processor, "resample", None)
+    read = Preprocessing(
+        kept,
+        tuple(value / white for value in (processor.image_mean if normal else (0.0,) * 3)),
+        tuple(value / white for value in (processor.image_std if normal else (1.0,) * 3)),
+        FILTERS[2 if number is None else int(number)],
+        kept[0] / resized[0],
+        squash,
+        reverse=bool(getattr(processor, "do_flip_channel_order", None)),
+    )
+    picture = _smooth_picture()
+    theirs = processor(picture, return_tensors="pt")["pixel_values"][0]
+    ours = make_transform(read)(picture)
+    if theirs.shape != ours.shape:
+        raise other
+    distance = (theirs - ours).abs().amax(dim=(1, 2)) * torch.tensor(read.std)
+    if float(distance.max()) > TOLERANCE:
+        raise other
+    return read
+
+
+def _smooth_picture() -> Image.Image:
+    """Draw a picture, wider than high, of which every part and every channel is another."""
+    down, across = np.linspace(0, 255, 320)[:, None], np.linspace(0, 255, 480)[None, :]
+    channels = (down + 0 * across, across + 0 * down, 255 - (down + across) / 4)
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Average per-channel values where the live model has another number of channels than its checkpoint's."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def make_transform(wanted: Preprocessing, augment: str = "none") -> Callable[[Any], Tensor]:
+    """Return PIL image → ``(C, H, W)``; ``"crop"`` shifts by up to a sixteenth of the size.
+
+    Raises:
+        DataError: on an interpolation that nobody knows.
+    """
+    from torchvision.transforms import v2
+
+    height, width = wanted.size
+    scaled = [math.floor(side / wanted.crop_pct + 1e-6) for side in (height, width)]  # as timm rounds
+    if wanted.interpolation not in FILTERS:
+        raise DataError(
+            f"the model's images are resized by interpolation={wanted.interpolation!r}, which is none of "
+            f"{', '.join(FILTERS)}: set it in its pretrained_cfg"
+        )
+    mode = v2.InterpolationMode[wanted.interpolation.upper()]
+    shorter = scaled if wanted.squash or height != width else scaled[:1]
+    steps: list[Any] = [v2.PILToTensor(), v2.Resize(shorter, interpolation=mode, antialias=True)]
+    steps = steps if wanted.interpolation in ON_PIXELS else steps[::-1]
+    steps = [v2.RGB() if len(wanted.mean) == 3 else v2.Grayscale(), *steps, v2.CenterCrop([height, width])]
+    if augment == "crop":
+        steps.append(v2.RandomCrop([height, width], padding=max(height, width) // 16))
+    if wanted.reverse:
+        steps.append(reversed_channels)
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(wanted.mean), list(wanted.std))]
+    return v2.Compose(steps)  # type: ignore[no-any-return]
+
+
+def reversed_channels(image: Tensor) -> Tensor:
+    """Turn RGB ``(3, H, W)`` into BGR, or back."""
+    return image.flip(0)
