@@ -30,7 +30,7 @@ class Arm(NamedTuple):
     method: str | None
     settings: dict[str, Any] | None = None
     all_seeds: bool = False
-    #: changes to the masks before the fine-tune: ``eta`` (stays zero), ``clusters``, ``perplexity``, ``temperature``
+    #: changes to the masks before the fine-tune: ``eta`` (stays zero), ``clusters``, ``temperature``
     masks: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -58,7 +58,7 @@ ARMS = {
 VARIATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{f"γ = {gamma:g}": ("LTM, CE + CEB", {"gamma": gamma}, {}) for gamma in (0.0, 3.0)},
     **{f"λ = {weight:g}": ("LTM, CE + CEB", {"bound_weight": weight}, {}) for weight in (0.01, 0.3, 1.0)},
-    **{f"β for a perplexity of {target:g}": ("LTM, CE + CEB", {}, {"perplexity": target}) for target in (2.0, 24.0)},
+    **{f"β for a perplexity of {target:g}": ("LTM, CE + CEB", {"perplexity": target}, {}) for target in (2.0, 24.0)},
     **{f"{clusters} clusters": ("LTM, CE + CEB", {}, {"clusters": clusters}) for clusters in (16, 160)},
     "bound at every site too": ("LTM, CE + CEB", {"bound_sites": 1.0}, {}),
     "bound from the first step": ("LTM, CE + CEB", {"bound_warmup": 0.0}, {}),
@@ -125,7 +125,6 @@ def change(
     *,
     eta: bool = True,
     clusters: int = CLUSTERS,
-    perplexity: float = PERPLEXITY,
     temperature: float | None = None,
 ) -> None:
     """Change the masks of a network before its fine-tune."""
@@ -135,6 +134,6 @@ def change(
             if temperature is not None:
                 nn.init.constant_(module.log_scale, -math.log(temperature))
         for name, part in list(module.named_children()):
-            if isinstance(part, Statistics) and (clusters, perplexity) != (CLUSTERS, PERPLEXITY):
+            if isinstance(part, Statistics) and clusters != CLUSTERS:
                 (_, dim), classes = part.centroids.shape, part.counts.shape[1]
-                setattr(module, name, Statistics(dim, classes, clusters, perplexity=perplexity))
+                setattr(module, name, Statistics(dim, classes, clusters))

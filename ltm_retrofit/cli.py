@@ -194,11 +194,11 @@ def _finetune(arguments: argparse.Namespace) -> None:
         raise NotRetrofitted(f"{arguments.model} is not converted: run `ltm-retrofit convert` on it first")
     section = DataSection(name=arguments.data)
     kept = checkpoints_beside(arguments.out, arguments.resume)
-    train = load_split(section, section.train_split)
+    train, test = (load_split(section, split) for split in (section.train_split, section.test_split))
     history = finetune(model, train, config=config, checkpoints_to=kept, resume=True)
     if not _main_process():
         return
-    report = measure(model, data=load_split(section, section.test_split), batches=())
+    report = measure(model, data=test, batches=())
     save_pretrained(model, arguments.out, overwrite=arguments.overwrite, report=report)
     shutil.rmtree(kept)
     _show(

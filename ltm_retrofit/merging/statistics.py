@@ -87,13 +87,17 @@ class Statistics(nn.Module):
                 f"{SAMPLES_PER_CLUSTER * clusters}, got {capacity!r}: raise it, or ask for fewer clusters"
             )
         self.decay, self.gamma, self.capacity = decay, gamma, capacity
-        self.target_perplexity = min(perplexity, 0.9 * clusters)
         # Said in full: under `from_pretrained(dtype=...)` the default dtype is another.
         self.register_buffer("centroids", torch.zeros(clusters, dim, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(clusters, classes, dtype=torch.float32))
         self.register_buffer("beta", torch.ones((), dtype=torch.float32))
         self.register_buffer("fitted", torch.zeros((), dtype=torch.float32))
         self.memory = Memory(capacity)  # of descriptors (m, D) and soft labels (m, C)
+        self.aim(perplexity)
+
+    def aim(self, perplexity: float) -> None:
+        """Let the next fit choose β for this median perplexity; for 0.9·A where there are too few clusters."""
+        self.target_perplexity = min(perplexity, 0.9 * len(self.centroids))
 
     def extra_repr(self) -> str:
         """Say what the module does in a printed model."""

@@ -22,6 +22,8 @@ from ltm_retrofit.errors import CheckpointError
 
 #: file name in the folder that a fine-tune is given
 NAME = "checkpoint.safetensors"
+#: the one before, until the weights of the latest have given a finite loss
+BEFORE = "before.safetensors"
 FORMAT = 2
 #: entries above which a list of floats is kept as a tensor: the text of a file has room for some millions
 LONG = 64
@@ -82,15 +84,35 @@ def write(folder: Path, state: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, unfinished, metadata={"ltm_retrofit": values})
         _to_disk(unfinished)
+        if (folder / NAME).exists():
+            os.replace(folder / NAME, folder / BEFORE)
         os.replace(unfinished, folder / NAME)
         _to_disk(folder)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        kept = "the last good one is still there" if (folder / NAME).exists() else "there is none yet"
+        kept = "the last good one is still there" if exists(folder) else "there is none yet"
         raise CheckpointError(
             f"cannot write a checkpoint to {folder}: {error}; {kept}. Make room, and go on from it with resume"
         ) from error
+
+
+def exists(folder: Path) -> bool:
+    """Say whether there is a checkpoint to go on from."""
+    return any((folder / name).exists() for name in (NAME, BEFORE))
+
+
+def settle(folder: Path) -> None:
+    """Drop the checkpoint before the latest: that one is good."""
+    (folder / BEFORE).unlink(missing_ok=True)
+
+
+def take_back(folder: Path) -> None:
+    """Drop the latest checkpoint, whose weights turned out bad; the one before takes its place, if there is one."""
+    if (folder / BEFORE).exists():
+        os.replace(folder / BEFORE, folder / NAME)
+    else:
+        (folder / NAME).unlink(missing_ok=True)
 
 
 def _to_disk(path: Path) -> None:
@@ -108,8 +130,8 @@ def read(folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: where the file is no checkpoint of ours.
     """
-    file = folder / NAME
-    if not file.exists():
+    file = next((folder / name for name in (NAME, BEFORE) if (folder / name).exists()), None)
+    if file is None:
         return None
     try:
         with safe_open(file, framework="pt") as opened:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,8 @@ def columns_of(data: Data) -> list[str]:
     return list(data.column_names or next(iter(data), {}))
 
 
-def check_labels(data: Data, classes: int, split: str) -> None:
-    """Check a data set's columns and labels against a model's classes.
+def check_labels(data: Data, classes: int, split: str, places: Sequence[int] | None = None) -> None:
+    """Check a data set's columns and labels against a model's classes, which ``places`` may name for each label.
 
     Raises:
         DataError: columns missing, labels outside the classes, or a class that no image has.
@@ -48,6 +48,8 @@ def check_labels(data: Data, classes: int, split: str) -> None:
     if len(data) == 0:
         raise DataError(f"the {split} split is empty")
     seen = set(data["label"])
+    if places is not None:
+        seen = {places[label] if label in range(len(places)) else label for label in seen}
     outside = sorted((label for label in seen if not isinstance(label, int) or not 0 <= label < classes), key=str)
     if outside:
         raise DataError(
@@ -56,7 +58,7 @@ def check_labels(data: Data, classes: int, split: str) -> None:
         )
     absent = sorted(set(range(classes)) - seen)
     if absent:
-        names = getattr(data.features["label"], "names", None)
+        names = None if places is not None else getattr(data.features["label"], "names", None)
         shown = [names[label] if names and label < len(names) else str(label) for label in absent[:5]]
         raise DataError(
             f"no image of the {split} split has class {', '.join(shown)}{' …' if len(absent) > 5 else ''} "
@@ -103,10 +105,13 @@ def batches_on(
     loader: Iterable[Any], device: torch.device, labelled: bool = True
 ) -> Iterator[tuple[Any, Tensor | None]]:
     """Go through a loader, everything moved to the device."""
+
+    def moved(value: Any) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
     for batch in loader:
         inputs, labels = split_batch(batch, labelled)
         if isinstance(inputs, Mapping):
-            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+            yield {key: moved(value) for key, value in inputs.items()}, moved(labels)
         else:
-            inputs = inputs.to(device)
-        yield inputs, None if labels is None else labels.to(device)
+            yield moved(inputs), moved(labels)

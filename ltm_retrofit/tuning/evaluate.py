@@ -15,6 +15,7 @@ from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.graph.example import home, logits_of, prepare_example, run
 from ltm_retrofit.head import follow_head
 from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table
+from ltm_retrofit.tuning.heads import places_of
 from ltm_retrofit.tuning.images import make_loader
 from ltm_retrofit.undisturbed import undisturbed
 
@@ -23,7 +24,7 @@ from ltm_retrofit.undisturbed import undisturbed
 def predictions(
     model: nn.Module, data: Data, batch_size: int = 128, accelerator: Accelerator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return predicted classes and labels ``(n,)``, in the data's order, in eval mode.
+    """Return predicted classes and labels ``(n,)``, in the data's order, in eval mode; both in the model's numbers.
 
     Where there is an accelerator of several processes, they share the data and all return the whole.
     """
@@ -31,7 +32,8 @@ def predictions(
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        loader = make_loader(model, data, batch_size=batch_size, shuffle=False)
+        places = places_of(model, data, count_classes(model)) if is_table(data) else None
+        loader = make_loader(model, data, batch_size=batch_size, shuffle=False, places=places)
         shared: Accelerator | None = None
         if accelerator is not None and accelerator.num_processes > 1 and isinstance(loader, DataLoader):
             shared, loader = accelerator, accelerator.prepare_data_loader(loader)
@@ -60,7 +62,8 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 128, accelerator: A
         DataError: where labels do not fit the model's classes.
     """
     if is_table(data):
-        check_labels(data, count_classes(model), "evaluation")
+        classes = count_classes(model)
+        check_labels(data, classes, "evaluation", places_of(model, data, classes))
     guesses, truths = predictions(model, data, batch_size, accelerator)
     return 100 * float((guesses == truths).float().mean())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset  # type: ignore[attr-defined]
@@ -38,12 +39,12 @@ def set_classes(model: nn.Module, names: Sequence[str]) -> str | None:
         recording = record(model, prepare_example(model, None))
     logits = logits_of(recording.output)
     classes = 0 if logits is None else logits.shape[1]
-    known_names = _places(model, classes)
+    known_names = _places(model)
     places = [known_names.get(_plain(name)) for name in names]
     whole = [place for place in places if place is not None]
     known = len(whole) == len(set(whole)) == len(names)
     if classes == len(names):
-        moved = [(name, place) for at, (name, place) in enumerate(zip(names, places, strict=True)) if place != at]
+        moved = [place for at, place in enumerate(places) if place != at]
         if not whole and known_names and not all(name.isdigit() for name in names):
             own, place = min(known_names.items(), key=lambda known: known[1])
             warnings.warn(
@@ -53,14 +54,8 @@ def set_classes(model: nn.Module, names: Sequence[str]) -> str | None:
             )
         if not moved or not whole:
             return None
-        elsewhere = [(name, place) for name, place in moved if place is not None]
-        if elsewhere and not known:
-            raise DataError(
-                f"the data's class {names.index(elsewhere[0][0])} is {elsewhere[0][0]!r}, which {type(model).__name__} "
-                f"knows as its class {elsewhere[0][1]}, and it does not know all of them: give the data the model's "
-                "class names, or the model a head of its own"
-            )
         if not known:
+            _check_unmoved(model, names, places)
             return None
     readouts = recording.readouts(classes) if classes else ()
     with torch.random.fork_rng(), torch.no_grad():
@@ -73,7 +68,40 @@ def set_classes(model: nn.Module, names: Sequence[str]) -> str | None:
     return "by name" if known else "new"
 
 
-def _places(model: nn.Module, classes: int) -> dict[str, int]:
+def places_of(model: nn.Module, data: Any, classes: int) -> tuple[int, ...] | None:
+    """Return the model's class of each of a data set's, by their names; None where they are the same, or unnamed.
+
+    Raises:
+        DataError: where the model knows some of the names and has them elsewhere.
+    """
+    names: list[str] = getattr((data.features or {}).get("label"), "names", None) or []
+    known_names = _places(model) if names else {}
+    if not known_names or max(known_names.values()) >= classes:  # what a head that is gone called its classes
+        return None
+    places = [known_names.get(_plain(name)) for name in names]
+    whole = [place for place in places if place is not None]
+    if len(whole) == len(set(whole)) == len(names):
+        return None if whole == list(range(len(names))) else tuple(whole)
+    _check_unmoved(model, names, places)
+    return None
+
+
+def _check_unmoved(model: nn.Module, names: Sequence[str], places: Sequence[int | None]) -> None:
+    """Check that a model has the names that it knows where the data has them.
+
+    Raises:
+        DataError: naming one that it has elsewhere.
+    """
+    elsewhere = [(at, place) for at, place in enumerate(places) if place not in (None, at)]
+    if elsewhere:
+        at, place = elsewhere[0]
+        raise DataError(
+            f"the data's class {at} is {names[at]!r}, which {type(model).__name__} knows as its class {place}, and it "
+            "does not know all of them: give the data the model's class names, or the model a head of its own"
+        )
+
+
+def _places(model: nn.Module) -> dict[str, int]:
     """Return the class of each name that a model knows its classes by; a name of two classes is none."""
     said = getattr(getattr(model, "config", None), "id2label", None) or {}
     labels = {int(index): [label, *str(label).split(",")] for index, label in said.items()}
@@ -83,7 +111,8 @@ def _places(model: nn.Module, classes: int) -> dict[str, int]:
         labels = {index: [label] for index, label in enumerate(given["label_names"])}
     elif "pretrained_cfg" in model.__dict__ and (subset := infer_imagenet_subset(model)):
         info = ImageNetInfo(subset)
-        texts = ((info.index_to_label_name(index), info.index_to_description(index)) for index in range(classes))
+        count = info.num_classes()  # type: ignore[no-untyped-call]
+        texts = ((info.index_to_label_name(index), info.index_to_description(index)) for index in range(count))
         labels = {index: [synset, text, *text.split(",")] for index, (synset, text) in enumerate(texts)}
     found: dict[str, set[int]] = {}
     for index, names in labels.items():

@@ -43,20 +43,32 @@ class History:
 
 @dataclass
 class Progress:
-    """How far a fine-tune has come: epochs done, batches done of the next one, steps in all, sums over the epoch."""
+    """How far a fine-tune has come.
+
+    Epochs done, batches done of the next one; steps and images in all, steps that fp16 left out in a row, whether the
+    statistics have been fitted to a full memory; sums over the epoch.
+    """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    images: int = 0
+    skipped: int = 0
+    refreshed: bool = False
     sums: dict[str, float] = field(default_factory=dict)
 
 
-def beginning(model: nn.Module, config: TrainConfig, images: int, data: str, processes: int) -> dict[str, Any]:
-    """Say what a run starts from: settings, weights, images of an epoch, a digest of the data, processes."""
+def beginning(
+    model: nn.Module, config: TrainConfig, images: int, data: str, processes: int, *, stream: bool
+) -> dict[str, Any]:
+    """Say what a run starts from: settings, weights, images of an epoch, a digest of the data, processes.
+
+    The workers of a stream are part of it: they share out its files.
+    """
     weights = repr(sorted(fingerprints_of(model).items())).encode()
     settings = {key: value for key, value in config.to_dict().items() if key not in FREE}
     known = {"weights": hashlib.sha256(weights).hexdigest()[:16], "images": images, "data": data}
-    return {**settings, **known, "processes": processes}
+    return {**settings, **known, "processes": processes, **({"workers": config.workers} if stream else {})}
 
 
 def check_same(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

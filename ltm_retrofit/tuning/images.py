@@ -7,7 +7,7 @@ earlier ones has to be read again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,12 @@ class Images(Dataset[tuple[Tensor, int]]):
         rows: the data set.
         transform: of an image.
         limit: share of the images that may be unreadable; in place of each comes the next one in the data set.
+        places: the model's class of each label, where they differ.
     """
 
-    def __init__(self, rows: Any, transform: Transform, limit: float) -> None:
+    def __init__(self, rows: Any, transform: Transform, limit: float, places: Sequence[int] | None = None) -> None:
         self.rows, self.decode = undecoded(rows)
-        self.transform, self.limit = transform, limit
+        self.transform, self.limit, self.places = transform, limit, places
         # shared with the loader's workers, which write into it
         self.unreadable = torch.zeros(len(rows), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]
 
@@ -88,7 +89,7 @@ class Images(Dataset[tuple[Tensor, int]]):
             except Exception as error:  # whatever a decoder makes of damaged bytes
                 self._count(index, error)
                 index = (index + 1) % len(self)
-        return seeded(self.transform, image, seed), int(row.get("label", UNLABELLED))
+        return seeded(self.transform, image, seed), label_of(row, self.places)
 
     def digest(self) -> str:
         """Return a digest of the first, the middle and the last row, as they are stored."""
@@ -117,11 +118,32 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 class Stream(IterableDataset[tuple[Tensor, int]]):
-    """A streamed `datasets` data set as (image, label), shuffled within a buffer."""
+    """A streamed `datasets` data set as (image, label), shuffled within a buffer.
 
-    def __init__(self, rows: Any, transform: Transform, shuffle: bool, seed: int) -> None:
+    Args:
+        rows: the data set.
+        transform: of an image.
+        shuffle: whether to.
+        seed: of order and augmentation.
+        workers: of the loader, each of which counts what it cannot read.
+        limit: share of the images so far, or of as many as the buffer holds, that may be unreadable; they are left out.
+        places: the model's class of each label, where they differ.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        transform: Transform,
+        shuffle: bool,
+        seed: int,
+        *,
+        workers: int = 0,
+        limit: float = 0.0,
+        places: Sequence[int] | None = None,
+    ) -> None:
         self.rows, self.decode = undecoded(rows.shuffle(seed=seed, buffer_size=BUFFER) if shuffle else rows)
-        self.transform, self.seed = transform, seed
+        self.transform, self.seed, self.limit, self.places = transform, seed, limit, places
+        self.unreadable = torch.zeros(max(1, workers), dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call]
         self.begin(0)
 
     def begin(self, epoch: int) -> None:
@@ -133,16 +155,30 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
         """Yield images and labels; `datasets` shares its files out among the loader's workers.
 
         Raises:
-            DataError: where an image cannot be read: a stream does not know how many it has.
+            DataError: where more than the accepted share of images cannot be read.
         """
         worker = getattr(get_worker_info(), "id", 0)
+        self.unreadable[worker] = 0
         for place, row in enumerate(self.rows):
             try:
                 image = self.decode(row["image"])
-            except Exception as error:
-                raise DataError(f"image {place} of the stream cannot be read: {error}") from error
+            except Exception as error:  # whatever a decoder makes of damaged bytes
+                self.unreadable[worker] += 1
+                if (found := int(self.unreadable[worker])) > self.limit * max(place + 1, BUFFER):
+                    raise DataError(
+                        f"{found} of the stream's first {place + 1} images cannot be read, the last one found is image "
+                        f"{place} ({type(error).__name__}: {error}); accepted is a share of {self.limit:g}: remove "
+                        "them, or raise TrainConfig.unreadable"
+                    ) from error
+                continue
             seed = seed_of(self.seed, self.epoch_number, worker, place)
-            yield seeded(self.transform, image, seed), int(row.get("label", UNLABELLED))
+            yield seeded(self.transform, image, seed), label_of(row, self.places)
+
+
+def label_of(row: Mapping[str, Any], places: Sequence[int] | None) -> int:
+    """Return the model's class of a row; `UNLABELLED` where it has none."""
+    label = int(row.get("label", UNLABELLED))
+    return label if places is None or label == UNLABELLED else places[label]
 
 
 def undecoded(rows: Any) -> tuple[Any, Callable[[Any], Any]]:
@@ -177,6 +213,7 @@ def make_loader(
     seed: int = 0,
     workers: int = 0,
     unreadable: float = 0.0,
+    places: Sequence[int] | None = None,
 ) -> Iterable[Any]:
     """Return batches ``(images, labels)`` of a data set as the model wants them; a loader is returned as it is.
 
@@ -188,9 +225,10 @@ def make_loader(
     transform = make_transform(preprocessing_of(model), augment)
     dataset: Any
     if is_stream(data):
-        dataset, order = Stream(data, transform, shuffle, seed), None
+        dataset = Stream(data, transform, shuffle, seed, workers=workers, limit=unreadable, places=places)
+        order = None
     else:
-        dataset, order = Images(data, transform, unreadable), Order(len(data), shuffle, seed)
+        dataset, order = Images(data, transform, unreadable, places), Order(len(data), shuffle, seed)
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -198,5 +236,6 @@ def make_loader(
         # its own: workers' base seeds would come out of the random numbers of dropout otherwise
         generator=torch.Generator().manual_seed(seed),
         num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
         drop_last=shuffle and (order is None or len(order) >= batch_size),
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,37 +24,56 @@ class Information:
     """Keeps features, inputs and classes of the latest images, and estimates the information bottleneck (METHOD).
 
     The input of an image is the mean of its patch embeddings: of what the first block of the first merging site's
-    list reads. Both are clustered at the perplexity of the readout's statistics. Plug-in estimates are too high, I(a;b)
-    by about (A − 1)(B − 1) / 2n nats: compare them within a run, or with the same numbers of clusters and samples.
+    list reads, or, where that folds images into the batch, what the nearest module around it reads. Both are clustered
+    at the perplexity of the readout's statistics. Plug-in estimates are too high, I(a;b) by about (A − 1)(B − 1) / 2n
+    nats: compare them within a run, or with the same numbers of clusters and samples.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         site, mask = next(iter(masks_of(model).items()))
-        self.entrance, self.dim = entrance_of(model, site), mask.dim
+        self.entrances, self.dim = entrances_of(model, site), mask.dim
         self.memory = Memory(SAMPLES)  # of inputs, features and soft labels
-        self.latest: Tensor | None = None
+        self.latest: dict[str, Tensor] = {}
 
-    def listen(self) -> Any:
-        """Remember the input of each forward pass; return the hook's handle."""
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Remember the input of each forward pass, while inside."""
 
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def keep(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tokens = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            self.latest = None if tokens is None else self._mean(tokens.detach())
+            if tokens is not None and tokens.ndim > 2 and name in self.entrances:
+                self.latest[name] = self._mean(tokens.detach())
 
-        return self.model.get_submodule(self.entrance).register_forward_pre_hook(keep, with_kwargs=True)
+        handles = [
+            self.model.get_submodule(name).register_forward_pre_hook(partial(keep, name), with_kwargs=True)
+            for name in self.entrances
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _mean(self, tokens: Tensor) -> Tensor:
         """Average over all but the batch and the width, which is the last dimension or, of a map, the second."""
-        width = 1 if tokens.ndim == 4 and tokens.shape[1] == self.dim != tokens.shape[-1] else tokens.ndim - 1
+        shape = tokens.shape
+        if tokens.ndim != 4:
+            width = tokens.ndim - 1
+        elif self.dim in (shape[1], shape[3]):
+            width = 3 if shape[3] == self.dim else 1
+        else:
+            width = 1 if shape[2] == shape[3] else 3
         return tokens.movedim(width, -1).flatten(1, -2).float().mean(dim=1)
 
     @torch.no_grad()
     def add(self, traced: MergeTrace, targets: Tensor) -> None:
         """Remember a batch: the input of its forward pass, its feature, its soft labels ``(B, C)``."""
-        if self.latest is None or len(self.latest) != len(targets):
-            return
-        self.memory.add(self.latest, traced.feature.float(), targets.float())
+        fitting = [name for name in self.entrances if len(self.latest.get(name, ())) == len(targets)]
+        if fitting:
+            self.entrances = fitting[:1]  # the same from now on, and no other needs to be averaged
+            self.memory.add(self.latest[fitting[0]], traced.feature.float(), targets.float())
+        self.latest.clear()
 
     @torch.no_grad()
     def estimate(self) -> dict[str, float]:
@@ -80,10 +102,11 @@ class Information:
         }
 
 
-def entrance_of(model: nn.Module, site: str) -> str:
-    """Name the first block of the list that a site's block is in; the block itself where it is in none."""
+def entrances_of(model: nn.Module, site: str) -> list[str]:
+    """Name the first block of the list that a site's block is in, or the block itself, and the modules around it."""
     parent, _, last = site.rpartition(".")
-    if not last.isdigit() or not parent:
-        return site
-    first = next(iter(dict(model.get_submodule(parent).named_children())))
-    return f"{parent}.{first}"
+    if last.isdigit() and parent:
+        first = next(iter(dict(model.get_submodule(parent).named_children())))
+        site = f"{parent}.{first}"
+    parts = site.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,19 +20,24 @@ from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging.grid import GridMask
 from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
-from ltm_retrofit.merging.memory import Memory
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.data import Data, batches_on, size_of
 from ltm_retrofit.tuning.evaluate import evaluate_in_memory
-from ltm_retrofit.tuning.history import History, Progress, beginning, check_same
+from ltm_retrofit.tuning.history import History, Progress, beginning
+from ltm_retrofit.tuning.images import Stream
+from ltm_retrofit.tuning.information import SAMPLES
 from ltm_retrofit.tuning.objective import Objective
 from ltm_retrofit.tuning.parameters import make_optimizer
 from ltm_retrofit.tuning.passes import Passes
+from ltm_retrofit.tuning.resuming import keep
+from ltm_retrofit.tuning.schedule import make_schedule
 from ltm_retrofit.tuning.settings import TrainConfig
 
 #: steps between two copies of the weights that a non-finite loss falls back to
 KEEP_EVERY = 20
+#: steps in a row that fp16 may leave out: its scale, 65536 at first, has become nothing by then
+SKIPPED = 30
 
 
 class Run:
@@ -65,20 +69,20 @@ class Run:
         self.began: dict[str, Any] = {}  # what checkpoints are told apart by; without any, nobody asks
         if folder is not None:
             images = self.length * passes.images
-            self.began = beginning(model, config, images, passes.digest(), accelerator.num_processes)
+            digest, stream = passes.digest(), isinstance(passes.place, Stream)
+            self.began = beginning(model, config, images, digest, accelerator.num_processes, stream=stream)
+        for _, module in self.statistics():
+            module.aim(config.perplexity)
         self.objective = Objective(model, config, classes, accelerator)
         optimizer = make_optimizer(model, config)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        schedule = make_schedule(optimizer, config, self.total)
         self.wrapped, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
         self.ema = ModelEmaV3(model, decay=config.ema, exclude_buffers=True) if config.ema else None
         self.progress, self.history = Progress(), History()
         self.good: dict[str, Tensor] = {}
         self.good_step = 0
+        self.unproven = False  # whether no loss has been seen yet of the latest checkpoint's weights
         self.optimizer.zero_grad()
-
-    def _rate(self, step: int) -> float:
-        done, warmup = step / max(1, self.total), self.config.warmup
-        return (step + 1) / (warmup * self.total + 1) if done < warmup else 0.5 * (1 + math.cos(math.pi * done))
 
     def go(self, val: Data | None) -> History:
         """Train to the end from wherever the progress is."""
@@ -107,11 +111,14 @@ class Run:
                         self.keep()
                     clock = time.perf_counter()
             clock = time.perf_counter()
+            known = self.objective.estimate()  # with the statistics that the epoch ended with
             self.refresh()
             self._add("seconds", time.perf_counter() - clock)
-            self.finish_epoch(val)
+            self.finish_epoch(val, known)
             if self.folder is not None:
                 self.keep()
+        if self.folder is not None and self.accelerator.is_main_process:
+            checkpoints.settle(self.folder)
         if self.ema is not None:
             with torch.no_grad():
                 for parameter, mean in zip(self.model.parameters(), self.ema.module.parameters(), strict=True):
@@ -125,6 +132,7 @@ class Run:
         together = min(self.accumulate, self.length - before)  # fewer are left at the end of an epoch
         self.anneal()
         joins = progress.step >= self.config.bound_warmup * self.total
+        ready = self.objective.ready()
         losses = self.objective(self.wrapped, inputs, labels, bound=joins)
         means = self.means(losses)
         value = means["loss"]
@@ -133,17 +141,27 @@ class Run:
             self.objective.learn()
             if progress.batch + 1 == before + together:
                 norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip or math.inf)
-                if norm is not None and not bool(torch.isfinite(norm)) and self.config.mixed_precision != "fp16":
-                    value = math.nan
+                if norm is not None and not bool(torch.isfinite(norm)):
+                    progress.skipped += 1  # in fp16 the scaler leaves the step out, and scales less from then on
+                    if self.config.mixed_precision != "fp16" or progress.skipped > SKIPPED:
+                        value = math.nan
+                else:
+                    progress.skipped = 0
         if not math.isfinite(value):
             self.fall_back(value)
+        if self.unproven and self.accelerator.is_main_process:
+            checkpoints.settle(cast("Path", self.folder))
+        self.unproven = False
+        images = size_of(inputs) * self.accelerator.num_processes
+        progress.images += images
         progress.batch += 1
         if progress.batch == before + together:
             self.step()
         self.history.losses.append(means["loss"])
         for key, mean in means.items():
             self._add(key, mean / self.length)
-        self._add("images", size_of(inputs) * self.accelerator.num_processes)
+        self._add("bounded", float(ready) / self.length)
+        self._add("images", images)
         return means
 
     def step(self) -> None:
@@ -158,8 +176,8 @@ class Run:
         progress.step += 1
         if self.ema is not None:
             self.ema.update(self.model)
-        images = self.config.batch_size * self.config.accumulate
-        if progress.step * images // 1024 >= 1 and (progress.step - 1) * images < 1024:
+        if not progress.refreshed and progress.images >= SAMPLES:
+            progress.refreshed = True
             self.refresh()  # the first fit saw few images for each cluster; now the memory is full
 
     def keep_good(self) -> None:
@@ -182,19 +200,20 @@ class Run:
         whole = progress.batch % self.accumulate == 0 and progress.batch < self.length
         return self.folder is not None and whole and progress.step % self.config.checkpoint_every == 0
 
-    def finish_epoch(self, val: Data | None) -> None:
-        """Note what the epoch brought."""
+    def finish_epoch(self, val: Data | None, known: Mapping[str, float]) -> None:
+        """Note what the epoch brought, and what is known of the feature."""
         progress, sums = self.progress, self.progress.sums
-        images = int(sums.pop("images"))
-        unreadable = torch.tensor(len(self.passes.unreadable()), device=self.accelerator.device)
+        images, bounded = int(sums.pop("images")), sums.pop("bounded")
+        sums["bound"] /= bounded or 1.0  # the mean over the batches that had one
+        rows = checkpoints.of_every_rank(self.passes.unreadable(), self.accelerator)
         entry = {
             "epoch": progress.epoch + 1,
             **sums,
-            **self.objective.estimate(),
+            **known,
             "lr": self.schedule.get_last_lr()[0],
             "val_accuracy": None if val is None else self.validate(val),
             "images_per_second": images / sums["seconds"],
-            "unreadable": int(self.accelerator.reduce(unreadable, "sum")),
+            "unreadable": len(set().union(*rows)),
             "sites": self.sites(),
         }
         self.history.epochs.append(entry)
@@ -213,8 +232,16 @@ class Run:
     def fall_back(self, value: float) -> None:
         """Put the last good weights back and stop."""
         load_state(self.model, self.good)
-        there = self.folder is not None and (self.folder / checkpoints.NAME).exists()
-        kept = f" The last checkpoint in {self.folder} is of finite weights, too." if there else ""
+        kept = ""
+        if self.folder is not None:
+            if self.unproven and self.accelerator.is_main_process:
+                checkpoints.take_back(self.folder)
+            self.accelerator.wait_for_everyone()
+            if checkpoints.exists(self.folder):
+                kept = (
+                    f" The last checkpoint in {self.folder} is of weights whose loss was finite, too; a run that goes "
+                    "on from it comes to the same end: begin anew in another folder."
+                )
         raise TrainingError(
             f"the loss or its gradient is not finite at step {self.progress.step + 1} of {self.total} (loss {value}): "
             f"the model holds the weights from before step {self.good_step + 1}.{kept} Lower lr ({self.config.lr:g}), "
@@ -223,8 +250,11 @@ class Run:
 
     def refresh(self) -> None:
         """Fit all statistics anew to their memories."""
-        for _, module in self._statistics():
+        for _, module in self.statistics():
             module.refresh()
+        if self.ema is not None:  # which copies buffers with each step, and is what validation sees
+            for theirs, ours in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
+                theirs.copy_(ours)
 
     def sites(self) -> dict[str, dict[str, float]]:
         """Return what each mask has learned: η and the temperature of its softmax."""
@@ -238,60 +268,14 @@ class Run:
             if isinstance(module, LEARNABLE)
         }
 
+    def keep(self) -> None:
+        """Write a checkpoint; all processes have to call it."""
+        keep(self)
+        self.unproven = True
+
     def _add(self, key: str, value: float) -> None:
         self.progress.sums[key] = self.progress.sums.get(key, 0.0) + value
 
-    def keep(self) -> None:
-        """Write a checkpoint; the first process does, all have to call it."""
-        assert self.folder is not None
-        own = {"now": checkpoints.random_state(), "loader": self.passes.generators(), "epoch": self.passes.random}
-        own |= {
-            "unreadable": self.passes.unreadable(),
-            "information": [memory.state() for memory in self._own_memory()],
-        }
-        randoms = checkpoints.of_every_rank(own, self.accelerator)
-        if self.accelerator.is_main_process:
-            state: dict[str, Any] = {name: part.state_dict() for name, part in self._parts().items()}
-            state |= {"began": self.began, "batch_images": self.passes.images, "random": randoms}
-            state |= {"progress": asdict(self.progress), "history": asdict(self.history)}
-            state |= {"memories": {name: module.memory.state() for name, module in self._statistics()}}
-            checkpoints.write(self.folder, state)
-        self.accelerator.wait_for_everyone()
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            CheckpointError: where it is of another run: other settings, model, data, or number of processes.
-        """
-        check_same(state["began"], self.began)
-        for name, part in self._parts().items():
-            if isinstance(part, nn.Module):
-                load_state(part, state[name])
-            else:
-                part.load_state_dict(state[name])
-        device = self.accelerator.device
-        for name, module in self._statistics():
-            module.memory.set_state(state["memories"][name], device)
-        self.progress, self.history = Progress(**state["progress"]), History(**state["history"])
-        own = state["random"][self.accelerator.process_index]
-        self.passes.random = own["epoch"]
-        checkpoints.set_random_state(own["now"])
-        self.passes.set_generators(own["loader"])
-        self.passes.set_unreadable(own["unreadable"])
-        for memory, kept in zip(self._own_memory(), own["information"], strict=True):
-            memory.set_state(kept, device)
-        if self.progress.step:
-            mark_finetuned(self.model)
-
-    def _parts(self) -> dict[str, Any]:
-        parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
-        parts |= {} if self.ema is None else {"ema": self.ema.module}
-        return parts | ({} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler})
-
-    def _statistics(self) -> Iterator[tuple[str, Statistics]]:
+    def statistics(self) -> Iterator[tuple[str, Statistics]]:
+        """Go through what the model knows of its descriptors."""
         return ((name, module) for name, module in self.model.named_modules() if isinstance(module, Statistics))
-
-    def _own_memory(self) -> list[Memory]:
-        """Return the memory of this process's own images, if there is one; the statistics' are of all processes'."""
-        return [] if self.objective.information is None else [self.objective.information.memory]

@@ -126,6 +126,13 @@ class Objective:
             loss = loss + losses["distill"]
         return {"loss": loss, **losses}
 
+    def ready(self) -> bool:
+        """Say whether there is a bound: whether the statistics of the feature have been fitted."""
+        if not self.bounded:
+            return False
+        statistics = get_retrofit(self.model).readout
+        return statistics is not None and bool(statistics.fitted)
+
     def learn(self) -> None:
         """Let the statistics learn from the latest batch: after its backward pass, which may run parts anew."""
         if self.pending is not None:
@@ -135,12 +142,8 @@ class Objective:
     @contextmanager
     def informed(self) -> Iterator[None]:
         """Let the forward passes inside say what the network was given, so that `estimate` knows."""
-        handle = None if self.information is None else self.information.listen()
-        try:
+        with nullcontext() if self.information is None else self.information.listening():
             yield
-        finally:
-            if handle is not None:
-                handle.remove()
 
     def estimate(self) -> dict[str, float]:
         """Return what the feature knows of image and class: see `Information.estimate`."""

@@ -15,6 +15,9 @@ from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.tuning.heads import new_head
 from ltm_retrofit.tuning.settings import TrainConfig
 
+#: what modules of timm and transformers that checkpoint are flagged by
+CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
+
 
 def masks_in(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of all learnable masks."""
@@ -33,7 +36,8 @@ def chosen(model: nn.Module, train: str) -> set[nn.Parameter]:
     if train != "lora" and not found:
         raise TrainingError(f"train={train!r} finds no mask: convert the model with method='ltm' first")
     if train == "masks+norms":
-        found |= {p for module in model.modules() if "Norm" in type(module).__name__ for p in module.parameters()}
+        norms = (module for module in model.modules() if "Norm" in type(module).__name__)
+        found |= {p for norm in norms for p in norm.parameters(recurse=False) if p.ndim == 1}  # not a head with a norm
     if train == "lora":
         found |= {p for name, p in model.named_parameters() if ".lora_" in name}
     return found | new_head(model)
@@ -41,7 +45,9 @@ def chosen(model: nn.Module, train: str) -> set[nn.Parameter]:
 
 @contextmanager
 def low_rank(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """With ``train="lora"``, add low-rank matrices (Hu et al. 2021, by peft) beside every linear map but the head.
+    """With ``train="lora"``, add low-rank matrices (Hu et al. 2021, by peft) beside every linear map.
+
+    Masks are left out, and a head that is new: these train as they are.
 
     Afterwards they are merged into the weights, whose names are as before.
 
@@ -152,12 +158,13 @@ def _depth_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
 
 @contextmanager
 def checkpointed(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Switch the host's own gradient checkpointing on, and off again.
+    """Switch the host's own gradient checkpointing on, and off again; it stays on where it was.
 
     Raises:
         TrainingError: where it has none.
     """
-    if not wanted:
+    on = any(getattr(module, name, False) is True for module in model.modules() for name in CHECKPOINTING)
+    if not wanted or on:
         yield
         return
     if callable(switch := getattr(model, "set_grad_checkpointing", None)):

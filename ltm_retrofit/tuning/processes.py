@@ -3,48 +3,102 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, DistributedType
-
-from ltm_retrofit.errors import CheckpointError, TrainingError
-
-#: what shards or wraps the model itself; merged tokens carry their sizes on the tensor, which these copy away
-WRAPPERS = (
-    DistributedType.FSDP,
-    DistributedType.DEEPSPEED,
-    DistributedType.MEGATRON_LM,
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
 )
 
+from ltm_retrofit.errors import CheckpointError, TrainingError
+from ltm_retrofit.tuning.settings import TrainConfig
 
-def make_accelerator(mixed_precision: str, batch_size: int) -> Accelerator:
-    """Make the Accelerator of a run; a batch is shared out among its processes.
+#: what shards or wraps the model itself; merged tokens carry their sizes on the tensor, which these copy away
+WRAPPERS = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+
+@contextmanager
+def own_accelerator(config: TrainConfig) -> Iterator[Accelerator]:
+    """Give a run an Accelerator of its own, beside any of the caller's; a batch is shared out among its processes.
 
     Raises:
         TrainingError: where several processes were asked for and this one runs alone (`accelerate launch --cpu` and
-            a torchrun that does not know it is to use CPUs do that silently), where the model would be sharded, or
-            where a batch cannot be shared out.
+            a torchrun that does not know it is to use CPUs do that silently), where the model would be sharded, where
+            the launch says other things than the settings, or where a batch cannot be shared out.
     """
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
-        AcceleratorState._reset_state()  # Accelerate holds on to a process's first precision
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision, dataloader_config=DataLoaderConfiguration(split_batches=True)
-    )
-    if accelerator.distributed_type in WRAPPERS:
-        raise TrainingError(
-            f"finetune cannot run under {accelerator.distributed_type.value}: its wrapper hands copies of tokens from "
-            "block to block, and what merged tokens carry with them is lost. Use data parallelism (torchrun, or "
-            "accelerate launch --multi_gpu)"
+    check_launch(config)
+    kept = [(state, dict(state._shared_state)) for state in (AcceleratorState, GradientState)]
+    try:
+        for state, _ in kept:  # a process has one of each; a run that takes the caller's would change its precision
+            state._reset_state()
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            dataloader_config=DataLoaderConfiguration(split_batches=True),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the loop divides by itself
+            # a host may have parameters that no output depends on, such as DINOv2's mask token
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
-    check_alone(accelerator.num_processes)
-    if batch_size % accelerator.num_processes:
+        check_kind(accelerator, config)
+        yield accelerator
+    finally:
+        for state, values in kept:
+            state._reset_state()
+            state._shared_state.update(values)
+
+
+def check_launch(config: TrainConfig) -> None:
+    """Check that what `accelerate launch` was told is what the settings say; where it is not, one of them was lost.
+
+    Raises:
+        TrainingError: naming both.
+    """
+    for wrapper in WRAPPERS:
+        if os.environ.get(f"ACCELERATE_USE_{wrapper}", "").lower() in ("true", "1"):
+            raise _wrapped(wrapper)
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", config.mixed_precision):
         raise TrainingError(
-            f"batch_size counts the images of a step in all processes: {batch_size} cannot be shared out among "
+            f"accelerate was launched with mixed precision {precision!r}, and TrainConfig has "
+            f"mixed_precision={config.mixed_precision!r}: say it there, or leave it out of the launch"
+        )
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", str(config.accumulate)):
+        raise TrainingError(
+            f"accelerate was launched with {steps} gradient accumulation steps, and TrainConfig has "
+            f"accumulate={config.accumulate}: say it there, or leave it out of the launch"
+        )
+
+
+def check_kind(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Check that a run can be had of an Accelerator.
+
+    Raises:
+        TrainingError: see `own_accelerator`.
+    """
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise _wrapped(kind.value)
+    check_alone(accelerator.num_processes)
+    if config.batch_size % accelerator.num_processes:
+        raise TrainingError(
+            f"batch_size counts the images of a step in all processes: {config.batch_size} cannot be shared out among "
             f"{accelerator.num_processes}"
         )
-    return accelerator
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise TrainingError("mixed_precision='fp16' needs a GPU, and Accelerate would use none here: take 'bf16'")
+
+
+def _wrapped(kind: str) -> TrainingError:
+    return TrainingError(
+        f"finetune cannot run under {kind}: its wrapper hands copies of tokens from block to block, and what merged "
+        "tokens carry with them is lost. Use data parallelism (torchrun, or accelerate launch --multi_gpu)"
+    )
 
 
 def check_alone(processes: int) -> None:
@@ -61,11 +115,14 @@ def check_alone(processes: int) -> None:
             f"torchrun started {world} processes, but each runs alone, since Accelerate looks for GPUs: set "
             "ACCELERATE_USE_CPU=true for several processes on CPUs"
         )
-    # set by `accelerate launch` for more than one process, and by no launcher without a rank
-    if "MASTER_PORT" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
+    # set by `accelerate launch` for more than one process on one machine, and by no launcher without a rank; a port
+    # that a cluster handed down comes with that cluster's address
+    local = "MASTER_PORT" in os.environ and os.environ.get("MASTER_ADDR") == "127.0.0.1"
+    if local and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
         raise TrainingError(
             "accelerate launch was asked for several processes and started one (with --cpu it does): use "
-            "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N …`, or `accelerate launch --multi_gpu` on GPUs"
+            "`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N …`, or `accelerate launch --multi_gpu` on GPUs. If "
+            "one was asked for, unset MASTER_ADDR and MASTER_PORT"
         )
 
 

@@ -10,6 +10,7 @@ from ltm_retrofit.errors import RecipeError
 from ltm_retrofit.tuning.preprocessing import AUGMENTS
 
 TRAINS = ("all", "masks", "masks+norms", "lora")
+SCHEDULES = ("cosine", "poly", "tanh", "step")
 BOUNDS = ("ceb", "ibb", "none")
 FROM_ZERO = ("seed", "workers")  # of the whole numbers; the others count something
 SHARES = (
@@ -30,11 +31,13 @@ class TrainConfig(Strict):
     Args:
         epochs: passes over the training data.
         batch_size: images in a step.
-        lr: highest learning rate; linear warm-up, then cosine to zero.
+        lr: highest learning rate; linear warm-up, then down to zero by ``sched``.
         train: ``"all"`` parameters, ``"masks"`` only, ``"masks+norms"``, or ``"lora"``: masks, and low-rank matrices
             (peft) that are merged into the weights at the end. A new head always trains.
         lora_rank: of these matrices.
         opt: timm's name of the optimizer.
+        sched: timm's name of the schedule: ``"cosine"``, ``"poly"`` (a straight line), ``"tanh"``, or ``"step"`` (a
+            tenth after every three tenths of the steps).
         mask_lr: highest learning rate of the masks; ``lr`` where it is None.
         layer_decay: factor from one block's learning rate to that of the block before it.
         accumulate: batches whose gradients make one step.
@@ -51,7 +54,8 @@ class TrainConfig(Strict):
         distill_token: weight of the cosine distance to the feature that the unconverted model's classifier reads.
         bound: ``"ceb"``, CEB_γ (METHOD), ``"ibb"``, the paper's, or ``"none"``.
         bound_weight: λ, of the bound on the feature that the classifier reads.
-        gamma: γ of CEB_γ.
+        gamma: γ of CEB_γ in the loss; the step inside the masks keeps the γ that they were made with, 1.
+        perplexity: of the clusters' assignments, which β is fitted to: how many of them an image is spread over.
         bound_sites: weight of the bound on each site's own descriptor, within λ.
         bound_warmup: share of the steps before the bound joins the loss.
         label_smoothing: of the cross-entropy.
@@ -61,9 +65,11 @@ class TrainConfig(Strict):
         workers: of the data loader.
         steps: in an epoch; needed for a stream, which does not know its length. Where the data ends before, it starts
             over.
-        unreadable: share of the training images that may be unreadable; the next one takes the place of each.
+        unreadable: share of the training images that may be unreadable; the next one takes the place of each. Images to
+            evaluate on have to be readable.
         checkpoint_every: steps between two checkpoints, where `finetune` is given a folder for them.
-        anneal: share of the steps in which the token counts fall from all to those of the plan.
+        anneal: share of the steps in which the token counts fall from all to those of the plan; accuracies noted in
+            that time are those of the counts that have been reached.
         gate: whether masks by similarity also learn which tokens merge, by a straight-through gate (METHOD, item 4).
     """
 
@@ -75,6 +81,7 @@ class TrainConfig(Strict):
     weight_decay: float = 0.05
     lora_rank: int = 8
     opt: str = "adamw"
+    sched: str = "cosine"
     mask_lr: float | None = None
     layer_decay: float = 1.0
     accumulate: int = 1
@@ -90,6 +97,7 @@ class TrainConfig(Strict):
     bound: str = "ceb"
     bound_weight: float = 0.1
     gamma: float = 1.0
+    perplexity: float = 8.0
     bound_sites: float = 0.0
     bound_warmup: float = 0.2
     label_smoothing: float = 0.0
@@ -125,9 +133,12 @@ class TrainConfig(Strict):
                 raise RecipeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.ema == 1 or self.layer_decay == 0:
             raise RecipeError("ema must be below 1 and layer_decay above 0, else nothing would ever be learned")
+        if self.perplexity <= 1:
+            raise RecipeError(f"perplexity is an effective number of clusters, above 1, got {self.perplexity!r}")
         if self.distill_temperature == 0:
             raise RecipeError("distill_temperature must be above 0")
         check_choice(self.train, TRAINS, "train")
+        check_choice(self.sched, SCHEDULES, "sched")
         check_choice(self.loss, ("ce", "bce"), "loss")
         check_choice(self.bound, BOUNDS, "bound")
         check_choice(self.augment, AUGMENTS, "augment")

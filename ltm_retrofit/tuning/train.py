@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
@@ -22,12 +23,14 @@ from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.data import Data, check_labels, columns_of, is_stream, is_table
 from ltm_retrofit.tuning.evaluate import count_classes
+from ltm_retrofit.tuning.heads import places_of
 from ltm_retrofit.tuning.history import History
 from ltm_retrofit.tuning.images import Order, Stream, make_loader
 from ltm_retrofit.tuning.loop import Run
 from ltm_retrofit.tuning.parameters import checkpointed, chosen, low_rank
 from ltm_retrofit.tuning.passes import Passes
-from ltm_retrofit.tuning.processes import make_accelerator
+from ltm_retrofit.tuning.processes import own_accelerator
+from ltm_retrofit.tuning.resuming import resume as go_on
 from ltm_retrofit.tuning.settings import TrainConfig
 
 
@@ -64,26 +67,55 @@ def finetune(
             weights whose loss was).
     """
     config = config or TrainConfig()
-    accelerator = make_accelerator(config.mixed_precision, config.batch_size)
-    classes = count_classes(model)
-    for data, split in ((train, "training"), (val, "validation")):
-        if (
-            data is not None
-            and is_table(data)
-            and ("label" in columns_of(data) or split == "validation" or not config.distill)
-        ):
-            check_labels(data, classes, split)
-    if is_stream(train) and accelerator.num_processes > 1:
-        raise DataError(f"a stream cannot be shared out among {accelerator.num_processes} processes: use a data set")
-    _check_annealed(model, config)
     folder = None if checkpoints_to is None else Path(checkpoints_to)
-    state = None if folder is None else checkpoints.read(folder)
     if resume and folder is None:
         raise CheckpointError("resume needs the folder that the checkpoints were written to: set checkpoints_to")
-    if state is not None and not resume:
-        raise CheckpointError(
-            f"{folder} holds a checkpoint of an earlier run: go on from it with resume, or name another folder"
-        )
+    with own_accelerator(config) as accelerator:
+        classes = count_classes(model)
+        places = _check_data(model, train, val, classes, config)
+        if is_stream(train) and accelerator.num_processes > 1:
+            raise DataError(
+                f"a stream cannot be shared out among {accelerator.num_processes} processes: use a data set"
+            )
+        _check_annealed(model, config)
+        state = None if folder is None else checkpoints.read(folder)
+        if state is not None and not resume:
+            raise CheckpointError(
+                f"{folder} holds a checkpoint of an earlier run: go on from it with resume, or name another folder"
+            )
+        return _attempts(model, train, val, config, accelerator, classes, places, folder, state)
+
+
+def _check_data(
+    model: nn.Module, train: Data, val: Data | None, classes: int, config: TrainConfig
+) -> tuple[int, ...] | None:
+    """Check the labels of data sets; return the model's class of each of the training data's, where they differ.
+
+    Raises:
+        DataError: see `finetune`.
+    """
+    places: dict[str, tuple[int, ...] | None] = {}
+    for data, split in ((train, "training"), (val, "validation")):
+        if data is None or not is_table(data):
+            continue
+        if "label" in columns_of(data) or split == "validation" or not config.distill:
+            places[split] = places_of(model, data, classes)
+            check_labels(data, classes, split, places[split])
+    return places.get("training")
+
+
+def _attempts(
+    model: nn.Module,
+    train: Data,
+    val: Data | None,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    classes: int,
+    places: tuple[int, ...] | None,
+    folder: Path | None,
+    state: Mapping[str, Any] | None,
+) -> History:
+    """Run with as many images at once as there is memory for."""
     start = {key: value.detach().cpu().clone() for key, value in model.state_dict().items() if is_table(train)}
     size = config.batch_size
     if state is not None and config.batch_size % int(state["batch_images"]) == 0:  # it did not all fit into memory
@@ -119,6 +151,7 @@ def finetune(
             seed=config.seed,
             workers=config.workers,
             unreadable=config.unreadable,
+            places=places,
         )
         passes = _passes(loader, accelerator, config, batch_size)
         with ExitStack() as stack:
@@ -130,7 +163,7 @@ def finetune(
             accumulate = config.accumulate * config.batch_size // batch_size
             run = Run(model, accelerator, config, classes, passes, accumulate, folder)
             if state is not None and not retried:
-                run.resume(state)
+                go_on(run, state)
             return run.go(val)
 
     history: History = attempt()
@@ -151,6 +184,12 @@ def _passes(loader: object, accelerator: Accelerator, config: TrainConfig, image
             raise DataError(
                 f"{accelerator.num_processes} processes share a torch DataLoader or a data set among them, got "
                 f"{type(loader).__name__}"
+            )
+        if loader.batch_size and not loader.drop_last and len(loader.sampler) % loader.batch_size:  # type: ignore[arg-type]
+            warnings.warn(
+                "the last batch of an epoch is short, and the processes fill it up with images of the first one: set "
+                "the loader's drop_last to learn what one process would",
+                stacklevel=2,
             )
         loader = accelerator.prepare_data_loader(loader)
     together = config.accumulate * config.batch_size // images

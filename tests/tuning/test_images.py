@@ -121,8 +121,17 @@ def test_a_stream_asks_for_its_length(build) -> None:
 
 def test_a_damaged_image_of_a_stream_is_named(build) -> None:
     stream = encoded(16, damaged=(5,)).to_iterable_dataset()
-    with pytest.raises(DataError, match="of the stream cannot be read"):
-        ltm.finetune(build("timm-vit"), stream, config=ltm.TrainConfig(batch_size=8, steps=2))
+    config = ltm.TrainConfig(batch_size=8, steps=2, unreadable=0.0)
+    with pytest.raises(DataError, match=r"1 of the stream's first \d+ images cannot be read.*TrainConfig.unreadable"):
+        ltm.finetune(build("timm-vit"), stream, config=config)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_images_of_a_stream_are_left_out_and_counted(workers: int, build) -> None:
+    stream = encoded(44, damaged=(5, 6, 30)).to_iterable_dataset(num_shards=2)
+    config = ltm.TrainConfig(batch_size=8, steps=5, workers=workers)
+    history = ltm.finetune(build("timm-vit"), stream, config=config)
+    assert len(history.losses) == 5 and history.epochs[-1]["unreadable"] == 3
 
 
 def test_labels_of_a_stream_are_checked_as_they_come(build) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import conversions
 import pytest
 import torch
 from pieces import batches
@@ -12,7 +13,7 @@ from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging import ib
 from ltm_retrofit.merging.mask import SimilarityMask
-from ltm_retrofit.tuning.information import Information, entrance_of
+from ltm_retrofit.tuning.information import Information, entrances_of
 
 MANY = batches(50, 7)
 
@@ -37,18 +38,16 @@ def test_there_is_no_information_before_a_fit_or_without_a_mask(converted) -> No
 def test_the_estimate_is_that_of_the_definitions(converted) -> None:
     model = converted("timm-vit").train()
     information = Information(model)
-    handle = information.listen()
     inputs: list[torch.Tensor] = []
     other = model.blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0].mean(dim=1)))
     features, targets = [], []
     for images, labels in MANY:
-        with torch.no_grad(), ltm.trace(model) as traced:
+        with torch.no_grad(), information.listening(), ltm.trace(model) as traced:
             model(images)
             ltm.bound_loss(traced, labels)
         targets.append(ib.soft_targets(labels, 7))
         information.add(traced, targets[-1])
         features.append(traced.feature)
-    handle.remove()
     other.remove()
     statistics = model.ltm.readout
     x, z, y = torch.cat(inputs), torch.cat(features), torch.cat(targets)
@@ -64,7 +63,7 @@ def test_memory_is_bounded(converted) -> None:
     model = converted("timm-vit")
     information = Information(model)
     for _ in range(3):
-        information.latest = torch.zeros(700, 48)
+        information.latest = {"blocks.0": torch.zeros(700, 48)}
         with ltm.trace(model) as traced, torch.no_grad():
             model(torch.zeros(1, 3, 32, 32))
         traced.features = {name: torch.zeros(700, 48) for name in traced.features}
@@ -74,14 +73,28 @@ def test_memory_is_bounded(converted) -> None:
 
 def test_the_input_is_what_the_first_block_reads(converted) -> None:
     model = converted("timm-vit")
-    assert entrance_of(model, "blocks.3") == "blocks.0"
-    assert entrance_of(nn.Sequential(), "encoder") == "encoder"
+    assert entrances_of(model, "blocks.3") == ["blocks.0", "blocks", ""]
+    assert entrances_of(nn.Sequential(), "encoder") == ["encoder", ""]
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 48), (2, 48, 4, 4), (2, 4, 4, 48)], ids=["tokens", "nchw", "nhwc"])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 5, 48), (2, 48, 4, 4), (2, 4, 4, 48), (2, 3, 32, 32), (2, 8, 8, 96)],
+    ids=["tokens", "nchw", "nhwc", "image", "other-width"],
+)
 def test_tokens_are_averaged_whatever_their_layout(shape, converted) -> None:
     information = Information(converted("timm-vit"))
-    assert information._mean(torch.zeros(shape)).shape == (2, 48)
+    width = 48 if 48 in shape else min(shape[1], 3) if shape[1] == 3 else 96
+    assert information._mean(torch.zeros(shape)).shape == (2, width)
+
+
+@pytest.mark.parametrize("name", ["timm-mobilevit-local", "timm-swin-local"])
+def test_where_images_are_folded_into_the_batch_the_module_around_is_read(name: str) -> None:
+    model, _, example = conversions.converted(name)
+    classes = ltm.get_plan(model).classes
+    drawn = [(torch.randn(32, *example.shape[1:]), torch.arange(32) % classes) for _ in range(9)]
+    history = ltm.finetune(model, drawn, config=ltm.TrainConfig(batch_size=32, lr=1e-4))
+    assert {"ib", "i_input", "i_label"} <= set(history.epochs[-1])
 
 
 # --------------------------------------------------------------------------------------------------------- annealing

@@ -10,14 +10,16 @@ import sys
 import pytest
 import torch
 from pieces import batches, equal, weights
+from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import RecipeError, TrainingError
 from ltm_retrofit.saving.base import is_ours
 from ltm_retrofit.tuning.heads import set_classes
-from ltm_retrofit.tuning.parameters import make_optimizer
-from ltm_retrofit.tuning.settings import TrainConfig
+from ltm_retrofit.tuning.parameters import chosen, make_optimizer
+from ltm_retrofit.tuning.schedule import make_schedule
+from ltm_retrofit.tuning.settings import SCHEDULES, TrainConfig
 
 
 def changed(before: dict, after: dict) -> set[str]:
@@ -220,3 +222,69 @@ def test_the_same_seed_gives_the_same_bits_with_low_rank(converted) -> None:
     for model in runs:
         ltm.finetune(model, batches(3), config=TrainConfig(train="lora", lr=1e-2))
     assert equal(weights(runs[0]), weights(runs[1]))
+
+
+class NormMlpHead(nn.Sequential):
+    """A head whose name says norm, like timm's NormMlpClassifierHead."""
+
+
+def test_norms_are_not_a_head_with_a_norm_in_its_name(build) -> None:
+    model = build("timm-vit")
+    model.head = NormMlpHead(nn.LayerNorm(48), nn.Linear(48, 7))
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.8))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[parameter] for parameter in chosen(model, "masks+norms")}
+    assert {"head.0.weight", "head.0.bias", "blocks.0.norm1.weight", "norm.bias"} <= found
+    assert not {"head.1.weight", "head.1.bias", "blocks.0.mlp.fc1.bias"} & found
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("name", ["timm-vit", "hf-vit"])
+def test_checkpointing_that_was_on_stays_on(name: str, wanted: bool, build) -> None:
+    model = build(name)
+    if name == "timm-vit":
+        model.set_grad_checkpointing()
+    else:
+        model.gradient_checkpointing_enable()
+    ltm.finetune(model, batches(1), config=TrainConfig(checkpointing=wanted))
+    assert model.grad_checkpointing if name == "timm-vit" else model.is_gradient_checkpointing
+
+
+def factors(sched: str, steps: int, **settings: float) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.5)
+    schedule = make_schedule(optimizer, TrainConfig(sched=sched, **settings), steps)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize("sched", SCHEDULES)
+def test_the_rate_rises_and_falls(sched: str) -> None:
+    found = factors(sched, 40)
+    assert found[:4] == sorted(found[:4]) and found[4:] == sorted(found[4:], reverse=True)
+    assert max(found) <= 0.5 and found[3] == pytest.approx(0.4, rel=1e-3) and found[-1] < 0.02
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.25])
+def test_the_cosine_is_timms(warmup: float) -> None:
+    unit = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.5)
+    rising = 40 * warmup
+    theirs = CosineLRScheduler(unit, 40, warmup_t=int(rising), warmup_lr_init=0.5 / (rising + 1), t_in_epochs=False)
+    expected = []
+    for step in range(40):
+        theirs.step_update(step)
+        expected.append(unit.param_groups[0]["lr"])
+    assert factors("cosine", 40, warmup=warmup) == pytest.approx(expected)
+
+
+def test_a_schedule_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(RecipeError, match="sched must be one of 'cosine', 'poly', 'tanh', 'step', got 'plateau'"):
+        TrainConfig(sched="plateau")
+
+
+def test_every_schedule_trains(build) -> None:
+    for sched in SCHEDULES:
+        assert len(ltm.finetune(build("timm-vit"), batches(2), config=TrainConfig(sched=sched)).losses) == 2

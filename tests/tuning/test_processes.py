@@ -7,27 +7,40 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from pieces import batches, equal, weights
+from torch.utils.data import DataLoader, TensorDataset
 
+import ltm_retrofit as ltm
 from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.tuning import processes
+from ltm_retrofit.tuning.settings import TrainConfig
+from ltm_retrofit.tuning.train import _passes
 
 SCRIPT = textwrap.dedent(
     """
     import json, os, sys
-    import timm, torch
+    import timm, torch, transformers
     import ltm_retrofit as ltm
     from torch.utils.data import DataLoader, TensorDataset
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=4, num_heads=2,
-                              num_classes=4).eval()
-    ltm.retrofit(model, ltm.LTMConfig(flops=0.7))
+    if os.environ.get("HOST") == "hf-dinov2":  # its mask token has no gradient
+        model = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(
+            image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=4, num_attention_heads=2, num_labels=4))
+    else:
+        model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=24, depth=4,
+                                  num_heads=2, num_classes=4)
+    ltm.retrofit(model.eval(), ltm.LTMConfig(flops=0.7))
     labels = torch.randint(4, (160,))
     images = torch.randn(160, 3, 16, 16) + torch.randn(4, 3, 1, 1)[labels]
     loader = DataLoader(TensorDataset(images, labels), batch_size=16, shuffle=True,
@@ -64,10 +77,11 @@ def launch(folder: Path, *command: str, **environment: str) -> subprocess.Comple
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def test_two_processes_learn_what_one_learns(tmp_path):
-    done = launch(tmp_path / "one")
+@pytest.mark.parametrize("host", ["timm-vit", "hf-dinov2"])
+def test_two_processes_learn_what_one_learns(host, tmp_path):
+    done = launch(tmp_path / "one", HOST=host)
     assert done.returncode == 0, done.stderr
-    done = launch(tmp_path / "two", *TORCHRUN, ACCELERATE_USE_CPU="true")
+    done = launch(tmp_path / "two", *TORCHRUN, ACCELERATE_USE_CPU="true", HOST=host)
     assert done.returncode == 0, done.stderr
     one = torch.load(tmp_path / "one" / "state0.pt", weights_only=True)
     two, other = (torch.load(tmp_path / "two" / f"state{rank}.pt", weights_only=True) for rank in range(2))
@@ -126,17 +140,91 @@ def test_a_process_that_runs_alone_by_mistake_says_so(command, environment, mess
     assert done.returncode != 0 and message in done.stderr
 
 
+def accelerator_of(**settings) -> None:
+    with processes.own_accelerator(TrainConfig(**settings)):
+        pass
+
+
 def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
     monkeypatch.setattr(processes.Accelerator, "num_processes", 3)
     with pytest.raises(TrainingError, match="64 cannot be shared out among 3"):
-        processes.make_accelerator("no", 64)
+        accelerator_of()
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
 def test_wrappers_that_copy_tokens_are_refused_by_name(kind, monkeypatch):
-    monkeypatch.setattr(processes.Accelerator, "distributed_type", DistributedType[kind])
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=f"finetune cannot run under {kind}"):
+        patch.setattr(processes.Accelerator, "distributed_type", DistributedType[kind])
+        accelerator_of()
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")  # which Accelerate passes over on CPUs
     with pytest.raises(TrainingError, match=f"finetune cannot run under {kind}"):
-        processes.make_accelerator("no", 64)
+        accelerator_of()
+
+
+@pytest.mark.parametrize(
+    "name, value, settings, message",
+    [
+        (
+            "MIXED_PRECISION",
+            "bf16",
+            {},
+            "with mixed precision 'bf16', and TrainConfig has mixed_precision='no'",
+        ),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", {"accumulate": 2}, "launched with 4 gradient acc.* has accumulate=2"),
+    ],
+)
+def test_a_launch_that_says_other_things_is_refused(name, value, settings, message, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(TrainingError, match=message):
+        accelerator_of(**settings)
+    accelerator_of(mixed_precision="bf16", accumulate=4)
+
+
+def test_accumulation_that_both_say_is_done_once(build, monkeypatch):
+    config = TrainConfig(accumulate=2, batch_size=7)
+    one, other = build("timm-vit"), build("timm-vit")
+    ltm.finetune(one, batches(4), config=config)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    ltm.finetune(other, batches(4), config=config)
+    assert equal(weights(one), weights(other))
+
+
+def test_half_precision_that_the_cpu_has_not_is_refused():
+    with pytest.raises(TrainingError, match="mixed_precision='fp16' needs a GPU"):
+        if torch.cuda.is_available():
+            pytest.skip("there is one here")
+        accelerator_of(mixed_precision="fp16")
+
+
+def test_the_callers_accelerator_stays_as_it_was(build):
+    theirs = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4)
+    ltm.finetune(build("timm-vit"), batches(1), config=TrainConfig(batch_size=7))
+    assert theirs.mixed_precision == AcceleratorState().mixed_precision == "bf16"
+    assert theirs.gradient_accumulation_steps == 4
+    AcceleratorState._reset_state()
+
+
+def test_a_port_that_a_cluster_handed_down_is_no_launch(monkeypatch):
+    for name, value in {"MASTER_PORT": "1234", "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "node-17")
+    assert processes.check_alone(1) is None
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(TrainingError, match="unset MASTER_ADDR"):
+        processes.check_alone(1)
+
+
+@pytest.mark.parametrize("count, drop", [(20, False), (20, True), (16, False)])
+def test_a_short_last_batch_is_not_what_one_process_would_learn(count, drop):
+    loader = DataLoader(TensorDataset(torch.zeros(count, 3)), batch_size=8, drop_last=drop)
+    two = SimpleNamespace(num_processes=2, prepare_data_loader=lambda loader: loader)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        _passes(loader, two, TrainConfig(batch_size=8), 8)
+    assert ["set the loader's drop_last" in str(warning.message) for warning in seen] == [True] * (
+        count % 8 > 0 and not drop
+    )
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -274,11 +275,36 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(model, tmp_path) -
     drawn = batches(6)
     drawn[4] = (drawn[4][0] * torch.nan, drawn[4][1])
     config = ltm.TrainConfig(batch_size=7, checkpoint_every=2)
-    with pytest.raises(TrainingError, match=r"not finite at step 5 of 6.*The last checkpoint in .* of finite weights"):
+    with pytest.raises(TrainingError, match=r"not finite at step 5 of 6.*The last checkpoint in .* begin anew"):
         ltm.finetune(model, drawn, config=config, checkpoints_to=tmp_path)
     kept = checkpoints.read(tmp_path)
-    assert kept["progress"]["step"] == 4
+    assert kept["progress"]["step"] == 2, "nobody knows whether those of step 4 are good"
     assert all(torch.isfinite(value).all() for value in kept["model"].values() if value.is_floating_point())
+
+
+def test_the_first_checkpoint_is_taken_back_where_the_next_loss_is_not_finite(model, tmp_path) -> None:
+    """The loss tells only a step later whether weights are good."""
+    drawn = batches(3)
+    drawn[1] = (drawn[1][0] * torch.nan, drawn[1][1])
+    config = ltm.TrainConfig(batch_size=7, checkpoint_every=1)
+    with pytest.raises(TrainingError, match="not finite at step 2 of 3") as raised:
+        ltm.finetune(model, drawn, config=config, checkpoints_to=tmp_path)
+    assert not checkpoints.exists(tmp_path) and not list(tmp_path.iterdir())
+    assert "last checkpoint" not in str(raised.value)
+
+
+def test_between_the_two_renames_the_checkpoint_before_is_read(model, tmp_path) -> None:
+    ltm.finetune(model, batches(2), config=ltm.TrainConfig(batch_size=7), checkpoints_to=tmp_path)
+    (tmp_path / checkpoints.NAME).rename(tmp_path / checkpoints.BEFORE)
+    assert checkpoints.exists(tmp_path) and checkpoints.read(tmp_path)["progress"]["step"] == 2
+
+
+def test_a_stream_goes_on_with_as_many_workers(model, tmp_path) -> None:
+    stream, fresh = encoded(32, damaged=()).to_iterable_dataset(num_shards=2), copy.deepcopy(model)
+    config = ltm.TrainConfig(batch_size=8, steps=2, workers=1)
+    ltm.finetune(model, stream, config=config, checkpoints_to=tmp_path)
+    with pytest.raises(CheckpointError, match=r"which differs in workers \(1 there, 2 here\)"):
+        ltm.finetune(fresh, stream, config=replace(config, workers=2), checkpoints_to=tmp_path, resume=True)
 
 
 def test_a_checkpoint_holds_no_pickles(model, tmp_path) -> None:

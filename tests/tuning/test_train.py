@@ -7,30 +7,23 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Iterator
 
+import datasets
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from pieces import batches, equal, weights
 from torch import Tensor, nn
 
 import ltm_retrofit as ltm
 from ltm_retrofit.convert import was_finetuned
 from ltm_retrofit.errors import DataError, RecipeError, TrainingError
+from ltm_retrofit.tuning import processes
 from ltm_retrofit.tuning.evaluate import count_classes, evaluate, predictions
+from ltm_retrofit.tuning.loop import SKIPPED, Run
 from ltm_retrofit.tuning.settings import TrainConfig
 
 METHODS = ("ltm", "tome", "pool", "slice")
-
-
-@pytest.fixture
-def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps one mixed precision a process."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 # ------------------------------------------------------------------------------------------------------ the settings
@@ -415,19 +408,16 @@ def test_no_bound_where_there_is_no_mask(converted, build) -> None:
 # ---------------------------------------------------------------------------------------------------- mixed precision
 
 
-@pytest.mark.usefixtures("fresh_accelerator")
 def test_bf16_trains_on_cpu(converted) -> None:
     model, exact = converted("timm-vit"), converted("timm-vit")
     history = ltm.finetune(model, batches(8, 14), config=TrainConfig(lr=2e-3, mixed_precision="bf16"))
     assert all(math.isfinite(loss) for loss in history.losses) and history.losses[-1] < history.losses[0]
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    AcceleratorState._reset_state(True)
     full = ltm.finetune(exact, batches(8, 14), config=TrainConfig(lr=2e-3))
     assert history.losses[0] != full.losses[0], "nothing was computed in bf16"
     assert history.losses[0] == pytest.approx(full.losses[0], rel=0.05)
 
 
-@pytest.mark.usefixtures("fresh_accelerator")
 def test_bf16_does_not_stay_on_the_model(build) -> None:
     model = build("timm-vit")
     ltm.finetune(model, batches(1), config=TrainConfig(mixed_precision="bf16"))
@@ -440,7 +430,6 @@ def test_bf16_does_not_stay_on_the_model(build) -> None:
     pickle.dumps(model)
 
 
-@pytest.mark.usefixtures("fresh_accelerator")
 def test_two_runs_of_different_precision_in_one_process(build) -> None:
     for precision in ("no", "bf16", "no"):
         history = ltm.finetune(build("timm-vit"), batches(1), config=TrainConfig(mixed_precision=precision))
@@ -487,3 +476,98 @@ def test_nan_in_the_first_batch_does_not_reach_the_averages_of_batch_norms() -> 
     with pytest.raises(TrainingError, match="not finite at step 1") as raised:
         ltm.finetune(model, drawn, config=TrainConfig(batch_size=7))
     assert equal(weights(model), before) and "checkpoint" not in str(raised.value)
+
+
+def test_sixteen_bits_whose_gradient_is_never_finite_stop(build, monkeypatch) -> None:
+    """A GPU's scaler leaves such steps out; here nothing is scaled, and the steps are left out by hand."""
+
+    def left_out(run: Run) -> None:
+        run.progress.step += 1
+        run.optimizer.zero_grad()
+
+    monkeypatch.setattr(processes, "check_kind", lambda accelerator, config: None)
+    monkeypatch.setattr(Run, "step", left_out)
+    model = build("timm-vit")
+    handle = model.head.weight.register_hook(lambda gradient: gradient * math.nan)
+    config = TrainConfig(batch_size=7, mixed_precision="fp16")
+    with pytest.raises(TrainingError, match=rf"not finite at step {SKIPPED + 1} of {SKIPPED + 5}"):
+        ltm.finetune(model, batches(SKIPPED + 5), config=config)
+    handle.remove()
+    assert len(ltm.finetune(model, batches(SKIPPED + 5), config=config).losses) == SKIPPED + 5
+
+
+# ------------------------------------------------------------------------------------------------------ what is logged
+
+
+def test_the_logged_bound_is_the_mean_over_batches_that_have_one(converted, monkeypatch) -> None:
+    seen: list[float] = []
+
+    def noted(run: Run, inputs: Tensor, labels: Tensor) -> dict[str, float]:
+        losses = train_batch(run, inputs, labels)
+        seen.append(losses["bound"])
+        return losses
+
+    train_batch = Run.train_batch
+    monkeypatch.setattr(Run, "train_batch", noted)
+    history = ltm.finetune(converted("timm-vit"), batches(8, 70), config=TrainConfig(batch_size=70))
+    there = [value for value in seen if value]
+    assert len(there) == 4 and history.epochs[0]["bound"] == pytest.approx(sum(there) / 4)
+
+
+def test_the_perplexity_is_that_of_training_and_its_target_a_setting(converted) -> None:
+    model = converted("timm-vit")
+    history = ltm.finetune(model, batches(20, 70), config=TrainConfig(batch_size=70, lr=1e-3, perplexity=3.0))
+    statistics = model.ltm.readout
+    fitted = statistics.perplexity(statistics.memory.latest()[0]).item()
+    assert fitted == pytest.approx(3.0, rel=0.02), "what the refresh at the end of the epoch fitted it to"
+    assert history.epochs[0]["perplexity"] != pytest.approx(fitted, rel=1e-3), "features move between two fits"
+    with pytest.raises(RecipeError, match="perplexity is an effective number of clusters, above 1"):
+        TrainConfig(perplexity=1.0)
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_statistics_are_fitted_anew_once_the_memory_is_full(size: int, converted, monkeypatch) -> None:
+    """However many images a loader's batches have, whatever ``batch_size`` says."""
+    full: list[int] = []
+    refresh = Run.refresh
+
+    def noted(run: Run) -> None:
+        full.append(run.progress.images)
+        refresh(run)
+
+    monkeypatch.setattr(Run, "refresh", noted)
+    ltm.finetune(converted("timm-vit"), batches(1280 // size, size), config=TrainConfig())
+    assert full == [1024, 1280]
+
+
+def test_what_validation_sees_of_an_average_has_the_statistics_that_are_saved(converted, pictures, monkeypatch) -> None:
+    model, seen = converted("timm-vit"), []
+
+    def noted(run: Run, val: object) -> float:
+        seen.append(weights(run.ema.module))
+        return 0.0
+
+    monkeypatch.setattr(Run, "validate", noted)
+    ltm.finetune(model, batches(10, 70), pictures(7), config=TrainConfig(batch_size=70, ema=0.5))
+    assert equal(seen[-1], weights(model))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_labels_are_taken_by_the_names_of_their_classes(precision: str, build, pictures) -> None:
+    """The same images under a model's own order of the classes, and under another one."""
+    own, other = build("hf-vit"), build("hf-vit")
+    names = [f"colour{index}" for index in range(7)]
+    for model in (own, other):
+        model.config.id2label = dict(enumerate(names))
+    data, moved = pictures(28), names[3:] + names[:3]
+    renamed = data.cast_column("label", datasets.Value("string")).map(
+        lambda row: {"label": moved.index(names[int(row["label"])])}
+    )
+    renamed = renamed.cast_column("label", datasets.ClassLabel(names=moved))
+    config = TrainConfig(batch_size=7, lr=1e-3, mixed_precision=precision)
+    histories = [ltm.finetune(model, rows, rows, config=config) for model, rows in ((own, data), (other, renamed))]
+    assert histories[0].losses == histories[1].losses and equal(weights(own), weights(other))
+    assert evaluate(own, data) == evaluate(own, renamed) == histories[1].epochs[0]["val_accuracy"] > 50
+    wrong = renamed.cast_column("label", datasets.ClassLabel(names=["grey", *moved[1:]]))
+    with pytest.raises(DataError, match="which ViTForImageClassification knows as its class 4"):
+        ltm.finetune(own, wrong, config=config)
