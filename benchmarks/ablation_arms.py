@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import ltm_retrofit as ltm
 from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging.statistics import Statistics
 
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 CLUSTERS, PERPLEXITY = 64, 8.0
 #: blocks that could merge, for the lines "plan"; the last one's patch tokens are dead, and sliced off
 CHOICES = (
@@ -71,6 +72,16 @@ VARIATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "of logits alone, distillation": ("LTM, distillation", {"distill_token": 0.0}, {}),
     "without CutMix, distillation": ("LTM, distillation", {"cutmix": 0.0}, {}),
     "a temperature of 0.01 to begin with, distillation": ("LTM, distillation", {}, {"temperature": 0.01}),
+    "nothing, distillation": ("LTM, distillation", {}, {}),
+    **{
+        f"masks at {rate} times the rate, a temperature of {start:g} to begin with, distillation": (
+            "LTM, distillation",
+            {"mask_lr": float(rate)},
+            {"temperature": start},
+        )
+        for rate, start in product((1, 10, 30, 100), (0.05, 0.02, 0.01))
+    },
+    "masks at 30 times the rate, distillation + CEB": ("LTM, distillation + CEB", {"mask_lr": 30.0}, {}),
     "soft labels by mixup, CE": ("LTM, CE", {"mixup": 0.2}, {}),
     "soft labels by mixup, CE + CEB": ("LTM, CE + CEB", {"mixup": 0.2}, {}),
     "soft labels by CutMix, CE": ("LTM, CE", {"cutmix": 1.0}, {}),
@@ -83,7 +94,7 @@ PROGRAMME: tuple[tuple[float, int, int, tuple[str, ...]], ...] = (
     (1.0, 0, ALL, ("original",)),
     *((share, 0, ALL, ("LTM, not tuned", "ToMe, not tuned")) for share in (0.5, 0.65, 0.35)),
     (0.5, 1, ALL, ("LTM, distillation",)),
-    (1.0, 1, ALL, ("original, tuned, distillation", "original, tuned")),
+    *((1.0, epochs, ALL, ("original, tuned, distillation", "original, tuned")) for epochs in (1, 5)),
     (0.65, 1, ALL, ("LTM, distillation",)),
     (0.35, 1, ALL, ("LTM, distillation",)),
     (0.5, 1, ALL, ("LTM, CE", "LTM, CE + CEB", "ToMe, CE", "ToMe, distillation", "LTM, distillation + CEB")),
@@ -93,7 +104,6 @@ PROGRAMME: tuple[tuple[float, int, int, tuple[str, ...]], ...] = (
     # a harder budget, and a longer run
     *((share, epochs, FEW, ("LTM, CE", "LTM, CE + CEB")) for share, epochs in ((0.35, 1), (0.5, 5))),
     (0.5, 1, ALL, ("LTM, CE + IBB", "LTM, CE + CEB, no IB step", "LTM, masks only, CE + CEB", "average pooling, CE")),
-    (1.0, 5, ALL, ("original, tuned, distillation", "original, tuned")),
     (0.5, 5, ALL, ("LTM, distillation",)),
     (0.35, 5, ALL, ("LTM, distillation",)),
 )

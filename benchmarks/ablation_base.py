@@ -92,11 +92,15 @@ def load() -> nn.Module:
 
 
 @torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits ``(n, classes)`` of images that lie where the model does."""
+    model.eval()
+    return torch.cat([model(to_batch(part)) for part in images.split(250)])
+
+
 def hits(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Return whether each image is recognised ``(n,)``; images and labels lie where the model does."""
-    model.eval()
-    parts = zip(images.split(250), labels.split(250), strict=True)
-    return torch.cat([model(to_batch(x)).argmax(-1) == y for x, y in parts])
+    return logits_of(model, images).argmax(-1) == labels
 
 
 def share(right: Tensor) -> float:

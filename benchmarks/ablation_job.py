@@ -13,6 +13,7 @@ import torch
 from ablation_arms import ALL, BATCH, CLUSTERS, PERPLEXITY, Arm, arm_of, change, convert
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import ltm_retrofit as ltm
 from ltm_retrofit.flops import count_macs
@@ -111,9 +112,14 @@ def tuned(arm: Arm, job: Job, train: Images) -> nn.Module:
 
 
 def read(model: nn.Module, images: Images) -> dict[str, Any]:
-    """Return the accuracy in percent, and a character for each image: x where it is recognised."""
-    right = base.hits(model, *images)
-    return {"accuracy": base.share(right), "right": bytes(right.to(torch.uint8).tolist()).translate(BITS).decode()}
+    """Return the accuracy in percent, a character for each image, x where it is recognised, and the cross-entropy."""
+    logits = base.logits_of(model, images[0])
+    right, loss = logits.argmax(-1) == images[1], F.cross_entropy(logits, images[1]).item()
+    return {
+        "accuracy": base.share(right),
+        "loss": loss,
+        "right": bytes(right.to(torch.uint8).tolist()).translate(BITS).decode(),
+    }
 
 
 @torch.no_grad()
