@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import ablation_base as base
-from ablation_arms import ARMS, CHOICES, PROGRAMME, RATES, VARIATIONS, arm_of
+from ablation_arms import ALL, ARMS, CHOICES, PROGRAMME, VARIATIONS, arm_of
 from ablation_job import Job, do
 from ablation_page import write_page
 
@@ -50,9 +50,9 @@ def wanted(programme: list[tuple[float, int, int, str]], done: dict[Job, float],
     """Yield every job whose choice has been made, done or not, in the order of the programme."""
     for flops, epochs, images, name in programme:
         arm, of = arm_of(name), VARIATIONS[name][0] if name in VARIATIONS else name
-        plan = Job("plan", "LTM, not tuned", 1.0)
+        plan = Job("plan", "slow LTM, not tuned", 1.0)
         if arm.method:
-            plans = [Job("plan", "LTM, not tuned", flops, blocks=blocks) for blocks in CHOICES]
+            plans = [Job("plan", "slow LTM, not tuned", flops, blocks=blocks) for blocks in CHOICES]
             yield from plans
             best = best_of(plans, done)
             if best is None:
@@ -62,14 +62,15 @@ def wanted(programme: list[tuple[float, int, int, str]], done: dict[Job, float],
         if arm.settings is None:
             yield Job("test", name, **setting)
             continue
-        choices = [Job("choose", of, rate=rate, **setting | {"epochs": 1}) for rate in RATES]
+        choices = [Job("choose", of, rate=rate, **setting | {"epochs": 1}) for rate in arm.rates]
         yield from choices
         best = best_of(choices, done)
         if best is None:
             continue
         chosen = best._replace(epochs=epochs)
         if name in VARIATIONS:
-            yield chosen._replace(stage="vary", arm=name)
+            varied = chosen._replace(stage="vary", arm=name)
+            yield from (varied._replace(seed=seed) for seed in range(1 if images < ALL else min(2, seeds)))
         else:
             yield from (chosen._replace(stage="test", seed=seed) for seed in range(seeds if arm.all_seeds else 1))
 

@@ -15,7 +15,7 @@ import ltm_retrofit as ltm
 from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging.statistics import Statistics
 
-RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4)
 CLUSTERS, PERPLEXITY = 64, 8.0
 #: blocks that could merge, for the lines "plan"; the last one's patch tokens are dead, and sliced off
 CHOICES = (
@@ -33,6 +33,8 @@ class Arm(NamedTuple):
     all_seeds: bool = False
     #: changes to the masks before the fine-tune: ``eta`` (stays zero), ``clusters``, ``temperature``
     masks: Mapping[str, Any] = MappingProxyType({})
+    #: learning rates that it chooses from
+    rates: tuple[float, ...] = RATES
 
 
 CE, CEB, IBB = ({"bound": kind} for kind in ("none", "ceb", "ibb"))
@@ -49,61 +51,75 @@ ARMS = {
     "LTM, CE + CEB, no IB step": Arm("ltm", CEB, masks={"eta": False}),
     "LTM, distillation": Arm("ltm", CE | DISTILL, True),
     "LTM, distillation + CEB": Arm("ltm", CEB | DISTILL, True),
-    "LTM, masks only, CE + CEB": Arm("ltm", CEB | {"train": "masks"}),
+    "LTM, masks only, CE + CEB": Arm("ltm", CEB | {"train": "masks", "mask_lr": 30.0}),
     "ToMe, not tuned": Arm("tome"),
     "ToMe, CE": Arm("tome", CE, True),
     "ToMe, distillation": Arm("tome", CE | DISTILL, True),
     "average pooling, CE": Arm("pool", CE),
 }
-#: what was tried → of which arm, and the settings or masks that it changes
-VARIATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    **{f"γ = {gamma:g}": ("LTM, CE + CEB", {"gamma": gamma}, {}) for gamma in (0.0, 3.0)},
-    **{f"λ = {weight:g}": ("LTM, CE + CEB", {"bound_weight": weight}, {}) for weight in (0.01, 0.3, 1.0)},
-    **{f"β for a perplexity of {target:g}": ("LTM, CE + CEB", {"perplexity": target}, {}) for target in (2.0, 24.0)},
-    **{f"{clusters} clusters": ("LTM, CE + CEB", {}, {"clusters": clusters}) for clusters in (16, 160)},
-    "bound at every site too": ("LTM, CE + CEB", {"bound_sites": 1.0}, {}),
-    "bound from the first step": ("LTM, CE + CEB", {"bound_warmup": 0.0}, {}),
-    "masks at 30 times the rate": ("LTM, CE + CEB", {"mask_lr": 30.0}, {}),
-    "gate": ("LTM, CE + CEB", {"gate": True}, {}),
-    "gate, distillation": ("LTM, distillation", {"gate": True}, {}),
-    "masks at 30 times the rate, distillation": ("LTM, distillation", {"mask_lr": 30.0}, {}),
-    "counts annealed over half the run, distillation": ("LTM, distillation", {"anneal": 0.5}, {}),
-    "with labels, distillation": ("LTM, distillation", {"labels": True}, {}),
-    "of logits alone, distillation": ("LTM, distillation", {"distill_token": 0.0}, {}),
-    "without CutMix, distillation": ("LTM, distillation", {"cutmix": 0.0}, {}),
-    "a temperature of 0.01 to begin with, distillation": ("LTM, distillation", {}, {"temperature": 0.01}),
-    "nothing, distillation": ("LTM, distillation", {}, {}),
-    **{
-        f"masks at {rate} times the rate, a temperature of {start:g} to begin with, distillation": (
-            "LTM, distillation",
-            {"mask_lr": float(rate)},
-            {"temperature": start},
-        )
-        for rate, start in product((1, 10, 30, 100), (0.05, 0.02, 0.01))
-    },
-    "masks at 30 times the rate, distillation + CEB": ("LTM, distillation + CEB", {"mask_lr": 30.0}, {}),
-    "soft labels by mixup, CE": ("LTM, CE", {"mixup": 0.2}, {}),
-    "soft labels by mixup, CE + CEB": ("LTM, CE + CEB", {"mixup": 0.2}, {}),
-    "soft labels by CutMix, CE": ("LTM, CE", {"cutmix": 1.0}, {}),
-    "soft labels by CutMix, CE + CEB": ("LTM, CE + CEB", {"cutmix": 1.0}, {}),
+#: with what `TrainConfig` and the masks had before these were tried; ``mask_lr`` is in multiples of the rate
+SLOW, SLOW_RATES = {"mask_lr": 1.0}, (1e-4, 3e-4, 1e-3)
+ARMS |= {
+    f"slow {name}": arm._replace(
+        settings=None if arm.settings is None else arm.settings | SLOW, masks={"temperature": 0.05}, rates=SLOW_RATES
+    )
+    for name, arm in ARMS.items()
+    if name in {"LTM, not tuned", *(f"LTM, {loss}" for loss in ("CE", "CE + IBB", "CE + CEB"))}
+    or name.startswith("LTM, distillation")
 }
+#: what was tried → of which arm, and the settings or masks that it changes
+TRIED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    **{f"γ = {gamma:g}": ("CE + CEB", {"gamma": gamma}, {}) for gamma in (0.0, 3.0)},
+    **{f"λ = {weight:g}": ("CE + CEB", {"bound_weight": weight}, {}) for weight in (0.01, 0.3, 1.0)},
+    **{f"β for a perplexity of {target:g}": ("CE + CEB", {"perplexity": target}, {}) for target in (2.0, 24.0)},
+    **{f"{clusters} clusters": ("CE + CEB", {}, {"clusters": clusters}) for clusters in (16, 160)},
+    "bound at every site too": ("CE + CEB", {"bound_sites": 1.0}, {}),
+    "bound from the first step": ("CE + CEB", {"bound_warmup": 0.0}, {}),
+    "masks at 30 times the rate": ("CE + CEB", {"mask_lr": 30.0}, {}),
+    "gate": ("CE + CEB", {"gate": True}, {}),
+    "gate, distillation": ("distillation", {"gate": True}, {}),
+    "masks at 30 times the rate, distillation": ("distillation", {"mask_lr": 30.0}, {}),
+    "counts annealed over half the run, distillation": ("distillation", {"anneal": 0.5}, {}),
+    "with labels, distillation": ("distillation", {"labels": True}, {}),
+    "of logits alone, distillation": ("distillation", {"distill_token": 0.0}, {}),
+    "without CutMix, distillation": ("distillation", {"cutmix": 0.0}, {}),
+    "a temperature of 0.01 to begin with, distillation": ("distillation", {}, {"temperature": 0.01}),
+    "soft labels by mixup, CE": ("CE", {"mixup": 0.2}, {}),
+    "soft labels by mixup, CE + CEB": ("CE + CEB", {"mixup": 0.2}, {}),
+    "soft labels by CutMix, CE": ("CE", {"cutmix": 1.0}, {}),
+    "soft labels by CutMix, CE + CEB": ("CE + CEB", {"cutmix": 1.0}, {}),
+}
+#: how fast masks learn, and where they begin
+MASKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    f"masks at {faster} times the rate, a temperature of {start:g} to begin with, distillation": (
+        "distillation",
+        {"mask_lr": float(faster)},
+        {"temperature": start},
+    )
+    for faster, start in product((1, 10, 30, 100), (0.05, 0.02, 0.01))
+}
+VARIATIONS = {name: (f"slow LTM, {of}", *changes) for name, (of, *changes) in (TRIED | MASKS).items()}
 #: images that train, and what variations make do with
 ALL, FEW = 50_000 - base.ASIDE, 11_250
 #: what is run, in this order: share of the multiply-adds, epochs, images, arms or variations
 PROGRAMME: tuple[tuple[float, int, int, tuple[str, ...]], ...] = (
     (1.0, 0, ALL, ("original",)),
-    *((share, 0, ALL, ("LTM, not tuned", "ToMe, not tuned")) for share in (0.5, 0.65, 0.35)),
-    (0.5, 1, ALL, ("LTM, distillation",)),
+    *((share, 0, ALL, ("slow LTM, not tuned", "LTM, not tuned", "ToMe, not tuned")) for share in (0.5, 0.65, 0.35)),
     *((1.0, epochs, ALL, ("original, tuned, distillation", "original, tuned")) for epochs in (1, 5)),
-    (0.65, 1, ALL, ("LTM, distillation",)),
+    (0.5, 1, ALL, ("ToMe, CE", "ToMe, distillation")),
+    (0.5, 1, ALL, ("LTM, distillation", "LTM, CE", "LTM, CE + CEB")),
     (0.35, 1, ALL, ("LTM, distillation",)),
-    (0.5, 1, ALL, ("LTM, CE", "LTM, CE + CEB", "ToMe, CE", "ToMe, distillation", "LTM, distillation + CEB")),
-    (0.5, 2, ALL, ("LTM, distillation",)),
-    (1.0, 2, ALL, ("original, tuned, distillation",)),
-    (0.5, 1, FEW, tuple(VARIATIONS)),
-    # a harder budget, and a longer run
+    (0.65, 1, ALL, ("LTM, distillation",)),
+    (0.5, 1, ALL, ("LTM, distillation + CEB",)),
+    (0.5, 1, ALL, ("average pooling, CE", "LTM, CE + IBB", "LTM, masks only, CE + CEB", "LTM, CE + CEB, no IB step")),
+    # what made the masks fast, and what was tried before that
+    (0.5, 1, ALL, tuple(MASKS)),
+    *((share, 1, ALL, ("slow LTM, distillation",)) for share in (0.65, 0.5, 0.35)),
+    (0.5, 1, ALL, ("slow LTM, CE", "slow LTM, CE + CEB", "slow LTM, CE + IBB", "slow LTM, distillation + CEB")),
+    (0.5, 2, ALL, ("slow LTM, distillation",)),
+    (0.5, 1, FEW, tuple(TRIED)),
+    # a harder budget, and longer runs
     *((share, epochs, FEW, ("LTM, CE", "LTM, CE + CEB")) for share, epochs in ((0.35, 1), (0.5, 5))),
-    (0.5, 1, ALL, ("LTM, CE + IBB", "LTM, CE + CEB, no IB step", "LTM, masks only, CE + CEB", "average pooling, CE")),
     (0.5, 5, ALL, ("LTM, distillation",)),
     (0.35, 5, ALL, ("LTM, distillation",)),
 )
@@ -114,7 +130,8 @@ def arm_of(name: str) -> Arm:
     if name in ARMS:
         return ARMS[name]
     of, settings, masks = VARIATIONS[name]
-    return ARMS[of]._replace(settings=(ARMS[of].settings or {}) | settings, masks=masks)
+    arm = ARMS[of]
+    return arm._replace(settings=(arm.settings or {}) | settings, masks=dict(arm.masks) | masks)
 
 
 def convert(method: str | None, flops: float, blocks: tuple[int, ...]) -> nn.Module:

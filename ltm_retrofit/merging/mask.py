@@ -20,7 +20,7 @@ from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.merging.tokens import Assignment, Step
 
 #: temperature of the softmax over destinations in a freshly converted model
-INITIAL_TEMPERATURE = 0.05
+INITIAL_TEMPERATURE = 0.01
 #: how far from the last similarity that leaves a source still learns whether to (METHOD, item 4)
 GATE_TEMPERATURE = 0.1
 #: far below the size of any token, and no zero

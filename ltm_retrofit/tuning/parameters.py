@@ -15,6 +15,8 @@ from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.tuning.heads import new_head
 from ltm_retrofit.tuning.settings import TrainConfig
 
+#: how much faster masks learn than weights that are trained already (docs/ablation.md: 1, 10, 30 and 100 were tried)
+MASKS_FASTER = 30
 #: what modules of timm and transformers that checkpoint are flagged by
 CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 
@@ -101,7 +103,7 @@ def _linear_maps(model: nn.Module) -> list[str]:
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """Make timm's optimizer of this name over the parameters that train.
 
-    Matrices decay, vectors do not; masks may have a rate of their own; with ``layer_decay`` below 1 earlier blocks
+    Matrices decay, vectors do not; masks have a rate of their own; with ``layer_decay`` below 1 earlier blocks
     learn more slowly (timm's layers).
 
     Raises:
@@ -112,11 +114,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     if not parameters:
         raise TrainingError("no parameter of this model requires a gradient: call model.requires_grad_() first")
     scale = _depth_scales(model, config.layer_decay) if config.layer_decay < 1 else {}
-    masks = set(masks_in(model))
+    masks, mask_rate = set(masks_in(model)), config.mask_lr
+    if mask_rate is None:
+        mask_rate = config.lr * (MASKS_FASTER if config.train in ("all", "masks+norms") else 1)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in parameters:
-        rate = config.lr if config.mask_lr is None or parameter not in masks else config.mask_lr
-        rate *= 1.0 if parameter in masks else scale.get(parameter, 1.0)
+        rate = mask_rate if parameter in masks else config.lr * scale.get(parameter, 1.0)
         groups.setdefault((rate, config.weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     named: list[dict[str, Any]] = [
         {"params": several, "lr": rate, "weight_decay": decay} for (rate, decay), several in groups.items()

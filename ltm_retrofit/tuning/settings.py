@@ -38,7 +38,8 @@ class TrainConfig(Strict):
         opt: timm's name of the optimizer.
         sched: timm's name of the schedule: ``"cosine"``, ``"poly"`` (a straight line), ``"tanh"``, or ``"step"`` (a
             tenth after every three tenths of the steps).
-        mask_lr: highest learning rate of the masks; ``lr`` where it is None.
+        mask_lr: highest learning rate of the masks. Where it is None, 30 times ``lr``, for they are new beside weights
+            that are not; with ``"masks"`` or ``"lora"``, where all that trains is new, ``lr``.
         layer_decay: factor from one block's learning rate to that of the block before it.
         accumulate: batches whose gradients make one step.
         ema: decay of an exponential moving average of the weights, which the model has in the end; 0 leaves it out.

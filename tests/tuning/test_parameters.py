@@ -115,6 +115,15 @@ def test_masks_have_a_rate_of_their_own(converted) -> None:
     assert all(decay == (0.1 if named[key].ndim > 1 else 0.0) for key, (_, decay) in given.items())
 
 
+@pytest.mark.parametrize(
+    ("train", "mask_rate"), [("all", 3.0), ("masks+norms", 3.0), ("masks", 0.1), ("lora", 0.1)], ids=str
+)
+def test_masks_are_faster_than_weights_that_are_trained_already(train, mask_rate, converted) -> None:
+    given = rates(converted("timm-vit"), lr=0.1, train=train)
+    assert {round(rate, 6) for key, (rate, _) in given.items() if is_ours(key)} == {mask_rate}
+    assert {rate for key, (rate, _) in given.items() if not is_ours(key)} == {0.1}
+
+
 @pytest.mark.parametrize("name", ["timm-vit", "hf-vit"])
 def test_earlier_blocks_learn_more_slowly(name, converted) -> None:
     model = converted(name)
@@ -123,7 +132,7 @@ def test_earlier_blocks_learn_more_slowly(name, converted) -> None:
     several = [given[key][0] for key in keys]
     assert len(several) == 6 and all(early == 0.5 * late for early, late in itertools.pairwise(several))
     assert given["head.weight" if name == "timm-vit" else "classifier.weight"][0] == 1.0
-    assert {rate for key, (rate, _) in given.items() if is_ours(key)} == {1.0}
+    assert {rate for key, (rate, _) in given.items() if is_ours(key)} == {30.0}
 
 
 @pytest.mark.parametrize("opt", ["sgd", "lamb", "adamw"])
