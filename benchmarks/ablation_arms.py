@@ -119,7 +119,8 @@ PROGRAMME: tuple[tuple[float, int, int, tuple[str, ...]], ...] = (
     (0.5, 2, ALL, ("slow LTM, distillation",)),
     (0.5, 1, FEW, tuple(TRIED)),
     # a harder budget, and longer runs
-    *((share, epochs, FEW, ("LTM, CE", "LTM, CE + CEB")) for share, epochs in ((0.35, 1), (0.5, 5))),
+    (0.35, 1, FEW, ("LTM, CE", "LTM, CE + CEB", "ToMe, CE", "LTM, distillation", "ToMe, distillation")),
+    (0.5, 5, FEW, ("LTM, CE", "LTM, CE + CEB")),
     (0.5, 5, ALL, ("LTM, distillation",)),
     (0.35, 5, ALL, ("LTM, distillation",)),
 )

@@ -56,8 +56,10 @@ def compare(name: str, log: Path, seed: int, epochs: int | None, limit: int | No
     from ltm_retrofit import RetrofitError, finetune, get_plan
     from ltm_retrofit.flops import count_macs
     from ltm_retrofit.graph.example import prepare_example
+    from ltm_retrofit.merging.mask import INITIAL_TEMPERATURE
     from ltm_retrofit.recipe import Recipe
     from ltm_retrofit.tuning.evaluate import evaluate
+    from ltm_retrofit.tuning.parameters import MASKS_FASTER
     from ltm_retrofit.tuning.sources import load_split
 
     recipe = Recipe.read(RECIPE)
@@ -68,6 +70,7 @@ def compare(name: str, log: Path, seed: int, epochs: int | None, limit: int | No
     for arm, (method, tuned) in ARMS.items():
         key = {"stage": "compare", "base": name, "arm": arm, "seed": seed if tuned else 0, "lr": LR if tuned else 0}
         key |= {"asked": FLOPS[name]} if method is not None else {}
+        key |= {"temperature": INITIAL_TEMPERATURE, "faster": MASKS_FASTER} if method == "ltm" else {}
         key |= {"epochs": config.epochs if tuned else 0, "train_images": len(data), "test_images": len(test)}
         if any(key.items() <= line.items() for line in noted(log, "compare") if "error" not in line):
             print(f"{name}, {arm}, seed {seed}: in {log} already, skipped")
@@ -110,6 +113,8 @@ def table(log: Path, out: Path) -> None:
         rows.append(f"| {' | '.join(cells)} |")
         sites.append(f"- {name}: {'; '.join(after['sites'])}")
     trained = ", ".join(f"{name} {value}" for name, value in {x["base"]: x["val"] for x in noted(log, "train")}.items())
+    old = [line["base"] for line in kept.values() if line["arm"] == "converted" and "temperature" not in line]
+    before = f"Of {', '.join(old)}, masks began at 0.05 and learned at the rate of all else, as was the default then."
     tests, epochs, seeds, machines = (
         ", ".join(sorted({str(line[key]) for line in kept.values() if line[key] or key == "seed"}))
         for key in ("test_images", "epochs", "seed", "hardware")
@@ -125,7 +130,8 @@ Hardware: {machines}.
 Top-1 accuracy in percent on {tests} test canvases, drawn from 360 source digits that no training canvas shows. The
 fine-tune is the quickstart's at TrainConfig's learning rate ({LR:g}), {epochs} epoch(s), the same for every arm;
 seeds {seeds}, mean and range where there are
-several. Pooled and sliced have the token counts of converted at the same sites. MACs are counted on the models
+several. {before if old else ""}
+Pooled and sliced have the token counts of converted at the same sites. MACs are counted on the models
 themselves, masks included. The bases are tiny and were trained for minutes on canvases of the same kind (validation
 accuracy at the end: {trained or "not in the log"}); rope started from digits_vit, which ships with the package.
 MobileViT sees 128 pixels, so that its sequences have 64 and 16 tokens, as those of the real one have 256, 64 and 16; at
