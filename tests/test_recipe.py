@@ -320,6 +320,16 @@ def folder_of(build: Callable[..., nn.Module], tmp_path: Path) -> Callable[..., 
     return get
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_run_and_bring_the_accuracy_back(path: Path, tmp_path: Path) -> None:
+    found = run_recipe(Recipe.read(path), tmp_path / "run", say=lambda text: None)
+    assert found.extra["reloaded_equal"] is True
+    accuracy = found.accuracy
+    assert accuracy["finetuned"] > accuracy["original"] - 2
+    assert accuracy["finetuned"] >= accuracy["converted"] - 0.2
+
+
 def tiny(path: Path, **train: object) -> Recipe:
     return Recipe(
         ModelSection(str(path)),
