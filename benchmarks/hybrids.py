@@ -114,7 +114,7 @@ def table(log: Path, out: Path) -> None:
         sites.append(f"- {name}: {'; '.join(after['sites'])}")
     trained = ", ".join(f"{name} {value}" for name, value in {x["base"]: x["val"] for x in noted(log, "train")}.items())
     old = [line["base"] for line in kept.values() if line["arm"] == "converted" and "temperature" not in line]
-    note = (
+    told = (
         f"The masks of {', '.join(old)} began at a temperature of 0.05 and had the rate of all else, the defaults then."
     )
     tests, epochs, seeds, machines = (
@@ -132,7 +132,7 @@ Hardware: {machines}.
 Top-1 accuracy in percent on {tests} test canvases, drawn from 360 source digits that no training canvas shows. The
 fine-tune is the quickstart's at TrainConfig's learning rate ({LR:g}), {epochs} epoch(s), the same for every arm;
 seeds {seeds}, mean and range where there are
-several. {note if old else ""}
+several. {told if old else ""}
 Pooled and sliced have the token counts of converted at the same sites. MACs are counted on the models
 themselves, masks included. The bases are tiny and were trained for minutes on canvases of the same kind (validation
 accuracy at the end: {trained or "not in the log"}); rope started from digits_vit, which ships with the package.
