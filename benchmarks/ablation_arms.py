@@ -77,6 +77,8 @@ TRIED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bound from the first step": ("CE + CEB", {"bound_warmup": 0.0}, {}),
     "masks at 30 times the rate": ("CE + CEB", {"mask_lr": 30.0}, {}),
     "gate": ("CE + CEB", {"gate": True}, {}),
+    "no IB step": ("CE + CEB", {}, {"eta": False}),
+    "masks only, at 30 times the rate": ("CE + CEB", {"train": "masks", "mask_lr": 30.0}, {}),
     "gate, distillation": ("distillation", {"gate": True}, {}),
     "masks at 30 times the rate, distillation": ("distillation", {"mask_lr": 30.0}, {}),
     "counts annealed over half the run, distillation": ("distillation", {"anneal": 0.5}, {}),
@@ -120,7 +122,7 @@ PROGRAMME: tuple[tuple[float, int, int, tuple[str, ...]], ...] = (
     (0.5, 1, FEW, tuple(TRIED)),
     # a harder budget, and longer runs
     (0.35, 1, FEW, ("LTM, CE", "LTM, CE + CEB", "ToMe, CE", "LTM, distillation", "ToMe, distillation")),
-    (0.5, 5, FEW, ("LTM, CE", "LTM, CE + CEB")),
+    (0.35, 5, FEW, ("LTM, CE", "LTM, CE + CEB")),
     (0.5, 5, ALL, ("LTM, distillation",)),
     (0.35, 5, ALL, ("LTM, distillation",)),
 )
