@@ -41,13 +41,14 @@ def test_counted_macs_are_the_predicted_ones(family: str, build, converted, fuse
 
 
 def test_size_aware_attention_is_found_and_works_fused_or_not(family: str, build, converted, images) -> None:
-    model, other = manual(family, build), converted(family)
+    model, other = (one.double() for one in (manual(family, build), converted(family)))
     assert all(forward.bias is not None for one in (model, other) for forward in forwards_of(one))
     with torch.no_grad():
         ours, theirs = (
-            next(iter(out.values())) if isinstance(out, dict) else out for out in (model(images), other(images))
+            next(iter(out.values())) if isinstance(out, dict) else out
+            for out in (model(images.double()), other(images.double()))
         )
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
 
 
 def test_vit_small_at_its_native_size() -> None:
