@@ -48,7 +48,7 @@ def test_size_aware_attention_is_found_and_works_fused_or_not(family: str, build
             next(iter(out.values())) if isinstance(out, dict) else out
             for out in (model(images.double()), other(images.double()))
         )
-    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_vit_small_at_its_native_size() -> None:
