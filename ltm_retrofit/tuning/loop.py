@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -119,6 +120,12 @@ class Run:
                 self.keep()
         if self.folder is not None and self.accelerator.is_main_process:
             checkpoints.settle(self.folder)
+        if self.objective.bounded and not self.objective.ready():
+            warnings.warn(
+                f"the bound never joined the loss: it waits for {self.objective.needed()} images, and this run has "
+                f"seen {progress.images}. More images or epochs bring it in, bound='none' leaves it out",
+                stacklevel=2,
+            )
         if self.ema is not None:
             with torch.no_grad():
                 for parameter, mean in zip(self.model.parameters(), self.ema.module.parameters(), strict=True):

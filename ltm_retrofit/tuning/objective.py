@@ -19,6 +19,7 @@ from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.graph.example import logits_of, run
 from ltm_retrofit.graph.probe import record
 from ltm_retrofit.merging.ib import soft_targets
+from ltm_retrofit.merging.statistics import SAMPLES_PER_CLUSTER, Statistics
 from ltm_retrofit.tracing import MergeTrace, bound_loss, learn_from, trace
 from ltm_retrofit.tuning.information import Information
 from ltm_retrofit.tuning.settings import TrainConfig
@@ -128,10 +129,16 @@ class Objective:
 
     def ready(self) -> bool:
         """Say whether there is a bound: whether the statistics of the feature have been fitted."""
-        if not self.bounded:
-            return False
+        return self.bounded and bool(self._statistics().fitted)
+
+    def needed(self) -> int:
+        """Return how many images it takes until there is a bound."""
+        return SAMPLES_PER_CLUSTER * len(self._statistics().centroids)
+
+    def _statistics(self) -> Statistics:
         statistics = get_retrofit(self.model).readout
-        return statistics is not None and bool(statistics.fitted)
+        assert statistics is not None
+        return statistics
 
     def learn(self) -> None:
         """Let the statistics learn from the latest batch: after its backward pass, which may run parts anew."""

@@ -56,7 +56,8 @@ class TrainConfig(Strict):
         bound: ``"ceb"``, CEB_γ (METHOD), ``"ibb"``, the paper's, or ``"none"``.
         bound_weight: λ, of the bound on the feature that the classifier reads.
         gamma: γ of CEB_γ in the loss; the step inside the masks keeps the γ that they were made with, 1.
-        perplexity: of the clusters' assignments, which β is fitted to: how many of them an image is spread over.
+        perplexity: of the clusters' assignments, which β is fitted to: how many of them an image is spread over, at
+            most nine tenths of all.
         bound_sites: weight of the bound on each site's own descriptor, within λ.
         bound_warmup: share of the steps before the bound joins the loss.
         label_smoothing: of the cross-entropy.

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import re
+import warnings
 
 import datasets
 import pytest
@@ -571,3 +572,13 @@ def test_labels_are_taken_by_the_names_of_their_classes(precision: str, build, p
     wrong = renamed.cast_column("label", datasets.ClassLabel(names=["grey", *moved[1:]]))
     with pytest.raises(DataError, match="which ViTForImageClassification knows as its class 4"):
         ltm.finetune(own, wrong, config=config)
+
+
+def test_a_bound_that_never_joins_is_said(converted) -> None:
+    model = converted("timm-vit")
+    with pytest.warns(UserWarning, match="the bound never joined the loss: it waits for 256 images, .* seen 70"):
+        ltm.finetune(model, batches(10), config=TrainConfig())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        ltm.finetune(model, batches(10), config=TrainConfig(bound="none"))
+        ltm.finetune(model, batches(4, 70), config=TrainConfig())
