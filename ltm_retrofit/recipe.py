@@ -26,6 +26,7 @@ from ltm_retrofit.reporting.pictures import show_merges
 from ltm_retrofit.reporting.report import Report, measure
 from ltm_retrofit.saving.hub import from_pretrained, save_pretrained, swap
 from ltm_retrofit.saving.load import load_model
+from ltm_retrofit.tuning.data import classes_in
 from ltm_retrofit.tuning.evaluate import evaluate
 from ltm_retrofit.tuning.heads import set_classes
 from ltm_retrofit.tuning.processes import checkpoints_beside, is_main
@@ -134,26 +135,28 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     say(f"model    {recipe.model.name}: {loaded.origin}")
     train, test = (load_split(recipe.data, split) for split in (recipe.data.train_split, recipe.data.test_split))
     known = train if recipe.data.labelled and not recipe.data.streaming else test
-    names = getattr(known.features["label"], "names", None) or [str(label) for label in sorted(set(known["label"]))]
+    names = classes_in(known, "training" if known is train else "test")
+    classes = names if isinstance(names, int) else len(names)
     for split, table in (("training", train), ("test", test)):
         others = getattr((table.features or {}).get("label"), "names", None)
         if others not in (None, names):
+            first = "numbers" if isinstance(names, int) else names[:5]
             raise DataError(
-                f"the {split} split has classes {others[:5]} and the other one {names[:5]}: one label would mean two "
+                f"the {split} split has classes {others[:5]} and the other one {first}: one label would mean two "
                 "things. Give both splits the same class folders"
             )
     many = "a stream of" if recipe.data.streaming else len(train)
-    say(f"data     {recipe.data.name}: {many} training and {len(test)} test images, {len(names)} classes")
+    say(f"data     {recipe.data.name}: {many} training and {len(test)} test images, {classes} classes")
     head = set_classes(model, names)
     if head == "by name":
-        say(f"head     the pretrained one's rows for these {len(names)} classes, found by name")
+        say(f"head     the pretrained one's rows for these {classes} classes, found by name")
     elif head is not None:
         if not recipe.data.labelled:
             raise DataError(
-                f"{recipe.model.name} has another number of classes than the data's {len(names)}, and without labels "
+                f"{recipe.model.name} has another number of classes than the data's {classes}, and without labels "
                 "no new head can be learned: take a model that knows these classes, or labelled: true"
             )
-        say(f"head     new, for {len(names)} classes: the pretrained one has another number, so it starts untrained")
+        say(f"head     new, for {classes} classes: the pretrained one has another number, so it starts untrained")
     original = copy.deepcopy(model)
 
     accuracies = {"original": evaluate(model, test)}

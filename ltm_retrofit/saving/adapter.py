@@ -70,10 +70,13 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
 
 
 def labels_of(model: nn.Module) -> list[str]:
-    """Name the classes, as far as the model knows them: a new head is made for as many."""
+    """Name the classes, where the model knows what they are called; an empty list where it does not."""
+    classes = range(get_retrofit(model).plan.classes)
     named = getattr(getattr(model, "config", None), "id2label", None) or {}
-    classes = get_retrofit(model).plan.classes
-    return [str(named.get(index, index)) for index in range(classes)]
+    declared = getattr(model, "pretrained_cfg", None)
+    if isinstance(declared, Mapping) and declared.get("label_names"):
+        named = dict(enumerate(declared["label_names"]))
+    return [str(named[index]) for index in classes] if set(named) == set(classes) else []
 
 
 def attach(
@@ -96,7 +99,7 @@ def attach(
     put_back = remembered(base)
     try:
         if record["new_head"]:
-            set_classes(base, labels)
+            set_classes(base, labels or plan.classes)
         given = {key: state[key] for key in carried}
         if differences := differing(given, {key: value for key, value in base.state_dict().items() if key in carried}):
             raise BaseMismatch(f"the adapter's entries do not fit this base: {'; '.join(differences[:5])}")

@@ -31,6 +31,32 @@ def columns_of(data: Data) -> list[str]:
     return list(data.column_names or next(iter(data), {}))
 
 
+def labels_in(data: Data, split: str) -> set[int]:
+    """Return the labels that a data set has.
+
+    Raises:
+        DataError: where they are no whole numbers.
+    """
+    seen = {label.item() if hasattr(label, "item") else label for label in data["label"]}  # of whatever format
+    others = sorted((label for label in seen if type(label) is not int), key=str)
+    if others:
+        raise DataError(
+            f"the {split} split has labels that are no whole numbers: {others[:5]}: number them with "
+            "dataset.class_encode_column('label'), and drop rows without one"
+        )
+    return seen
+
+
+def classes_in(data: Data, split: str) -> list[str] | int:
+    """Name the classes of a data set; where they have no names, say how many there are.
+
+    Raises:
+        DataError: where labels are no whole numbers.
+    """
+    names: list[str] | None = getattr((data.features or {}).get("label"), "names", None)
+    return names or 1 + max(labels_in(data, split), default=-1)
+
+
 def check_labels(data: Data, classes: int, split: str, places: Sequence[int] | None = None) -> None:
     """Check a data set's columns and labels against a model's classes, which ``places`` may name for each label.
 
@@ -47,10 +73,10 @@ def check_labels(data: Data, classes: int, split: str, places: Sequence[int] | N
         return  # its labels are checked as they come
     if len(data) == 0:
         raise DataError(f"the {split} split is empty")
-    seen = set(data["label"])
+    seen = labels_in(data, split)
     if places is not None:
         seen = {places[label] if label in range(len(places)) else label for label in seen}
-    outside = sorted((label for label in seen if not isinstance(label, int) or not 0 <= label < classes), key=str)
+    outside = sorted(label for label in seen if not 0 <= label < classes)
     if outside:
         raise DataError(
             f"the {split} split has labels {outside[:5]} outside the model's {classes} classes (0 to {classes - 1}): "

@@ -20,8 +20,10 @@ from ltm_retrofit.undisturbed import undisturbed
 NEW_HEAD = "ltm_new_head"
 
 
-def set_classes(model: nn.Module, names: Sequence[str]) -> str | None:
+def set_classes(model: nn.Module, names: Sequence[str] | int) -> str | None:
     """Give a model the classes of these names, in this order; return how: ``"new"``, ``"by name"``, or None.
+
+    A number is that of classes without names.
 
     Where the model knows all of the names, its head becomes the rows of these classes: the same head in another order,
     or a part of it. Where it has another number of classes and does not know them, it gets a head that is ``"new"``.
@@ -39,7 +41,10 @@ def set_classes(model: nn.Module, names: Sequence[str]) -> str | None:
         recording = record(model, prepare_example(model, None))
     logits = logits_of(recording.output)
     classes = 0 if logits is None else logits.shape[1]
-    known_names = _places(model)
+    unnamed = isinstance(names, int)
+    if unnamed:
+        names = [f"LABEL_{index}" for index in range(names)]  # as transformers calls them
+    known_names = {} if unnamed else _places(model)
     places = [known_names.get(_plain(name)) for name in names]
     whole = [place for place in places if place is not None]
     known = len(whole) == len(set(whole)) == len(names)
@@ -63,7 +68,8 @@ def set_classes(model: nn.Module, names: Sequence[str]) -> str | None:
         before = set(model.parameters())
         _replace_head(model, names, readouts, whole if known else None)
     if isinstance(given := getattr(model, "pretrained_cfg", None), Mapping):
-        model.pretrained_cfg = {**given, "label_names": list(names)}  # type: ignore[assignment]
+        kept = {key: value for key, value in given.items() if key not in ("label_names", "label_descriptions")}
+        model.pretrained_cfg = kept if unnamed else {**kept, "label_names": list(names)}  # type: ignore[assignment]
     model.__dict__[NEW_HEAD] = tuple(name for name, p in model.named_parameters() if p not in before)
     return "by name" if known else "new"
 

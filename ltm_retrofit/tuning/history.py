@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
+from ltm_retrofit.convert import get_plan, is_retrofitted
 from ltm_retrofit.errors import CheckpointError
 from ltm_retrofit.fingerprints import fingerprints_of
 from ltm_retrofit.tuning.settings import TrainConfig
@@ -61,14 +63,20 @@ class Progress:
 def beginning(
     model: nn.Module, config: TrainConfig, images: int, data: str, processes: int, *, stream: bool
 ) -> dict[str, Any]:
-    """Say what a run starts from: settings, weights, images of an epoch, a digest of the data, processes.
+    """Say what a run starts from: settings, weights, plan, images of an epoch, a digest of the data, processes.
 
     The workers of a stream are part of it: they share out its files.
     """
-    weights = repr(sorted(fingerprints_of(model).items())).encode()
+    weights = repr(sorted(fingerprints_of(model).items()))
+    # token counts and the like are in no weight
+    plan = json.dumps(get_plan(model).to_dict(), sort_keys=True) if is_retrofitted(model) else ""
     settings = {key: value for key, value in config.to_dict().items() if key not in FREE}
-    known = {"weights": hashlib.sha256(weights).hexdigest()[:16], "images": images, "data": data}
+    known = {"weights": _digest(weights), "plan": _digest(plan), "images": images, "data": data}
     return {**settings, **known, "processes": processes, **({"workers": config.workers} if stream else {})}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_same(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

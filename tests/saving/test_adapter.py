@@ -53,8 +53,19 @@ def test_a_new_head_travels_with_its_adapter(name, build, tmp_path) -> None:
     ltm.save_pretrained(model, tmp_path / "adapter", adapter=True)
     again = ltm.from_pretrained(tmp_path / "adapter", base=build(name))
     assert torch.equal(logits(again), logits(model)) and logits(again).shape[1] == 5
-    if name == "hf-vit":
-        assert list(again.config.id2label.values()) == names
+    known = list(again.config.id2label.values()) if name == "hf-vit" else again.pretrained_cfg["label_names"]
+    assert known == names
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "hf-vit"])
+def test_a_new_head_without_names_travels_too(name, build, tmp_path) -> None:
+    model = build(name)
+    set_classes(model, 5)
+    tuned(model, classes=5)
+    ltm.save_pretrained(model, tmp_path / "adapter", adapter=True)
+    again = ltm.from_pretrained(tmp_path / "adapter", base=build(name))
+    assert torch.equal(logits(again), logits(model))
+    assert name == "hf-vit" or "label_names" not in again.pretrained_cfg
 
 
 @pytest.mark.parametrize("how", ["other-weights", "other-architecture", "converted"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ltm_retrofit.errors import DataError
-from ltm_retrofit.tuning.data import batches_on, check_labels, split_batch
+from ltm_retrofit.tuning.data import batches_on, check_labels, classes_in, split_batch
 
 # ------------------------------------------------------------------------------------------------------------ labels
 
@@ -26,21 +26,31 @@ def test_a_missing_column_is_named_with_those_that_are_there() -> None:
         check_labels(data, 2, "test")
 
 
-@pytest.mark.parametrize(("labels", "named"), [([0, 1, 2, 7], "7"), ([0, 1, -1, 2], "-1"), ([0, 1, 2, None], "None")])
+@pytest.mark.parametrize(("labels", "named"), [([0, 1, 2, 7], "7"), ([0, 1, -1, 2], "-1")])
 def test_labels_outside_the_classes_are_named(labels, named: str) -> None:
     with pytest.raises(DataError, match=rf"training split has labels \[{named}\] outside the model's 3 classes"):
         check_labels(table(labels), 3, "training")
 
 
-def test_labels_outside_of_two_kinds_are_named_too() -> None:
-    with pytest.raises(DataError, match="outside the model's 3 classes"):
-        check_labels(table([0, 1, 2, None, 9]), 3, "training")
-
-
-def test_text_labels_are_refused() -> None:
-    data = datasets.Dataset.from_dict({"image": [0, 0], "label": ["cat", "dog"]})
-    with pytest.raises(DataError, match="outside the model's 2 classes"):
+@pytest.mark.parametrize(
+    ("labels", "named"), [([0, 1, None, 9], "None"), (["cat", "dog"], "'cat', 'dog'"), ([0.0, 1.5], "0.0, 1.5")]
+)
+def test_labels_that_are_no_whole_numbers_are_refused(labels, named: str) -> None:
+    data = datasets.Dataset.from_dict({"image": [0] * len(labels), "label": labels})
+    with pytest.raises(DataError, match=rf"training split has labels that are no whole numbers: \[{named}\]: .*encode"):
         check_labels(data, 2, "training")
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", None])
+def test_labels_of_any_format_are_whole_numbers(kind: str | None) -> None:
+    data = table([0, 2, 1]).with_format(kind)
+    assert check_labels(data, 3, "training") is None
+    assert classes_in(data, "training") == 3
+
+
+def test_classes_are_named_where_they_have_names(pictures) -> None:
+    assert classes_in(pictures(7, classes=2), "training") == ["colour0", "colour1"]
+    assert classes_in(table([0, 4]), "training") == 5
 
 
 def test_a_class_without_images_is_named(pictures) -> None:

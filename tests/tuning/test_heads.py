@@ -138,6 +138,21 @@ def test_a_part_of_the_known_classes_keeps_their_rows(name: str, places: list[in
     assert count_classes(model) == len(places)
 
 
+@pytest.mark.parametrize("name", ["hf-vit", "timm-vit"])
+def test_classes_without_names_move_nothing(name: str, named) -> None:
+    model = named[name]
+    digits = [str(6 - index) for index in range(7)]  # a model that calls its classes by numbers, in its own order
+    if name == "hf-vit":
+        model.config.id2label = dict(enumerate(digits))
+    else:
+        model.pretrained_cfg = {**model.pretrained_cfg, "label_names": digits}
+    before = logits(model)
+    assert set_classes(model, 7) is None
+    assert torch.equal(logits(model), before)
+    assert set_classes(model, 3) == "new"
+    assert count_classes(model) == 3
+
+
 def test_synonyms_are_known_and_ambiguous_ones_are_not(named) -> None:
     model = named["hf-vit"]
     before = logits(model)

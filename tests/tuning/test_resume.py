@@ -221,6 +221,20 @@ def test_another_runs_checkpoint_is_refused(what: str, model, tmp_path) -> None:
     assert equal(weights(fresh), before)
 
 
+@pytest.mark.parametrize("other", [{"flops": 0.6}, {"flops": 0.7, "method": "tome"}, None], ids=str)
+def test_another_plan_is_another_run(other: dict[str, Any] | None, build, tmp_path) -> None:
+    config = ltm.TrainConfig(batch_size=7)
+    first, second = (build("timm-vit") for _ in range(2))
+    ltm.retrofit(first, ltm.LTMConfig(flops=0.7, method="pool"))
+    if other is not None:
+        ltm.retrofit(second, ltm.LTMConfig(**other))
+    ltm.finetune(first, batches(2), config=config, checkpoints_to=tmp_path)
+    before = weights(second)
+    with pytest.raises(CheckpointError, match=r"of another run, which differs in (weights \(.*)?plan \("):
+        ltm.finetune(second, batches(2), config=config, checkpoints_to=tmp_path, resume=True)
+    assert equal(weights(second), before)
+
+
 def test_a_smaller_batch_is_another_run(model, pictures, tmp_path) -> None:
     fresh, data = copy.deepcopy(model), pictures(16)
     ltm.finetune(model, data, config=ltm.TrainConfig(batch_size=8), checkpoints_to=tmp_path)
