@@ -60,4 +60,4 @@ class DataError(RetrofitError):
 
 
 class TrainingError(RetrofitError):
-    """Training had to stop; the model holds the last good weights."""
+    """Training cannot begin, or had to stop; the model holds the weights from before, or earlier good ones."""

@@ -26,7 +26,7 @@ from ltm_retrofit.reporting.pictures import show_merges
 from ltm_retrofit.reporting.report import Report, measure
 from ltm_retrofit.saving.hub import from_pretrained, save_pretrained, swap
 from ltm_retrofit.saving.load import load_model
-from ltm_retrofit.tuning.data import classes_in
+from ltm_retrofit.tuning.data import check_same_classes, classes_in
 from ltm_retrofit.tuning.evaluate import evaluate
 from ltm_retrofit.tuning.heads import set_classes
 from ltm_retrofit.tuning.processes import checkpoints_beside, is_main
@@ -137,14 +137,7 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     known = train if recipe.data.labelled and not recipe.data.streaming else test
     names = classes_in(known, "training" if known is train else "test")
     classes = names if isinstance(names, int) else len(names)
-    for split, table in (("training", train), ("test", test)):
-        others = getattr((table.features or {}).get("label"), "names", None)
-        if others not in (None, names):
-            first = "numbers" if isinstance(names, int) else names[:5]
-            raise DataError(
-                f"the {split} split has classes {others[:5]} and the other one {first}: one label would mean two "
-                "things. Give both splits the same class folders"
-            )
+    check_same_classes(train, test)
     many = "a stream of" if recipe.data.streaming else len(train)
     say(f"data     {recipe.data.name}: {many} training and {len(test)} test images, {classes} classes")
     head = set_classes(model, names)

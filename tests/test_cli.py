@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -200,6 +202,22 @@ def test_only_converted_models_are_finetuned_here(folder: Path, tmp_path: Path, 
     assert cli.main(["finetune", str(folder), "--out", str(tmp_path / "none")]) == 2
     assert "NotRetrofitted" in (err := capsys.readouterr().err) and "ltm-retrofit convert" in err
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("lacks", "message"),
+    [("train", "one label would mean two things"), ("all", "2 of the model's 3 classes|no image of")],
+)
+def test_the_test_split_is_looked_at_before_the_training(
+    lacks: str, message: str, folder: Path, colours: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    assert cli.main(["convert", str(folder), "--flops", "0.75", "--out", str(tmp_path / "made")]) == 0
+    for split in ("train", "test") if lacks == "all" else ("test",):
+        shutil.rmtree(colours / split / "green")
+    monkeypatch.setattr("ltm_retrofit.tuning.train.finetune", lambda *args, **kwargs: pytest.fail("trained"))
+    capsys.readouterr()
+    assert cli.main(["finetune", str(tmp_path / "made"), "--data", str(colours), "--out", str(tmp_path / "none")]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_impossible_settings_are_refused_before_the_model_is_loaded(tmp_path: Path, capsys, monkeypatch) -> None:

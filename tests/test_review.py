@@ -88,7 +88,7 @@ def test_an_image_processors_normalisation_survives_saving(build, tmp_path: Path
     (tmp_path / "host" / "preprocessor_config.json").write_text(json.dumps(processor))
     model = load_model(str(tmp_path / "host")).model
     wanted = preprocessing_of(model)
-    assert wanted == Preprocessing((32, 32), (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), "bilinear", 1.0, squash=True)
+    assert wanted == Preprocessing((32, 32), (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), "bilinear", 1.0, crop_mode="squash")
     ltm.save_pretrained(ltm.retrofit(model, CONFIG), tmp_path / "saved")
     assert preprocessing_of(ltm.from_pretrained(tmp_path / "saved")) == wanted
 
@@ -97,7 +97,7 @@ def test_images_keep_their_proportions_unless_squashed() -> None:
     wide = Image.new("RGB", (64, 32))
     wide.paste((255, 255, 255), (0, 0, 16, 32))  # the left quarter: outside of the middle square
     cropped = make_transform(Preprocessing((32, 32), (0.0,) * 3, (1.0,) * 3))(wide)
-    squashed = make_transform(Preprocessing((32, 32), (0.0,) * 3, (1.0,) * 3, squash=True))(wide)
+    squashed = make_transform(Preprocessing((32, 32), (0.0,) * 3, (1.0,) * 3, crop_mode="squash"))(wide)
     assert float(cropped.max()) < 0.1 and float(squashed.max()) > 0.9
 
 

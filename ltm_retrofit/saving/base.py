@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from ltm_retrofit.blocks import CHILD, load_state
 from ltm_retrofit.convert import disabled, get_plan, is_retrofitted
 from ltm_retrofit.errors import CheckpointError, DataError, RetrofitError
-from ltm_retrofit.graph.example import home, prepare_example, run
+from ltm_retrofit.graph.example import home, input_size, prepare_example, run
 from ltm_retrofit.graph.prove import all_equal
 from ltm_retrofit.saving.arguments import LOADING, timm_arguments
 from ltm_retrofit.saving.sizes import present_example
-from ltm_retrofit.tuning.preprocessing import RECORDED, preprocessing_of
+from ltm_retrofit.tuning.preprocessing import RECORDED, REFUSED, preprocessing_of
 from ltm_retrofit.undisturbed import undisturbed
 
 #: of timm's ``pretrained_cfg``: what says how to feed the model; nothing that names a place to load from
-_SPOKEN_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "reverse")
+_SPOKEN_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "reverse", REFUSED)
 _DATA_KEYS = (
     "tag",
     "input_size",
@@ -279,15 +279,17 @@ def _rebuild_transformers(record: Mapping[str, Any]) -> nn.Module:
 
 def _spoken(model: nn.Module) -> dict[str, Any] | None:
     """What a transformers model's image processor says, which no config.json of ours would bring back."""
+    if input_size(model) is None:  # its images come from loaders of the user's own
+        return None
     try:
         wanted = preprocessing_of(model)
-    except DataError:  # its images come from loaders of the user's own
-        return None
+    except DataError as error:
+        return {REFUSED: str(error)}
     return {
         "mean": list(wanted.mean),
         "std": list(wanted.std),
         "interpolation": wanted.interpolation,
         "crop_pct": wanted.crop_pct,
-        "crop_mode": "squash" if wanted.squash else "center",
+        "crop_mode": wanted.crop_mode,
         **({"reverse": True} if wanted.reverse else {}),
     }

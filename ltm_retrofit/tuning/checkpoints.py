@@ -24,7 +24,7 @@ from ltm_retrofit.errors import CheckpointError
 NAME = "checkpoint.safetensors"
 #: the one before, until the weights of the latest have given a finite loss
 BEFORE = "before.safetensors"
-FORMAT = 2
+FORMAT = 3
 #: entries above which a list of floats is kept as a tensor: the text of a file has room for some millions
 LONG = 64
 
@@ -100,6 +100,11 @@ def write(folder: Path, state: Mapping[str, Any]) -> None:
 def exists(folder: Path) -> bool:
     """Say whether there is a checkpoint to go on from."""
     return any((folder / name).exists() for name in (NAME, BEFORE))
+
+
+def is_settled(folder: Path) -> bool:
+    """Say whether the latest checkpoint is known to be good: there is none before it."""
+    return not (folder / BEFORE).exists()
 
 
 def settle(folder: Path) -> None:

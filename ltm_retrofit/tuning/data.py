@@ -57,6 +57,23 @@ def classes_in(data: Data, split: str) -> list[str] | int:
     return names or 1 + max(labels_in(data, split), default=-1)
 
 
+def check_same_classes(train: Data, test: Data) -> None:
+    """Check that a label means the same in two splits, as far as they say what it means.
+
+    Raises:
+        DataError: where their classes have other names.
+    """
+    said = [
+        getattr(data.features["label"], "names", None) for data in (train, test) if "label" in (data.features or {})
+    ]
+    if len(said) == 2 and said[0] != said[1]:
+        first, other = ("numbers" if names is None else f"classes {names[:5]}" for names in said)
+        raise DataError(
+            f"the training split has {first} and the test split {other}: one label would mean two things. Give both "
+            "splits the same class folders"
+        )
+
+
 def check_labels(data: Data, classes: int, split: str, places: Sequence[int] | None = None) -> None:
     """Check a data set's columns and labels against a model's classes, which ``places`` may name for each label.
 
@@ -99,18 +116,28 @@ def split_batch(batch: Any, labelled: bool = True) -> tuple[Any, Tensor | None]:
     Where not all data is ``labelled``, also images alone, or a mapping without labels: labels are None then.
 
     Raises:
-        DataError: where it is neither.
+        DataError: where it is neither, or its labels are no numbers.
     """
-    labels: Any = None
+    inputs, labels = _parts_of(batch, labelled)
+    if labels is None and labelled:
+        raise DataError("a batch has None for labels: drop images without one, or set distill")
+    if labels is None or isinstance(labels, Tensor):
+        return inputs, labels
+    try:
+        return inputs, torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"the labels of a batch are no numbers: {str(labels)[:60]}: number the classes") from error
+
+
+def _parts_of(batch: Any, labelled: bool) -> tuple[Any, Any]:
     if isinstance(batch, Mapping):
         name = next((key for key in ("labels", "label") if key in batch), None)
         if name is not None or not labelled:
             return {key: value for key, value in batch.items() if key != name}, None if name is None else batch[name]
     elif isinstance(batch, (list, tuple)) and len(batch) == 2:
         inputs, labels = batch
-        if isinstance(labels, Tensor) and labels.ndim == 1 and bool((labels == UNLABELLED).all()) and not labelled:
-            labels = None
-        return inputs, labels
+        unlabelled = isinstance(labels, Tensor) and labels.ndim == 1 and bool((labels == UNLABELLED).all())
+        return inputs, None if unlabelled and not labelled else labels
     elif not labelled and isinstance(batch, (list, tuple)) and len(batch) == 1:
         return batch[0], None
     elif not labelled and isinstance(batch, Tensor):
@@ -122,7 +149,9 @@ def split_batch(batch: Any, labelled: bool = True) -> tuple[Any, Tensor | None]:
 def size_of(inputs: Any) -> int:
     """Return the number of images in a batch's inputs."""
     first = (
-        next(value for value in inputs.values() if isinstance(value, Tensor)) if isinstance(inputs, Mapping) else inputs
+        next(value for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+        if isinstance(inputs, Mapping)
+        else inputs
     )
     return len(first)
 

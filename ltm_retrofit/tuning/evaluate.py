@@ -14,6 +14,7 @@ from ltm_retrofit.convert import is_retrofitted
 from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.graph.example import home, logits_of, prepare_example, run
 from ltm_retrofit.head import follow_head
+from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table
 from ltm_retrofit.tuning.heads import places_of
 from ltm_retrofit.tuning.images import make_loader
@@ -27,12 +28,17 @@ def predictions(
     """Return predicted classes and labels ``(n,)``, in the data's order, in eval mode; both in the model's numbers.
 
     Where there is an accelerator of several processes, they share the data and all return the whole.
+
+    Raises:
+        DataError: where there is no image, or a batch's labels do not fit the model's classes.
+        TrainingError: where the model puts out no logits.
     """
     guesses, truths = [], []
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        places = places_of(model, data, count_classes(model)) if is_table(data) else None
+        classes = count_classes(model)
+        places = places_of(model, data, classes) if is_table(data) else None
         loader = make_loader(model, data, batch_size=batch_size, shuffle=False, places=places)
         shared: Accelerator | None = None
         if accelerator is not None and accelerator.num_processes > 1 and isinstance(loader, DataLoader):
@@ -42,7 +48,7 @@ def predictions(
             logits = logits_of(run(model, inputs))
             if logits is None:
                 raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier")
-            seen = logits.argmax(dim=-1), labels.argmax(dim=-1) if labels.ndim == 2 else labels
+            seen = logits.argmax(dim=-1), soft_targets(labels, classes).argmax(dim=-1)
             if shared is not None:
                 seen = shared.gather_for_metrics(seen)
             guesses.append(seen[0].cpu())
@@ -55,15 +61,28 @@ def predictions(
     return torch.cat(guesses), torch.cat(truths)
 
 
+def check_data(model: nn.Module, data: Data, split: str) -> tuple[int, ...] | None:
+    """Check a data set's labels; return the model's class of each of them, where they differ.
+
+    Raises:
+        DataError: columns missing, no image, labels that do not fit the model's classes, a class without images.
+        TrainingError: where the model puts out no logits.
+    """
+    classes = count_classes(model)
+    places = places_of(model, data, classes)
+    check_labels(data, classes, split, places)
+    return places
+
+
 def evaluate(model: nn.Module, data: Data, batch_size: int = 128, accelerator: Accelerator | None = None) -> float:
     """Return top-1 accuracy in percent, in eval mode.
 
     Raises:
-        DataError: where labels do not fit the model's classes.
+        DataError: where labels do not fit the model's classes, or there is no image.
+        TrainingError: where the model puts out no logits.
     """
     if is_table(data):
-        classes = count_classes(model)
-        check_labels(data, classes, "evaluation", places_of(model, data, classes))
+        check_data(model, data, "evaluation")
     guesses, truths = predictions(model, data, batch_size, accelerator)
     return 100 * float((guesses == truths).float().mean())
 
@@ -104,12 +123,14 @@ def count_classes(model: nn.Module) -> int:
         follow_head(model)
         classes = get_retrofit(model).plan.classes
     else:
-        classes = getattr(model, "num_classes", None) or getattr(model, "num_labels", None) or 0
-        if classes:  # not of the config: every Hugging Face config says 2 unless told otherwise, a tower's too
-            return int(classes)
-        with undisturbed(model), torch.no_grad():
-            logits = logits_of(run(model, prepare_example(model, None)))
-        classes = 0 if logits is None else logits.shape[1]
+        # not of the config: every Hugging Face config says 2 unless told otherwise, a tower's too
+        said = [number for name in ("num_classes", "num_labels") if (number := getattr(model, name, None)) is not None]
+        if said:  # 0 where the classifier was left out, and features come instead of logits
+            classes = next((int(number) for number in said if number), 0)
+        else:
+            with undisturbed(model), torch.no_grad():
+                logits = logits_of(run(model, prepare_example(model, None)))
+            classes = 0 if logits is None else logits.shape[1]
     if not classes:
         raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier first")
     return int(classes)

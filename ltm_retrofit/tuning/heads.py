@@ -42,8 +42,7 @@ def set_classes(model: nn.Module, names: Sequence[str] | int) -> str | None:
     logits = logits_of(recording.output)
     classes = 0 if logits is None else logits.shape[1]
     unnamed = isinstance(names, int)
-    if unnamed:
-        names = [f"LABEL_{index}" for index in range(names)]  # as transformers calls them
+    names = [f"LABEL_{index}" for index in range(names)] if isinstance(names, int) else names  # transformers' own
     known_names = {} if unnamed else _places(model)
     places = [known_names.get(_plain(name)) for name in names]
     whole = [place for place in places if place is not None]

@@ -47,14 +47,15 @@ class History:
 class Progress:
     """How far a fine-tune has come.
 
-    Epochs done, batches done of the next one; steps and images in all, steps that fp16 left out in a row, whether the
-    statistics have been fitted to a full memory; sums over the epoch.
+    Epochs done, batches done of the next one; steps and images in all, batches whose loss held the bound, steps that
+    fp16 left out in a row, whether the statistics have been fitted to a full memory; sums over the epoch.
     """
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     images: int = 0
+    joined: int = 0
     skipped: int = 0
     refreshed: bool = False
     sums: dict[str, float] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from ltm_retrofit.errors import DataError
+from ltm_retrofit.graph.example import home
 from ltm_retrofit.tuning.data import UNLABELLED, Data, is_stream, is_table
 from ltm_retrofit.tuning.preprocessing import make_transform, preprocessing_of
 
@@ -176,8 +177,18 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
 
 
 def label_of(row: Mapping[str, Any], places: Sequence[int] | None) -> int:
-    """Return the model's class of a row; `UNLABELLED` where it has none."""
-    label = int(row.get("label", UNLABELLED))
+    """Return the model's class of a row; `UNLABELLED` where the data has none.
+
+    Raises:
+        DataError: where it is no whole number.
+    """
+    label = row.get("label", UNLABELLED)
+    label = label.item() if hasattr(label, "item") else label
+    if type(label) is not int or label < UNLABELLED or (places is not None and label >= len(places)):
+        raise DataError(
+            f"an image has the label {label!r}, and labels are whole numbers from 0 on: drop rows without one, or "
+            "leave the column out and set distill"
+        )
     return label if places is None or label == UNLABELLED else places[label]
 
 
@@ -222,7 +233,7 @@ def make_loader(
     """
     if not is_table(data):
         return data  # type: ignore[no-any-return]
-    transform = make_transform(preprocessing_of(model), augment)
+    transform = make_transform(preprocessing_of(model), augment, home(model)[1])
     dataset: Any
     if is_stream(data):
         dataset = Stream(data, transform, shuffle, seed, workers=workers, limit=unreadable, places=places)

@@ -35,7 +35,7 @@ from ltm_retrofit.tuning.resuming import keep
 from ltm_retrofit.tuning.schedule import make_schedule
 from ltm_retrofit.tuning.settings import TrainConfig
 
-#: steps between two copies of the weights that a non-finite loss falls back to
+#: steps between two copies of the weights that a non-finite loss falls back to, of which it loses that many at most
 KEEP_EVERY = 20
 #: steps in a row that fp16 may leave out: its scale, 65536 at first, has become nothing by then
 SKIPPED = 30
@@ -90,7 +90,7 @@ class Run:
         progress = self.progress
         self.keep_good()
         while progress.epoch < self.config.epochs:
-            self.wrapped.train()
+            self.train_mode()
             bar = tqdm(
                 total=self.length,
                 initial=progress.batch,
@@ -98,7 +98,7 @@ class Run:
                 leave=False,
                 disable=None if self.accelerator.is_local_main_process else True,
             )
-            drawn = self.passes.draw(progress.epoch, progress.batch)
+            drawn = self.passes.draw(progress.batch)
             with bar, self.objective.informed():
                 clock = time.perf_counter()
                 for inputs, labels in batches_on(drawn, self.accelerator.device, labelled=not self.config.distill):
@@ -120,10 +120,11 @@ class Run:
                 self.keep()
         if self.folder is not None and self.accelerator.is_main_process:
             checkpoints.settle(self.folder)
-        if self.objective.bounded and not self.objective.ready():
+        if self.objective.bounded and not progress.joined:
             warnings.warn(
-                f"the bound never joined the loss: it waits for {self.objective.needed()} images, and this run has "
-                f"seen {progress.images}. More images or epochs bring it in, bound='none' leaves it out",
+                f"the bound never joined the loss: it waits for {self.objective.needed()} images and for "
+                f"{self.config.bound_warmup:.0%} of the steps, and this run has seen {progress.images} in {self.total} "
+                "steps. More images or epochs bring it in, bound='none' leaves it out",
                 stacklevel=2,
             )
         if self.ema is not None:
@@ -131,6 +132,14 @@ class Run:
                 for parameter, mean in zip(self.model.parameters(), self.ema.module.parameters(), strict=True):
                     parameter.copy_(mean)
         return self.history
+
+    def train_mode(self) -> None:
+        """Let layers train, save the averages of batch norms that nothing else of is to change."""
+        self.wrapped.train()
+        if self.config.train in ("masks", "lora"):
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
     def train_batch(self, inputs: Any, labels: Tensor | None) -> dict[str, float]:
         """Learn from one batch; stops before the step where the loss or its gradient is not finite."""
@@ -140,6 +149,7 @@ class Run:
         self.anneal()
         joins = progress.step >= self.config.bound_warmup * self.total
         ready = self.objective.ready()
+        progress.joined += ready and joins
         losses = self.objective(self.wrapped, inputs, labels, bound=joins)
         means = self.means(losses)
         value = means["loss"]
@@ -197,9 +207,10 @@ class Run:
         if not self.config.anneal:
             return
         share = self.progress.step / (self.config.anneal * self.total)
-        for module in self.model.modules():
-            if isinstance(module, SimilarityMask):
-                module.reached = min(1.0, share)
+        for model in (self.model,) if self.ema is None else (self.model, self.ema.module):
+            for module in model.modules():
+                if isinstance(module, SimilarityMask):
+                    module.reached = min(1.0, share)
 
     def _due(self) -> bool:
         """Say whether it is time for a checkpoint: between two steps, and not at the end, where there is one anyway."""

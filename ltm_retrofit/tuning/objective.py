@@ -63,10 +63,10 @@ class Objective:
         if self.mixes is None:
             return inputs, targets
         name = (
-            next((key for key, value in inputs.items() if value.ndim == 4), "") if isinstance(inputs, Mapping) else ""
+            next((key for key, value in inputs.items() if images_in(value)), "") if isinstance(inputs, Mapping) else ""
         )
         images = inputs[name] if name else inputs
-        if isinstance(images, Mapping) or images.ndim != 4:
+        if not images_in(images):
             raise DataError("mixup and cutmix mix images (B, C, H, W), and this batch holds none: set both to 0")
         if targets is None:
             images, _ = self.mixes(images, torch.zeros(len(images), dtype=torch.long, device=images.device))
@@ -189,6 +189,11 @@ class Objective:
                 f"distill_token: {type(self.model).__name__} has no linear classifier, so no feature to compare"
             )
         return found
+
+
+def images_in(value: Any) -> bool:
+    """Say whether a value of a batch is its images ``(B, C, H, W)``."""
+    return isinstance(value, Tensor) and value.ndim == 4
 
 
 def teacher_of(model: nn.Module) -> nn.Module:

@@ -125,9 +125,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         {"params": several, "lr": rate, "weight_decay": decay} for (rate, decay), several in groups.items()
     ]
     try:
-        return create_optimizer_v2(named, opt=config.opt, lr=config.lr, weight_decay=0.0)
+        optimizer = create_optimizer_v2(named, opt=config.opt, lr=config.lr, weight_decay=0.0)
     except (ValueError, AssertionError, TypeError) as error:
         raise RecipeError(f"opt={config.opt!r}: timm cannot make this optimizer: {error}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise RecipeError(f"opt={config.opt!r} needs second derivatives, which merging has none of: take another one")
+    return optimizer
 
 
 def _depth_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:

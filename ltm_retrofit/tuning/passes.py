@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,39 +14,43 @@ from ltm_retrofit.errors import DataError
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.images import Images, Order, Stream
 
+#: stands for the batch after the last one
+END = object()
+
 
 class Passes:
-    """The epochs of a run.
+    """The epochs of a run, and the passes through the data that they take.
+
+    An epoch is as many batches as the loader has, or as many as were asked for: a pass through the data then goes on in
+    the next epoch, and a new one begins where the data ends.
 
     Args:
         loader: as Accelerate prepared it.
-        place: what of a data set's own loader can be sent to an epoch; None of any other loader.
+        place: what of a data set's own loader can be sent to a pass; None of any other loader.
         length: batches in an epoch; None is all that the loader has.
         images: in a batch, in all processes.
-        epochs: of the run.
 
     Raises:
         DataError: where the length is neither given nor known, or zero.
     """
 
-    def __init__(
-        self, loader: Any, place: Order | Stream | None, *, length: int | None, images: int, epochs: int
-    ) -> None:
-        self.loader, self.place, self.images, self.epochs = loader, place, images, epochs
+    def __init__(self, loader: Any, place: Order | Stream | None, *, length: int | None, images: int) -> None:
+        self.loader, self.place, self.images = loader, place, images
         try:
-            known = len(loader)
+            self.known: int | None = len(loader)
         except TypeError:
-            known = None
-        if length is None and known is None:
+            self.known = None
+        if length is None and self.known is None:
             raise DataError(
                 "finetune needs to know how many steps an epoch has: pass a loader that has a length, or set "
                 "TrainConfig.steps"
             )
-        if known == 0:
+        if self.known == 0:
             raise DataError("the training loader has no batch: it needs at least one")
-        self.length = length or known or 0
-        self.whole = self.length == known
-        self.random: dict[str, Any] = {}  # what the epoch began with
+        self.length = length or self.known or 0
+        #: which pass this is, batches drawn of it, and the random numbers that it began with
+        self.turn, self.within, self.random = 0, 0, dict[str, Any]()
+        self.flow: Iterator[Any] | None = None
 
     @property
     def _rows(self) -> Images | None:
@@ -84,43 +88,73 @@ class Passes:
         for generator, state in zip(self._own_generators(), states, strict=True):
             generator.set_state(state)
 
-    def draw(self, epoch: int, done: int) -> Iterator[Any]:
+    def state(self) -> dict[str, Any]:
+        """Return where the passes are."""
+        return {"turn": self.turn, "within": self.within, "random": self.random, "loader": self.generators()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.turn, self.within, self.random = state["turn"], state["within"], state["random"]
+        self.set_generators(state["loader"])
+
+    def draw(self, done: int) -> Iterator[Any]:
         """Go through the batches of an epoch that are not done.
 
-        A data set's own loader goes to the place at once. Any other is drawn from up to there: the same batches come
-        wherever their order follows from the random numbers that the epoch began with.
+        Raises:
+            DataError: where the loader has no batch.
         """
-        if not done:
+        for _ in range(self.length - done):
+            yield self._next()
+        if self.within == self.known:
+            self._finish()
+
+    def _next(self) -> Any:
+        if self.within == self.known:
+            self._finish()
+        while True:
+            flow = self._flow()
+            batch = next(flow, END)
+            if batch is not END:
+                self.within += 1
+                return batch
+            if not self.within:
+                raise DataError("the training loader has no batch: it needs at least one")
+            if self.known is not None and self.within < self.known:
+                self._warn(f"ends after {self.within}: it starts over there")
+            self.turn, self.within, self.flow = self.turn + 1, 0, None
+
+    def _finish(self) -> None:
+        """End a pass that has come to its length; what lies behind is never seen."""
+        if next(self._flow(), END) is not END:
+            self._warn("goes on after them: the rest of its batches is left out")
+        self.turn, self.within, self.flow = self.turn + 1, 0, None
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(f"the training loader says that it has {self.known} batches, and {what}", stacklevel=2)
+
+    def _flow(self) -> Iterator[Any]:
+        """Return the pass that is under way, from its next batch on.
+
+        A data set's own loader goes to the place at once. Any other, and a stream, is drawn from up to there: the same
+        batches come wherever their order follows from the random numbers that the pass began with.
+        """
+        if self.flow is not None:
+            return self.flow
+        if not self.within:
             self.random = {"process": checkpoints.random_state(), "loader": self.generators()}
-        if isinstance(self.place, Order) and self.whole:
-            self.place.begin(epoch, done * self.images)
-            return iter(self.loader)
+        if isinstance(self.place, Order):
+            self.place.begin(self.turn, self.within * self.images)
+            self.flow = iter(self.loader)
+            return self.flow
         if self.place is not None:
-            self.place.begin(epoch)
+            self.place.begin(self.turn)
         after = checkpoints.random_state()
-        if done:
+        if self.within:
             checkpoints.set_random_state(self.random["process"])
             self.set_generators(self.random["loader"])
-        drawn = iter(self.loader) if self.whole else islice(self._over_and_over(epoch), self.length)
-        if done:
-            for _ in range(done):
-                next(drawn)
+        self.flow = iter(self.loader)
+        for _ in range(self.within):
+            next(self.flow)
+        if self.within:
             checkpoints.set_random_state(after)
-        return drawn
-
-    def _over_and_over(self, epoch: int) -> Iterator[Any]:
-        """Go through a loader as often as it takes; each time in another order where it is a data set's.
-
-        Raises:
-            DataError: where it has no batch.
-        """
-        while True:
-            empty = True
-            for batch in self.loader:
-                empty = False
-                yield batch
-            if empty:
-                raise DataError("the training loader has no batch: it needs at least one")
-            epoch += self.epochs
-            if self.place is not None:
-                self.place.begin(epoch)
+        return self.flow

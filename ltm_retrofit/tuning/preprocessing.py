@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import resolve_data_config  # type: ignore[attr-defined]
+from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import DataError
@@ -21,6 +22,8 @@ from ltm_retrofit.graph.example import input_size
 AUGMENTS = ("none", "crop")
 #: attribute under which a reloaded Hugging Face model keeps what its image processor said
 RECORDED = "ltm_preprocessing"
+#: stands there for all else where it was an image processor that does more than we do, with what is said of it
+REFUSED = "refused"
 #: Pillow's numbers of its filters, which image processors write down
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 ON_PIXELS = ("nearest", "bilinear", "bicubic")  # of these, what torchvision has for tensors
@@ -37,19 +40,20 @@ class Preprocessing:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
-    squash: bool = False  # resize both sides, instead of the shorter one and cropping
+    crop_mode: str = "center"  # of the shorter side resized; "squash" is of both, "border" of the longer one and padded
     reverse: bool = False  # blue first
 
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
     """Read a model's preprocessing: the size off the live model, the rest off timm's config or HF's image processor.
 
-    A model that came from nowhere, built from its configuration, gets a mean and a deviation of one half; one that came
-    from somewhere without an image processor too, with a warning.
+    A model that says nothing is asked for its parts, as a backbone within a network of one's own says it. A model that
+    came from nowhere, built from its configuration, gets a mean and a deviation of one half; one that came from
+    somewhere without an image processor too, with a warning.
 
     Raises:
-        DataError: where the model does not say its input size, or its image processor does more than resizing,
-            cropping and normalising.
+        DataError: where the model does not say its input size, or its image processor does more, or did before it was
+            saved, than resizing, cropping and normalising.
     """
     size = input_size(model)
     if size is None:
@@ -57,12 +61,20 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
             f"{type(model).__name__} does not say its input size, so images cannot be resized for it: pass a loader "
             "whose batches are ready for the model"
         )
-    if declared := _declared(model):
-        wanted = _of_config(declared)
-    elif processor := _processor_of(model):
-        wanted = _of_processor(processor)
-    else:
-        wanted = Preprocessing((0, 0), (0.5,), (0.5,), "bilinear")
+    if size[0] not in (1, 3):
+        raise DataError(
+            f"{type(model).__name__} wants {size[0]} channels, and images have three or one: pass a loader whose "
+            "batches are ready for the model"
+        )
+    wanted = Preprocessing((0, 0), (0.5,), (0.5,), "bilinear")
+    for part in model.modules():  # itself first
+        if declared := _declared(part):
+            wanted = _of_config(declared)
+            break
+        if name := _origin(part):
+            processor = _processor_of(part, name)
+            wanted = wanted if processor is None else _of_processor(processor)
+            break
     mean, std = (_for_channels(values, size[0]) for values in (wanted.mean, wanted.std))
     return replace(wanted, size=size[1:], mean=mean, std=std)
 
@@ -81,6 +93,8 @@ def _declared(model: nn.Module) -> Mapping[str, Any] | None:
 
 
 def _of_config(declared: Mapping[str, Any]) -> Preprocessing:
+    if REFUSED in declared:
+        raise DataError(str(declared[REFUSED]))
     said = resolve_data_config(pretrained_cfg=dict(declared))  # type: ignore[no-untyped-call]
     return Preprocessing(
         tuple(said["input_size"][1:]),
@@ -88,20 +102,21 @@ def _of_config(declared: Mapping[str, Any]) -> Preprocessing:
         tuple(said["std"]),
         said["interpolation"],
         said["crop_pct"],
-        squash=said["crop_mode"] == "squash",
+        said["crop_mode"],
         reverse=bool(declared.get("reverse", False)),
     )
 
 
-def _processor_of(model: nn.Module) -> Any:
-    """Return the image processor beside a transformers checkpoint; None for a model that was not loaded."""
-    config = getattr(model, "config", None)
-    name = str(getattr(config, "_name_or_path", "") or "")
-    if not name:
-        return None
+def _origin(model: nn.Module) -> str:
+    """Return what a transformers model was loaded from; empty for one that was not."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def _processor_of(model: nn.Module, name: str) -> Any:
+    """Return the image processor beside a transformers checkpoint."""
     from transformers import AutoImageProcessor
 
-    revision = {} if Path(name).is_dir() else {"revision": getattr(config, "_commit_hash", None)}
+    revision = {} if Path(name).is_dir() else {"revision": getattr(model.config, "_commit_hash", None)}
     try:
         return AutoImageProcessor.from_pretrained(name, **revision)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -115,49 +130,63 @@ def _processor_of(model: nn.Module) -> Any:
 
 
 def _of_processor(processor: Any) -> Preprocessing:
-    """Read an image processor, and see that a picture comes out as from the processor itself."""
-    name = type(processor).__name__
+    """Read an image processor, and see that a picture comes out as from the processor itself.
+
+    Raises:
+        DataError: where it does not.
+    """
+    try:
+        read = _read_processor(processor)
+        picture = _smooth_picture()
+        theirs, ours = processor(picture, return_tensors="pt")["pixel_values"][0], make_transform(read)(picture)
+        same = theirs.shape == ours.shape and bool(
+            ((theirs - ours).abs().amax(dim=(1, 2)) * torch.tensor(read.std) <= TOLERANCE).all()
+        )
+        reason: Exception | None = None
+    except Exception as error:  # whatever an attribute that says other things than those we know leads to
+        same, reason = False, error
+    if not same:
+        raise DataError(
+            f"{type(processor).__name__} does more to an image than resizing, cropping and normalising it, or does it "
+            "otherwise than can be read off it: pass loaders whose batches are ready for the model"
+        ) from reason
+    return read
+
+
+def _read_processor(processor: Any) -> Preprocessing:
     size: dict[str, Any] = dict(getattr(processor, "size", None) or {})
-    crop: dict[str, Any] = dict(processor.crop_size) if getattr(processor, "do_center_crop", None) else {}
+    crops = getattr(processor, "do_center_crop", None) and processor.crop_size
+    crop: dict[str, Any] = dict(processor.crop_size) if crops else {}
     edge, share = size.get("shortest_edge"), getattr(processor, "crop_pct", None)
     resized: tuple[Any, Any] = (edge, edge) if edge else (size.get("height"), size.get("width"))
-    other = DataError(
-        f"{name} does more to an image than resizing, cropping and normalising it: pass loaders whose batches are "
-        "ready for the model"
-    )
     if None in resized or "longest_edge" in size:
-        raise other
+        raise DataError(f"it resizes to {size}")
     squash = not edge
     if share and edge and edge >= 384 and not crop:
         squash = True  # ConvNeXt's, at this size
     elif share:
         crop = crop or {"height": edge, "width": edge}
         resized = (int(resized[0] / share), int(resized[1] / share))
-    if name.startswith("Levit"):
+    if type(processor).__name__.startswith("Levit"):
         resized = (int(256 / 224 * resized[0]), int(256 / 224 * resized[1]))
     kept = (crop.get("height", resized[0]), crop.get("width", resized[1]))
     white = 255 * processor.rescale_factor if processor.do_rescale else 255.0
     white = 1.0 if math.isclose(white, 1.0) else white
     normal = bool(processor.do_normalize)
-    number = getattr(processor, "resample", None)
-    read = Preprocessing(
+    filtered = getattr(processor, "resample", None)
+    return Preprocessing(
         kept,
-        tuple(value / white for value in (processor.image_mean if normal else (0.0,) * 3)),
-        tuple(value / white for value in (processor.image_std if normal else (1.0,) * 3)),
-        FILTERS[2 if number is None else int(number)],
+        tuple(value / white for value in _three(processor.image_mean if normal else 0.0)),
+        tuple(value / white for value in _three(processor.image_std if normal else 1.0)),
+        filtered if isinstance(filtered, str) else FILTERS[2 if filtered is None else int(filtered)],
         kept[0] / resized[0],
-        squash,
+        "squash" if squash else "center",
         reverse=bool(getattr(processor, "do_flip_channel_order", None)),
     )
-    picture = _smooth_picture()
-    theirs = processor(picture, return_tensors="pt")["pixel_values"][0]
-    ours = make_transform(read)(picture)
-    if theirs.shape != ours.shape:
-        raise other
-    distance = (theirs - ours).abs().amax(dim=(1, 2)) * torch.tensor(read.std)
-    if float(distance.max()) > TOLERANCE:
-        raise other
-    return read
+
+
+def _three(values: Any) -> tuple[float, ...]:
+    return (float(values),) * 3 if isinstance(values, (int, float)) else tuple(values)
 
 
 def _smooth_picture() -> Image.Image:
@@ -172,8 +201,10 @@ def _for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def make_transform(wanted: Preprocessing, augment: str = "none") -> Callable[[Any], Tensor]:
-    """Return PIL image → ``(C, H, W)``; ``"crop"`` shifts by up to a sixteenth of the size.
+def make_transform(
+    wanted: Preprocessing, augment: str = "none", dtype: torch.dtype = torch.float32
+) -> Callable[[Any], Tensor]:
+    """Return PIL image → ``(C, H, W)`` of the dtype; ``"crop"`` shifts by up to a sixteenth of the size.
 
     Raises:
         DataError: on an interpolation that nobody knows.
@@ -188,16 +219,34 @@ def make_transform(wanted: Preprocessing, augment: str = "none") -> Callable[[An
             f"{', '.join(FILTERS)}: set it in its pretrained_cfg"
         )
     mode = v2.InterpolationMode[wanted.interpolation.upper()]
-    shorter = scaled if wanted.squash or height != width else scaled[:1]
-    steps: list[Any] = [v2.PILToTensor(), v2.Resize(shorter, interpolation=mode, antialias=True)]
-    steps = steps if wanted.interpolation in ON_PIXELS else steps[::-1]
-    steps = [v2.RGB() if len(wanted.mean) == 3 else v2.Grayscale(), *steps, v2.CenterCrop([height, width])]
+    colours = v2.RGB() if len(wanted.mean) == 3 else v2.Grayscale()
+    if wanted.crop_mode == "border":
+        fill: Any = tuple(round(255 * value) for value in wanted.mean)
+        scale = ResizeKeepRatio(scaled, interpolation=wanted.interpolation, longest=1.0)  # type: ignore[no-untyped-call]
+        steps: list[Any] = [colours, scale, CenterCropOrPad([height, width], fill=fill), v2.PILToTensor()]
+    else:
+        if wanted.crop_mode == "center" and height != width:
+            resize: Any = ResizeKeepRatio(scaled, interpolation=wanted.interpolation)  # type: ignore[no-untyped-call]
+        else:
+            shorter = scaled if wanted.crop_mode == "squash" else scaled[:1]
+            resize = v2.Resize(shorter, interpolation=mode, antialias=True)
+        steps = [v2.PILToTensor(), resize]
+        steps = steps if wanted.interpolation in ON_PIXELS else steps[::-1]
+        steps = [colours, *steps, v2.CenterCrop([height, width])]
     if augment == "crop":
         steps.append(v2.RandomCrop([height, width], padding=max(height, width) // 16))
     if wanted.reverse:
         steps.append(reversed_channels)
     steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(wanted.mean), list(wanted.std))]
-    return v2.Compose(steps)  # type: ignore[no-any-return]
+    steps += [] if dtype == torch.float32 else [v2.ToDtype(dtype)]
+    return v2.Compose([eight_bits, *steps])  # type: ignore[no-any-return]
+
+
+def eight_bits(image: Any) -> Any:
+    """Bring a PIL image of 16 bits a pixel to eight; Pillow would cut off what is brighter than 255."""
+    if str(getattr(image, "mode", "")).startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image
 
 
 def reversed_channels(image: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def keep(run: Run) -> None:
     """Write a checkpoint; the first process does, all have to call it."""
     assert run.folder is not None
     passes = run.passes
-    own = {"now": checkpoints.random_state(), "loader": passes.generators(), "epoch": passes.random}
+    own: dict[str, Any] = {"now": checkpoints.random_state(), "passes": passes.state()}
     own |= {"unreadable": passes.unreadable(), "information": [memory.state() for memory in _own_memory(run)]}
     randoms = checkpoints.of_every_rank(own, run.accelerator)
     if run.accelerator.is_main_process:
@@ -51,12 +51,13 @@ def resume(run: Run, state: Mapping[str, Any]) -> None:
         module.memory.set_state(state["memories"][name], device)
     run.progress, run.history = Progress(**state["progress"]), History(**state["history"])
     own = state["random"][run.accelerator.process_index]
-    run.passes.random = own["epoch"]
     checkpoints.set_random_state(own["now"])
-    run.passes.set_generators(own["loader"])
+    run.passes.set_state(own["passes"])
     run.passes.set_unreadable(own["unreadable"])
     for memory, kept in zip(_own_memory(run), own["information"], strict=True):
         memory.set_state(kept, device)
+    # its own run may have been killed before it saw a loss of these weights
+    run.unproven = run.folder is not None and not checkpoints.is_settled(run.folder)
     if run.progress.step:
         mark_finetuned(run.model)
 

@@ -65,8 +65,8 @@ class TrainConfig(Strict):
         augment: ``"none"``, or ``"crop"``: shifts by up to a sixteenth of the image.
         mixed_precision: Accelerate's: ``"no"``, ``"bf16"`` or ``"fp16"``.
         workers: of the data loader.
-        steps: in an epoch; needed for a stream, which does not know its length. Where the data ends before, it starts
-            over.
+        steps: in an epoch; needed for a stream, which does not know its length. The next epoch goes on where this one
+            ended; where the data ends, it starts over.
         unreadable: share of the training images that may be unreadable; the next one takes the place of each. Images to
             evaluate on have to be readable.
         checkpoint_every: steps between two checkpoints, where `finetune` is given a folder for them.
@@ -117,6 +117,9 @@ class TrainConfig(Strict):
         """Check every value; nothing is corrected silently."""
         for entry in fields(self):
             name, value = entry.name, getattr(self, entry.name)
+            if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a NumPy number, of a sweep for example
+                value = value.item()
+                object.__setattr__(self, name, value)
             if value is None and str(entry.type).endswith("| None"):
                 continue
             if str(entry.type).startswith("int"):

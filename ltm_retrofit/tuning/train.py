@@ -21,9 +21,8 @@ from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
 from ltm_retrofit.merging.memory import Memory
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints
-from ltm_retrofit.tuning.data import Data, check_labels, columns_of, is_stream, is_table
-from ltm_retrofit.tuning.evaluate import count_classes
-from ltm_retrofit.tuning.heads import places_of
+from ltm_retrofit.tuning.data import Data, columns_of, is_stream, is_table
+from ltm_retrofit.tuning.evaluate import check_data, count_classes
 from ltm_retrofit.tuning.history import History
 from ltm_retrofit.tuning.images import Order, Stream, make_loader
 from ltm_retrofit.tuning.loop import Run
@@ -63,8 +62,9 @@ def finetune(
     Raises:
         CheckpointError: a checkpoint that is not to be resumed, is of another run, or cannot be written.
         DataError: labels that do not fit the model's classes, columns missing, a class without images.
-        TrainingError: no classifier, nothing to train, or a loss that is not finite (the model then holds the last
-            weights whose loss was).
+        TrainingError: no classifier, nothing to train, a batch that does not fit into memory (the model is then as it
+            was), or a loss that is not finite (it then holds weights of at most twenty steps before, which the error
+            names).
     """
     config = config or TrainConfig()
     folder = None if checkpoints_to is None else Path(checkpoints_to)
@@ -72,7 +72,7 @@ def finetune(
         raise CheckpointError("resume needs the folder that the checkpoints were written to: set checkpoints_to")
     with own_accelerator(config) as accelerator:
         classes = count_classes(model)
-        places = _check_data(model, train, val, classes, config)
+        places = _check_data(model, train, val, config)
         if is_stream(train) and accelerator.num_processes > 1:
             raise DataError(
                 f"a stream cannot be shared out among {accelerator.num_processes} processes: use a data set"
@@ -86,22 +86,21 @@ def finetune(
         return _attempts(model, train, val, config, accelerator, classes, places, folder, state)
 
 
-def _check_data(
-    model: nn.Module, train: Data, val: Data | None, classes: int, config: TrainConfig
-) -> tuple[int, ...] | None:
-    """Check the labels of data sets; return the model's class of each of the training data's, where they differ.
+def _check_data(model: nn.Module, train: Data, val: Data | None, config: TrainConfig) -> tuple[int, ...] | None:
+    """Check the data; return the model's class of each of the training data's, where they differ.
 
     Raises:
         DataError: see `finetune`.
     """
-    places: dict[str, tuple[int, ...] | None] = {}
-    for data, split in ((train, "training"), (val, "validation")):
-        if data is None or not is_table(data):
-            continue
-        if "label" in columns_of(data) or split == "validation" or not config.distill:
-            places[split] = places_of(model, data, classes)
-            check_labels(data, classes, split, places[split])
-    return places.get("training")
+    if val is not None and is_stream(val):
+        raise DataError("validation data is read anew after every epoch and cannot be a stream: load it whole")
+    if val is not None and is_table(val):
+        check_data(model, val, "validation")
+    elif val is not None and hasattr(val, "__len__") and not len(val):
+        raise DataError("the validation loader has no batch: it needs at least one")
+    if is_table(train) and ("label" in columns_of(train) or not config.distill):
+        return check_data(model, train, "training")
+    return None
 
 
 def _attempts(
@@ -116,28 +115,37 @@ def _attempts(
     state: Mapping[str, Any] | None,
 ) -> History:
     """Run with as many images at once as there is memory for."""
-    start = {key: value.detach().cpu().clone() for key, value in model.state_dict().items() if is_table(train)}
+    start = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
     size = config.batch_size
     if state is not None and config.batch_size % int(state["batch_images"]) == 0:  # it did not all fit into memory
         size = int(state["batch_images"])
-
-    retried = False
+    retried, marked = False, FINETUNED in model.__dict__
 
     def halve() -> int:
         nonlocal size, retried
-        if not is_table(train) or size % 2 or accelerator.num_processes > 1:
-            raise TrainingError(
-                f"a batch of {size} images does not fit into memory"
-                + (", and cannot be halved: lower batch_size" if is_table(train) else ": pass a loader of smaller ones")
-            )
-        size, retried = size // 2, True
         accelerator.free_memory()  # it holds on to the optimizer of the attempt that failed
         load_state(model, start)
+        if not marked:
+            model.__dict__.pop(FINETUNED, None)
         for module in model.modules():
             if isinstance(module, Statistics):
                 module.memory = Memory(module.capacity)
+        if not is_table(train):
+            raise TrainingError("a batch of the training loader does not fit into memory: pass one of smaller batches")
+        if state is not None and not retried:
+            raise TrainingError(
+                f"the checkpoint's run had {size} images at once, which do not fit into memory here: go on where there "
+                "is as much of it, or begin anew in another folder"
+            )
+        if size % 2 or accelerator.num_processes > 1:
+            raise TrainingError(
+                f"a batch of {size} images does not fit into memory, and cannot be halved"
+                + (f" in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else "")
+                + ": lower batch_size"
+            )
+        size, retried = size // 2, True
         together = config.batch_size * config.accumulate // size
-        warnings.warn(f"out of memory: starting over with {size} images at once, {together} times a step", stacklevel=2)
+        warnings.warn(f"out of memory: starting over with {size} images at once, {together} times a step", stacklevel=1)
         return size
 
     @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)  # type: ignore[untyped-decorator]
@@ -153,6 +161,12 @@ def _attempts(
             unreadable=config.unreadable,
             places=places,
         )
+        if folder is not None and getattr(loader, "persistent_workers", False):
+            warnings.warn(
+                "the loader's persistent workers keep random numbers from epoch to epoch that no checkpoint holds: what"
+                " they draw differs after a resume. Set persistent_workers=False for the same images bit for bit",
+                stacklevel=2,
+            )
         passes = _passes(loader, accelerator, config, batch_size)
         with ExitStack() as stack:
             stack.enter_context(checkpoints.own_random_state(config.seed + accelerator.process_index))
@@ -194,7 +208,7 @@ def _passes(loader: object, accelerator: Accelerator, config: TrainConfig, image
         loader = accelerator.prepare_data_loader(loader)
     together = config.accumulate * config.batch_size // images
     length = None if config.steps is None else config.steps * together
-    return Passes(loader, place, length=length, images=images, epochs=config.epochs)
+    return Passes(loader, place, length=length, images=images)
 
 
 def _check_annealed(model: nn.Module, config: TrainConfig) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ltm_retrofit.errors import DataError
-from ltm_retrofit.tuning.data import batches_on, check_labels, classes_in, split_batch
+from ltm_retrofit.tuning.data import batches_on, check_labels, classes_in, size_of, split_batch
 
 # ------------------------------------------------------------------------------------------------------------ labels
 
@@ -96,3 +96,21 @@ def test_batches_on_moves_everything() -> None:
     )
     assert inputs["pixel_values"].device == labels.device == pixels.device == device
     assert inputs["text"] == "as it is"
+
+
+def test_labels_may_be_a_list() -> None:
+    inputs, labels = split_batch((torch.zeros(2, 3), [4, 5]))
+    assert inputs.shape == (2, 3) and torch.equal(labels, torch.tensor([4, 5]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [(["cat", "dog"], r"of a batch are no numbers: \['cat'"), (None, "has None for labels")]
+)
+def test_labels_that_are_none_or_text_are_named(labels, message: str) -> None:
+    for batch in ((torch.zeros(2, 3), labels), {"pixel_values": torch.zeros(2, 3), "labels": labels}):
+        with pytest.raises(DataError, match=message):
+            split_batch(batch)
+
+
+def test_a_batch_is_as_large_as_its_first_tensor_with_rows() -> None:
+    assert size_of({"names": ["a"], "scale": torch.tensor(2.0), "pixel_values": torch.zeros(5, 3)}) == 5

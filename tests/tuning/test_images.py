@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import datasets
 import pytest
 import torch
 from pieces import encoded
+from PIL import Image
 from torch import nn
 
 import ltm_retrofit as ltm
@@ -149,3 +153,23 @@ def test_an_epoch_of_a_table_may_be_cut_or_repeated(steps: int, converted) -> No
 def test_nothing_but_damaged_images_is_an_error(build) -> None:
     with pytest.raises(DataError, match="7 of 7 images cannot be read"):
         list(make_loader(build("timm-vit"), encoded(7, tuple(range(7))), batch_size=7, shuffle=False, unreadable=1.0))
+
+
+@pytest.mark.parametrize("label", [None, -2, "ant"], ids=str)
+def test_a_row_of_a_stream_without_a_label_is_named(label: object, build) -> None:
+    def rows() -> Iterator[dict[str, object]]:
+        yield from ({"image": Image.new("RGB", (32, 32)), "label": label} for _ in range(16))
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    with pytest.raises(DataError, match=f"an image has the label {label!r}, and labels are whole numbers"):
+        ltm.finetune(build("timm-vit"), stream, config=ltm.TrainConfig(batch_size=8, steps=1))
+
+
+@pytest.mark.parametrize("converts", [False, True], ids=["original", "converted"])
+@pytest.mark.parametrize("family", ["timm-vit", "hf-vit"])
+def test_images_come_in_the_dtype_of_the_model(family: str, converts: bool, build) -> None:
+    model = build(family).bfloat16()
+    model = ltm.retrofit(model, ltm.LTMConfig(flops=0.7)) if converts else model
+    data = encoded(16, damaged=())
+    assert len(ltm.finetune(model, data, data, config=ltm.TrainConfig(batch_size=8)).losses) == 2
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -14,6 +14,7 @@ from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging import ib
 from ltm_retrofit.merging.mask import SimilarityMask
 from ltm_retrofit.tuning.information import Information, entrances_of
+from ltm_retrofit.tuning.loop import Run
 
 MANY = batches(50, 7)
 
@@ -111,6 +112,22 @@ def test_counts_fall_from_all_to_the_plans(method: str, converted) -> None:
     assert seen[0] == max(seen) > planned and seen[5:] == [planned] * 5
     assert seen == sorted(seen, reverse=True)
     assert all("reached" not in vars(module) for module in model.modules() if isinstance(module, SimilarityMask))
+
+
+def test_the_average_of_the_weights_has_the_counts_that_are_reached(converted, monkeypatch) -> None:
+    """Else an accuracy that is noted on the way would be that of counts which nobody has trained yet."""
+    model, seen = converted("timm-vit"), []
+
+    def validate(run: Run, val: object) -> float:
+        for network in (run.model, run.ema.module):
+            masks = (module for module in network.modules() if isinstance(module, SimilarityMask))
+            seen.append({round(mask.reached, 3) for mask in masks})
+        return 0.0
+
+    monkeypatch.setattr(Run, "validate", validate)
+    config = ltm.TrainConfig(batch_size=7, epochs=2, anneal=1.0, ema=0.9)
+    ltm.finetune(model, batches(5), batches(1), config=config)
+    assert seen == [{0.4}, {0.4}, {0.9}, {0.9}]
 
 
 def test_all_tokens_are_the_original_model(converted, build) -> None:

@@ -212,3 +212,13 @@ def test_the_teacher_computes_as_precisely_as_the_run(build) -> None:
     for accelerator, equal_to_half in ((there, True), (None, False)):
         with Objective(model, TrainConfig(distill=1.0), 7, accelerator)._teaching(images) as (taught, _):
             assert torch.equal(taught, expected) == equal_to_half and taught.dtype == torch.float32
+
+
+def test_mixing_finds_the_images_among_other_entries(build) -> None:
+    model = build("hf-vit")
+    drawn = [{"names": ["a"] * 7, "pixel_values": images, "labels": labels} for images, labels in batches(2)]
+    objective = Objective(model, TrainConfig(mixup=0.5), 7)
+    batch = {key: value for key, value in drawn[0].items() if key != "labels"}
+    mixed, targets = objective.mix(batch, drawn[0]["labels"])
+    assert mixed["names"] == batch["names"] and not torch.equal(mixed["pixel_values"], batch["pixel_values"])
+    assert targets.shape == (7, 7)

@@ -297,3 +297,11 @@ def test_a_schedule_that_nobody_knows_is_refused() -> None:
 def test_every_schedule_trains(build) -> None:
     for sched in SCHEDULES:
         assert len(ltm.finetune(build("timm-vit"), batches(2), config=TrainConfig(sched=sched)).losses) == 2
+
+
+def test_an_optimizer_of_second_derivatives_is_refused_by_name(converted) -> None:
+    model = converted("timm-vit")
+    before = weights(model)
+    with pytest.raises(RecipeError, match="opt='adahessian' needs second derivatives"):
+        ltm.finetune(model, batches(1), config=ltm.TrainConfig(opt="adahessian"))
+    assert equal(weights(model), before)

@@ -204,6 +204,42 @@ def test_an_image_processor_that_does_more_is_refused_by_name(processor, monkeyp
         preprocessing_of(model)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"crop_size": None, "do_center_crop": True}, {"image_mean": "grey"}, {"resample": "no filter"}], ids=str
+)
+def test_an_image_processor_of_odd_values_is_refused_by_name(changes, monkeypatch, tmp_path) -> None:
+    processor = PROCESSORS["dinov2-256-224"]()
+    for name, value in changes.items():
+        setattr(processor, name, value)
+    hf_model().save_pretrained(tmp_path)
+    monkeypatch.setattr(tr.AutoImageProcessor, "from_pretrained", lambda *args, **kwargs: processor)
+    model = tr.ViTForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(DataError, match=f"{type(processor).__name__} does more .* or does it otherwise"):
+        preprocessing_of(model)
+
+
+@pytest.mark.parametrize("number", [0.4, 1], ids=str)
+def test_one_number_is_that_of_every_channel(number: float, monkeypatch, tmp_path) -> None:
+    processor = tr.ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=number, image_std=number)
+    hf_model().save_pretrained(tmp_path)
+    monkeypatch.setattr(tr.AutoImageProcessor, "from_pretrained", lambda *args, **kwargs: processor)
+    wanted = preprocessing_of(tr.ViTForImageClassification.from_pretrained(tmp_path))
+    assert wanted.mean == wanted.std == (number,) * 3
+
+
+def test_what_was_refused_is_refused_after_saving_and_loading(monkeypatch, tmp_path) -> None:
+    hf_model(num_hidden_layers=4).save_pretrained(tmp_path / "host")
+    model = tr.ViTForImageClassification.from_pretrained(tmp_path / "host")
+    monkeypatch.setattr(tr.AutoImageProcessor, "from_pretrained", lambda *args, **kwargs: tr.DetrImageProcessor())
+    ltm.save_pretrained(ltm.retrofit(model, ltm.LTMConfig(flops=0.9)), tmp_path / "saved")
+    again = ltm.from_pretrained(tmp_path / "saved")
+    with pytest.raises(DataError, match=r"DetrImageProcessor does more to an image.*pass loaders"):
+        preprocessing_of(again)
+    ltm.save_pretrained(again, tmp_path / "again")
+    with pytest.raises(DataError, match="DetrImageProcessor does more"):
+        preprocessing_of(ltm.from_pretrained(tmp_path / "again"))
+
+
 def test_a_loaded_model_without_an_image_processor_warns(tmp_path) -> None:
     hf_model().save_pretrained(tmp_path)
     model = tr.ViTForImageClassification.from_pretrained(tmp_path)
@@ -237,14 +273,54 @@ def test_transformers_wrapper_of_timm_has_the_checkpoints_settings() -> None:
     assert wanted == Preprocessing((32, 32), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 0.9)
 
 
+@pytest.mark.parametrize("size", [(32, 32), (32, 48), (48, 32)], ids=str)
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
-def test_timms_own_transform_gives_the_same(interpolation: str) -> None:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
-    model.pretrained_cfg = {**model.pretrained_cfg, "interpolation": interpolation, "crop_pct": 0.9}
-    said = timm.data.resolve_model_data_config(model) | {"input_size": (3, 32, 32)}
-    expected = timm.data.create_transform(**said)(photo())
-    pixels = make_transform(preprocessing_of(model))(photo())
-    assert float((pixels - expected).abs().max()) < 0.1
+def test_timms_own_transform_gives_the_same(interpolation: str, crop_mode: str, size: tuple[int, int]) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=size, patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    said = {"interpolation": interpolation, "crop_pct": 0.9, "crop_mode": crop_mode, "mean": (0.2, 0.5, 0.7)}
+    model.pretrained_cfg = {**model.pretrained_cfg, **said}
+    expected = timm.data.create_transform(**timm.data.resolve_model_data_config(model) | {"input_size": (3, *size)})
+    for picture in (photo(), photo().rotate(90, expand=True)):
+        pixels = make_transform(preprocessing_of(model))(picture)
+        assert pixels.shape == (3, *size)
+        assert float((pixels - expected(picture)).abs().max()) < 0.1
+
+
+class Around(nn.Module):
+    """A network of one's own around a pretrained one."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.num_classes, self.backbone = 7, backbone
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.backbone(x)
+
+
+def test_a_network_around_a_pretrained_one_wants_what_that_wants() -> None:
+    inner = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    inner.pretrained_cfg = {**inner.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
+    assert preprocessing_of(Around(inner)).mean == (0.1, 0.2, 0.3)
+    assert preprocessing_of(Around(inner)) == preprocessing_of(inner)
+
+
+def test_a_model_of_four_channels_is_asked_for_a_loader() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, in_chans=4)
+    with pytest.raises(DataError, match="wants 4 channels, and images have three or one: pass a loader"):
+        preprocessing_of(model)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_grey_images_of_every_crop(crop_mode: str) -> None:
+    wanted = Preprocessing((32, 24), (0.4,), (0.2,), crop_pct=0.9, crop_mode=crop_mode)
+    assert make_transform(wanted)(photo()).shape == (1, 32, 24)
+
+
+def test_sixteen_bits_are_not_cut_off_at_eight() -> None:
+    grey = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    transform = make_transform(Preprocessing((32, 32), (0.0,) * 3, (1.0,) * 3))
+    assert torch.allclose(transform(Image.fromarray(grey))[0], torch.from_numpy(grey / 65535).float(), atol=1 / 255)
 
 
 def test_an_interpolation_that_nobody_knows_is_refused() -> None:

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import warnings
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -24,6 +25,8 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import ltm_retrofit as ltm
+from ltm_retrofit.cli import _be_quiet
+from ltm_retrofit.convert import was_finetuned
 from ltm_retrofit.errors import CheckpointError, TrainingError
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.images import Images, Order
@@ -148,6 +151,16 @@ def test_anyones_loader_is_drawn_from_up_to_the_place(kind: str, stop: int, mode
         ltm.finetune(broken, loader(), config=config, checkpoints_to=tmp_path)
     resumed = ltm.finetune(fresh, loader(), config=config, checkpoints_to=tmp_path, resume=True)
     assert same(outcome(fresh, resumed), expected)
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["checkpoints", "none"])
+def test_persistent_workers_keep_what_no_checkpoint_holds(keeps: bool, model, tmp_path) -> None:
+    images, labels = batches(1)[0]
+    loader = DataLoader(TensorDataset(images, labels), batch_size=7, num_workers=1, persistent_workers=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ltm.finetune(model, loader, config=ltm.TrainConfig(), checkpoints_to=tmp_path if keeps else None)
+    assert keeps == any("persistent workers keep random numbers" in str(warning.message) for warning in caught)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +320,19 @@ def test_the_first_checkpoint_is_taken_back_where_the_next_loss_is_not_finite(mo
     assert "last checkpoint" not in str(raised.value)
 
 
+def test_a_resumed_run_takes_back_weights_whose_loss_was_never_seen(model, tmp_path, monkeypatch) -> None:
+    """Killed behind a checkpoint whose weights are bad: going on shows it, and the one before takes its place."""
+    fresh, config, drawn = copy.deepcopy(model), ltm.TrainConfig(batch_size=7, checkpoint_every=2), batches(6)
+    drawn[4] = (drawn[4][0] * torch.nan, drawn[4][1])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "train_batch", nth(Run.train_batch, 5, interrupt))
+        ltm.finetune(model, drawn, config=config, checkpoints_to=tmp_path)
+    assert checkpoints.read(tmp_path)["progress"]["step"] == 4
+    with pytest.raises(TrainingError, match="not finite at step 5 of 6"):
+        ltm.finetune(fresh, drawn, config=config, checkpoints_to=tmp_path, resume=True)
+    assert checkpoints.read(tmp_path)["progress"]["step"] == 2
+
+
 def test_between_the_two_renames_the_checkpoint_before_is_read(model, tmp_path) -> None:
     ltm.finetune(model, batches(2), config=ltm.TrainConfig(batch_size=7), checkpoints_to=tmp_path)
     (tmp_path / checkpoints.NAME).rename(tmp_path / checkpoints.BEFORE)
@@ -391,15 +417,55 @@ def test_a_batch_too_large_is_halved_and_learns_the_same(model, pictures) -> Non
     )
 
 
+class Tiring(nn.Module):
+    """A host whose memory ends after some batches."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls -= self.training
+        return x if self.calls >= 0 else Hungry(0)(x)
+
+
+@pytest.mark.parametrize("calls", [0, 2], ids=["at once", "half way"])
 @pytest.mark.parametrize("case", ["loader", "odd"])
-def test_a_batch_that_cannot_be_halved_is_named(case: str, model, pictures) -> None:
+def test_a_batch_that_cannot_be_halved_is_named(case: str, calls: int, model, pictures) -> None:
     before = weights(model)
-    model.patch_embed.norm = Hungry(2)
-    data = batches(2) if case == "loader" else pictures(42)
-    message = "does not fit into memory: pass a loader" if case == "loader" else "batch of 7 images .* cannot be halved"
+    model.patch_embed.norm = Tiring(calls)
+    data = batches(4) if case == "loader" else pictures(42)
+    message = (
+        "batch of the training loader does not fit" if case == "loader" else "batch of 7 images .* cannot be halved"
+    )
     with pytest.raises(TrainingError, match=message):
         ltm.finetune(model, data, config=ltm.TrainConfig(batch_size=7))
-    assert equal(weights(model), before)
+    assert equal(weights(model), before) and not was_finetuned(model)
+
+
+def test_a_checkpoint_is_not_thrown_away_where_memory_is_short(model, pictures, tmp_path, monkeypatch) -> None:
+    data, fresh = pictures(48), copy.deepcopy(model)
+    config = ltm.TrainConfig(batch_size=16, bound="none", checkpoint_every=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "step", nth(Run.step, 3, interrupt))
+        ltm.finetune(copy.deepcopy(model), data, config=config, checkpoints_to=tmp_path)
+    again = copy.deepcopy(fresh)
+    again.patch_embed.norm = Hungry(4)
+    with pytest.raises(TrainingError, match="the checkpoint's run had 16 images at once, which do not fit"):
+        ltm.finetune(again, data, config=config, checkpoints_to=tmp_path, resume=True)
+    assert equal(weights(again), weights(fresh))
+    expected = outcome(model, ltm.finetune(model, data, config=config))
+    resumed = ltm.finetune(fresh, data, config=config, checkpoints_to=tmp_path, resume=True)
+    assert same(outcome(fresh, resumed), expected)
+
+
+def test_starting_over_is_said_on_the_command_line_too(model, pictures) -> None:
+    model.patch_embed.norm = Hungry(4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _be_quiet()
+        ltm.finetune(model, pictures(16), config=ltm.TrainConfig(batch_size=8))
+    assert any("starting over with 4 images at once" in str(warning.message) for warning in caught)
 
 
 def test_validation_in_smaller_batches_starts_nothing_over(model, pictures) -> None:

@@ -9,7 +9,9 @@ import pickle
 import re
 import warnings
 
+import conversions
 import datasets
+import numpy as np
 import pytest
 import timm
 import torch
@@ -576,9 +578,81 @@ def test_labels_are_taken_by_the_names_of_their_classes(precision: str, build, p
 
 def test_a_bound_that_never_joins_is_said(converted) -> None:
     model = converted("timm-vit")
-    with pytest.warns(UserWarning, match="the bound never joined the loss: it waits for 256 images, .* seen 70"):
+    with pytest.warns(UserWarning, match="the bound never joined the loss: it waits for 256 images .* has seen 70 in"):
         ltm.finetune(model, batches(10), config=TrainConfig())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         ltm.finetune(model, batches(10), config=TrainConfig(bound="none"))
-        ltm.finetune(model, batches(4, 70), config=TrainConfig())
+        ltm.finetune(model, batches(6, 70), config=TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("settings", "joins"),
+    [({"bound_warmup": 1.0}, False), ({"bound_warmup": 0.9}, True), ({"epochs": 1}, False)],
+    ids=str,
+)
+def test_a_bound_that_is_fitted_when_no_step_is_left_never_joins(settings, joins: bool, converted) -> None:
+    config = TrainConfig(**{"batch_size": 32, "bound_warmup": 0.0, "epochs": 2, **settings})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ltm.finetune(converted("timm-vit"), batches(8, 32), config=config)
+    assert joins != any("the bound never joined the loss" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("train", ["masks", "lora", "all"])
+def test_averages_of_batch_norms_stay_where_only_additions_train(train: str) -> None:
+    """An adapter holds what changed, and a mask changes no average that it never asked for."""
+    model, _, example = conversions.converted("timm-mobilevit-local")
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [norm.running_mean.clone() for norm in norms]
+    drawn = [(torch.randn(8, *example.shape[1:]), torch.arange(8) % ltm.get_plan(model).classes) for _ in range(2)]
+    ltm.finetune(model, drawn, config=TrainConfig(batch_size=8, train=train))
+    moved = [not torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True)]
+    assert moved and all(moved) == any(moved) == (train == "all")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 1, 9, 3, 4, 5, 6]), "labels run from 0 to 9; expected class indices"),
+        (torch.tensor([0, 1, -1, 3, 4, 5, 6]), "labels run from -1 to 6"),
+        (torch.eye(9)[:7], r"labels have shape \(7, 9\)"),
+        (torch.arange(7).float(), r"labels have shape \(7,\) and dtype torch.float32"),
+    ],
+    ids=["too-high", "negative", "too-wide", "no-index"],
+)
+def test_labels_of_a_loader_are_checked_where_it_is_evaluated(labels: Tensor, message: str, build) -> None:
+    data = [(batches(1)[0][0], labels)]
+    for judge in (evaluate, lambda model, data: ltm.finetune(model, batches(1), data)):
+        with pytest.raises(DataError, match=message):
+            judge(build("timm-vit"), data)
+
+
+@pytest.mark.parametrize("converts", [False, True], ids=["original", "converted"])
+def test_a_network_without_a_classifier_is_not_trained_on_its_features(converts: bool) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=0)
+    model = ltm.retrofit(model, ltm.LTMConfig(flops=0.9)) if converts else model
+    for judge in (ltm.finetune, evaluate):
+        with pytest.raises(TrainingError, match="puts out no class logits"):
+            judge(model, batches(1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda rows: rows.to_iterable_dataset(), "cannot be a stream: load it whole"),
+        (lambda rows: [], "the validation loader has no batch"),
+        (lambda rows: rows.select([]), "the validation split is empty"),
+    ],
+    ids=["stream", "no-batch", "no-row"],
+)
+def test_validation_data_is_looked_at_before_the_training(spoil, message: str, build, pictures, monkeypatch) -> None:
+    monkeypatch.setattr(Run, "train_batch", None)
+    with pytest.raises(DataError, match=message):
+        ltm.finetune(build("timm-vit"), pictures(14), spoil(pictures(14)), config=TrainConfig(batch_size=7))
+
+
+def test_settings_may_be_numpy_numbers() -> None:
+    config = TrainConfig(lr=np.logspace(-4, -3, 2)[0], epochs=np.int64(2), ema=np.float32(0.5))
+    assert config == TrainConfig(lr=1e-4, epochs=2, ema=0.5)
+    assert json.dumps(config.to_dict())
