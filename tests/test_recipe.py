@@ -327,7 +327,8 @@ def test_shipped_recipes_run_and_bring_the_accuracy_back(path: Path, tmp_path: P
     assert found.extra["reloaded_equal"] is True
     accuracy = found.accuracy
     assert accuracy["finetuned"] > accuracy["original"] - 2
-    assert accuracy["finetuned"] >= accuracy["converted"] - 0.2
+    # where little was lost there is little to bring back: two standard errors of a difference on 2880 canvases
+    assert accuracy["finetuned"] >= accuracy["converted"] - 0.6
 
 
 def tiny(path: Path, **train: object) -> Recipe:
