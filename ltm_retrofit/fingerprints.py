@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import torch
 from torch import Tensor, nn
 
@@ -9,11 +11,16 @@ Fingerprint = tuple[tuple[int, ...], str, int]
 
 
 def fingerprint(value: Tensor) -> Fingerprint:
-    """Return shape, dtype and the exclusive or of all numbers: training changes it, a mere reordering would not."""
-    bits = 0
+    """Return shape, dtype and a checksum of the bytes in their order.
+
+    (An exclusive or of the numbers would not do: a first step of Adam moves weights of one by the same amount up or
+    down, and an even number of each is nothing again.)
+    """
+    checksum = 0
     if not value.is_meta and value.numel():
-        bits = int(torch.hash_tensor(value.detach().flatten()).view(torch.int64))  # as signed: uint64 has no item()
-    return tuple(value.shape), str(value.dtype), bits
+        stored = value.detach().cpu().contiguous().flatten()
+        checksum = zlib.crc32(stored.view(torch.uint8).numpy().data)
+    return tuple(value.shape), str(value.dtype), checksum
 
 
 def fingerprints_of(model: nn.Module) -> dict[str, Fingerprint]:

@@ -37,24 +37,32 @@ def labels_in(data: Data, split: str) -> set[int]:
     Raises:
         DataError: where they are no whole numbers.
     """
-    seen = {label.item() if hasattr(label, "item") else label for label in data["label"]}  # of whatever format
-    others = sorted((label for label in seen if type(label) is not int), key=str)
+    stored = data.with_format(None)["label"]  # as they are, without a transform of every image
+    others = {str(label): label for label in stored if type(label) is not int}
     if others:
         raise DataError(
-            f"the {split} split has labels that are no whole numbers: {others[:5]}: number them with "
-            "dataset.class_encode_column('label'), and drop rows without one"
+            f"the {split} split has labels that are no whole numbers: {[others[key] for key in sorted(others)][:5]}: "
+            "number them with dataset.class_encode_column('label'), and drop rows without one"
         )
-    return seen
+    return set(stored)
 
 
 def classes_in(data: Data, split: str) -> list[str] | int:
     """Name the classes of a data set; where they have no names, say how many there are.
 
     Raises:
-        DataError: where labels are no whole numbers.
+        DataError: where there is none, or the numbers leave some out.
     """
     names: list[str] | None = getattr((data.features or {}).get("label"), "names", None)
-    return names or 1 + max(labels_in(data, split), default=-1)
+    if names:
+        return names
+    seen = sorted(labels_in(data, split))
+    if not seen or seen != list(range(len(seen))):
+        raise DataError(
+            f"the {split} split has labels {', '.join(map(str, seen[:8])) or 'of no image'}{' …' * (len(seen) > 8)}: "
+            "number the classes from 0 on without gaps, or give them names (datasets.ClassLabel)"
+        )
+    return len(seen)
 
 
 def check_same_classes(train: Data, test: Data) -> None:

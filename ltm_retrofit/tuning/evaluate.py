@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size
@@ -11,8 +13,9 @@ from tqdm.auto import tqdm
 
 from ltm_retrofit.blocks import get_retrofit
 from ltm_retrofit.convert import is_retrofitted
-from ltm_retrofit.errors import DataError, TrainingError
+from ltm_retrofit.errors import DataError, ExampleError, TrainingError
 from ltm_retrofit.graph.example import home, logits_of, prepare_example, run
+from ltm_retrofit.graph.probe import record
 from ltm_retrofit.head import follow_head
 from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table
@@ -37,7 +40,7 @@ def predictions(
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        classes = count_classes(model)
+        classes = count_classes(model) if is_table(data) else 0
         places = places_of(model, data, classes) if is_table(data) else None
         loader = make_loader(model, data, batch_size=batch_size, shuffle=False, places=places)
         shared: Accelerator | None = None
@@ -46,7 +49,8 @@ def predictions(
         for inputs, labels in tqdm(batches_on(loader, home(model)[0]), desc="evaluate", leave=False, disable=None):
             assert labels is not None
             logits = logits_of(run(model, inputs))
-            if logits is None:
+            classes = classes or _width(model, logits, inputs)
+            if logits is None or not classes:
                 raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier")
             seen = logits.argmax(dim=-1), soft_targets(labels, classes).argmax(dim=-1)
             if shared is not None:
@@ -123,14 +127,27 @@ def count_classes(model: nn.Module) -> int:
         follow_head(model)
         classes = get_retrofit(model).plan.classes
     else:
-        # not of the config: every Hugging Face config says 2 unless told otherwise, a tower's too
-        said = [number for name in ("num_classes", "num_labels") if (number := getattr(model, name, None)) is not None]
-        if said:  # 0 where the classifier was left out, and features come instead of logits
-            classes = next((int(number) for number in said if number), 0)
-        else:
+        try:
             with undisturbed(model), torch.no_grad():
-                logits = logits_of(run(model, prepare_example(model, None)))
-            classes = 0 if logits is None else logits.shape[1]
+                example = prepare_example(model, None)
+                classes = _width(model, logits_of(run(model, example)), example)
+        except ExampleError:  # nobody knows its input; what it says of itself may be of a head that is gone
+            classes = int(next((number for number in _said(model) if number), 0))
     if not classes:
         raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier first")
     return int(classes)
+
+
+def _width(model: nn.Module, logits: Tensor | None, inputs: Any) -> int:
+    """Return C of logits; 0 where a model that says it has no classes puts out features instead."""
+    if logits is None:
+        return 0
+    said = _said(model)
+    if said and not any(said) and not record(model, inputs).readouts(logits.shape[1]):
+        return 0
+    return logits.shape[1]
+
+
+def _said(model: nn.Module) -> list[int]:
+    # not of the config: every Hugging Face config says 2 unless told otherwise, a tower's too
+    return [number for name in ("num_classes", "num_labels") if (number := getattr(model, name, None)) is not None]

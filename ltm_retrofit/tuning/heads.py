@@ -16,7 +16,7 @@ from ltm_retrofit.graph.example import logits_of, prepare_example
 from ltm_retrofit.graph.probe import record
 from ltm_retrofit.undisturbed import undisturbed
 
-#: names on the model the parameters of a head that is new
+#: names on the model the parameters and buffers of a head that is new
 NEW_HEAD = "ltm_new_head"
 
 
@@ -32,8 +32,8 @@ def set_classes(model: nn.Module, names: Sequence[str] | int) -> str | None:
 
     Raises:
         AlreadyRetrofitted: change the head before converting.
-        DataError: where the model has no linear classifier to replace, or has as many classes, knows some of the names
-            and has them elsewhere.
+        DataError: where there is no class, or the model has no linear classifier to replace, or has as many classes,
+            knows some of the names and has them elsewhere.
     """
     if is_retrofitted(model):
         raise AlreadyRetrofitted("the statistics of a converted model belong to its classes: restore it first")
@@ -43,6 +43,8 @@ def set_classes(model: nn.Module, names: Sequence[str] | int) -> str | None:
     classes = 0 if logits is None else logits.shape[1]
     unnamed = isinstance(names, int)
     names = [f"LABEL_{index}" for index in range(names)] if isinstance(names, int) else names  # transformers' own
+    if not names:
+        raise DataError("a head has at least one class, and these data have none")
     known_names = {} if unnamed else _places(model)
     places = [known_names.get(_plain(name)) for name in names]
     whole = [place for place in places if place is not None]
@@ -64,12 +66,13 @@ def set_classes(model: nn.Module, names: Sequence[str] | int) -> str | None:
     readouts = recording.readouts(classes) if classes else ()
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)  # a new head is the same in every run
-        before = set(model.parameters())
+        before = set(model.state_dict(keep_vars=True).values())
         _replace_head(model, names, readouts, whole if known else None)
     if isinstance(given := getattr(model, "pretrained_cfg", None), Mapping):
         kept = {key: value for key, value in given.items() if key not in ("label_names", "label_descriptions")}
         model.pretrained_cfg = kept if unnamed else {**kept, "label_names": list(names)}  # type: ignore[assignment]
-    model.__dict__[NEW_HEAD] = tuple(name for name, p in model.named_parameters() if p not in before)
+    state = model.state_dict(keep_vars=True)
+    model.__dict__[NEW_HEAD] = tuple(name for name, tensor in state.items() if tensor not in before)
     return "by name" if known else "new"
 
 

@@ -63,10 +63,18 @@ class Images(Dataset[tuple[Tensor, int]]):
         transform: of an image.
         limit: share of the images that may be unreadable; in place of each comes the next one in the data set.
         places: the model's class of each label, where they differ.
+
+    Raises:
+        DataError: where a transform of the data set's own leaves no image.
     """
 
     def __init__(self, rows: Any, transform: Transform, limit: float, places: Sequence[int] | None = None) -> None:
         self.rows, self.decode = undecoded(rows)
+        if self.rows.format["type"] is not None and "image" not in (first := self.rows[0]):
+            raise DataError(
+                f"the data set's own transform gives {', '.join(map(str, first))}, no image: call reset_format() on "
+                "it, or pass a DataLoader of its batches"
+            )
         self.transform, self.limit, self.places = transform, limit, places
         # shared with the loader's workers, which write into it
         self.unreadable = torch.zeros(len(rows), dtype=torch.bool).share_memory_()  # type: ignore[no-untyped-call]

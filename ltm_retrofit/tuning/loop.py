@@ -134,11 +134,12 @@ class Run:
         return self.history
 
     def train_mode(self) -> None:
-        """Let layers train, save the averages of batch norms that nothing else of is to change."""
+        """Let layers train; batch norms whose weights stay keep their averages too, unless everything trains."""
         self.wrapped.train()
-        if self.config.train in ("masks", "lora"):
+        if self.config.train != "all":
             for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                own = module.parameters(recurse=False)
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in own):
                     module.eval()
 
     def train_batch(self, inputs: Any, labels: Tensor | None) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ltm_retrofit.errors import DataError
+from ltm_retrofit.errors import CheckpointError, DataError
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.images import Images, Order, Stream
 
@@ -101,6 +101,7 @@ class Passes:
         """Go through the batches of an epoch that are not done.
 
         Raises:
+            CheckpointError: where the data are not those of the run that goes on.
             DataError: where the loader has no batch.
         """
         for _ in range(self.length - done):
@@ -118,10 +119,22 @@ class Passes:
                 self.within += 1
                 return batch
             if not self.within:
-                raise DataError("the training loader has no batch: it needs at least one")
+                raise self._empty()
             if self.known is not None and self.within < self.known:
                 self._warn(f"ends after {self.within}: it starts over there")
             self.turn, self.within, self.flow = self.turn + 1, 0, None
+
+    def _empty(self) -> DataError:
+        if self.turn:
+            return DataError(
+                "the training loader gives no batch when it is started over: pass one that does, not an iterator"
+            )
+        if isinstance(self.place, Stream):
+            return DataError(
+                f"the stream has fewer images than the batch of {self.images} needs, for each of the loader's workers: "
+                "lower batch_size or workers"
+            )
+        return DataError("the training loader has no batch: it needs at least one")
 
     def _finish(self) -> None:
         """End a pass that has come to its length; what lies behind is never seen."""
@@ -153,8 +166,12 @@ class Passes:
             checkpoints.set_random_state(self.random["process"])
             self.set_generators(self.random["loader"])
         self.flow = iter(self.loader)
-        for _ in range(self.within):
-            next(self.flow)
+        for at in range(self.within):
+            if next(self.flow, END) is END:
+                raise CheckpointError(
+                    f"the checkpoint's run had drawn {self.within} batches of the data, and these end after {at}: go "
+                    "on with the same data"
+                )
         if self.within:
             checkpoints.set_random_state(after)
         return self.flow

@@ -55,7 +55,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
         DataError: where the model does not say its input size, or its image processor does more, or did before it was
             saved, than resizing, cropping and normalising.
     """
-    size = input_size(model)
+    size = next((size for part in model.modules() if (size := input_size(part)) is not None), None)
     if size is None:
         raise DataError(
             f"{type(model).__name__} does not say its input size, so images cannot be resized for it: pass a loader "
@@ -66,17 +66,31 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
             f"{type(model).__name__} wants {size[0]} channels, and images have three or one: pass a loader whose "
             "batches are ready for the model"
         )
-    wanted = Preprocessing((0, 0), (0.5,), (0.5,), "bilinear")
-    for part in model.modules():  # itself first
-        if declared := _declared(part):
-            wanted = _of_config(declared)
-            break
-        if name := _origin(part):
-            processor = _processor_of(part, name)
-            wanted = wanted if processor is None else _of_processor(processor)
-            break
+    said = _said_by(model)
+    if len(set(said.values())) > 1:
+        raise DataError(
+            f"the parts of {type(model).__name__} want their images differently ({', '.join(said)}): pass a loader "
+            "whose batches are ready for the model"
+        )
+    wanted = next(iter(said.values()), Preprocessing((0, 0), (0.5,), (0.5,), "bilinear"))
     mean, std = (_for_channels(values, size[0]) for values in (wanted.mean, wanted.std))
     return replace(wanted, size=size[1:], mean=mean, std=std)
+
+
+def _said_by(model: nn.Module) -> dict[str, Preprocessing]:
+    """Return what a model says, else what each of its parts that takes images does, by name; sizes are left out."""
+    said: dict[str, Preprocessing] = {}
+    asked = set()
+    for name, part in model.named_modules():  # itself first
+        if declared := _declared(part):
+            said[name] = replace(_of_config(declared), size=(0, 0))
+        elif (origin := _origin(part)) and origin not in asked and input_size(part) is not None:
+            asked.add(origin)
+            if (processor := _processor_of(part, origin)) is not None:
+                said[name] = replace(_of_processor(processor), size=(0, 0))
+        if part is model and (said or asked):
+            break
+    return said
 
 
 def _declared(model: nn.Module) -> Mapping[str, Any] | None:
@@ -118,8 +132,8 @@ def _processor_of(model: nn.Module, name: str) -> Any:
 
     revision = {} if Path(name).is_dir() else {"revision": getattr(model.config, "_commit_hash", None)}
     try:
-        return AutoImageProcessor.from_pretrained(name, **revision)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **revision)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         warnings.warn(
             f"no image processor found for {name} ({reason}): images are normalised with a mean and a deviation of "
@@ -243,7 +257,8 @@ def make_transform(
 
 
 def eight_bits(image: Any) -> Any:
-    """Bring a PIL image of 16 bits a pixel to eight; Pillow would cut off what is brighter than 255."""
+    """Return an image of eight bits, also of an array ``(H, W[, C])``; of 16, Pillow would cut off all above 255."""
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     if str(getattr(image, "mode", "")).startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image

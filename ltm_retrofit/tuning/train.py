@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from ltm_retrofit.errors import CheckpointError, DataError, TrainingError
 from ltm_retrofit.graph.example import home
 from ltm_retrofit.interception.masks import MASKS
 from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
-from ltm_retrofit.merging.memory import Memory
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.data import Data, columns_of, is_stream, is_table
@@ -62,9 +61,9 @@ def finetune(
     Raises:
         CheckpointError: a checkpoint that is not to be resumed, is of another run, or cannot be written.
         DataError: labels that do not fit the model's classes, columns missing, a class without images.
-        TrainingError: no classifier, nothing to train, a batch that does not fit into memory (the model is then as it
-            was), or a loss that is not finite (it then holds weights of at most twenty steps before, which the error
-            names).
+        TrainingError: no classifier, nothing to train; a training batch that does not fit into memory (the model is
+            then as it was), or one of ``val``; a loss that is not finite (the model then holds weights of at most
+            twenty steps before, which the error names).
     """
     config = config or TrainConfig()
     folder = None if checkpoints_to is None else Path(checkpoints_to)
@@ -96,6 +95,10 @@ def _check_data(model: nn.Module, train: Data, val: Data | None, config: TrainCo
         raise DataError("validation data is read anew after every epoch and cannot be a stream: load it whole")
     if val is not None and is_table(val):
         check_data(model, val, "validation")
+    elif isinstance(val, Iterator):
+        raise DataError(
+            "validation data is read anew after every epoch and cannot be an iterator: pass a loader or a list"
+        )
     elif val is not None and hasattr(val, "__len__") and not len(val):
         raise DataError("the validation loader has no batch: it needs at least one")
     if is_table(train) and ("label" in columns_of(train) or not config.distill):
@@ -116,6 +119,8 @@ def _attempts(
 ) -> History:
     """Run with as many images at once as there is memory for."""
     start = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    statistics = [module for module in model.modules() if isinstance(module, Statistics)]
+    known = [(module.memory.state(), module.target_perplexity) for module in statistics]
     size = config.batch_size
     if state is not None and config.batch_size % int(state["batch_images"]) == 0:  # it did not all fit into memory
         size = int(state["batch_images"])
@@ -127,9 +132,9 @@ def _attempts(
         load_state(model, start)
         if not marked:
             model.__dict__.pop(FINETUNED, None)
-        for module in model.modules():
-            if isinstance(module, Statistics):
-                module.memory = Memory(module.capacity)
+        for module, (memory, perplexity) in zip(statistics, known, strict=True):
+            module.memory.set_state(memory, home(model)[0])
+            module.aim(perplexity)
         if not is_table(train):
             raise TrainingError("a batch of the training loader does not fit into memory: pass one of smaller batches")
         if state is not None and not retried:
@@ -199,7 +204,14 @@ def _passes(loader: object, accelerator: Accelerator, config: TrainConfig, image
                 f"{accelerator.num_processes} processes share a torch DataLoader or a data set among them, got "
                 f"{type(loader).__name__}"
             )
-        if loader.batch_size and not loader.drop_last and len(loader.sampler) % loader.batch_size:  # type: ignore[arg-type]
+        if loader.batch_size is not None and loader.batch_size % accelerator.num_processes:
+            raise DataError(
+                f"{accelerator.num_processes} processes share each batch, and the loader's have {loader.batch_size} "
+                "images: pass one whose batch_size they divide"
+            )
+        sampler = loader.sampler
+        whole = not isinstance(sampler, Sized) or not loader.batch_size or not len(sampler) % loader.batch_size
+        if not whole and not loader.drop_last:
             warnings.warn(
                 "the last batch of an epoch is short, and the processes fill it up with images of the first one: set "
                 "the loader's drop_last to learn what one process would",

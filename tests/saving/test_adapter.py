@@ -12,6 +12,7 @@ from torch import nn
 
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import BaseMismatch, CheckpointError
+from ltm_retrofit.fingerprints import fingerprint
 from ltm_retrofit.tuning.heads import set_classes
 from ltm_retrofit.tuning.settings import TrainConfig
 
@@ -118,3 +119,33 @@ def test_vit_s_with_three_sites_is_small(classes, most, tmp_path) -> None:
     assert sum(row.action == "merge" for row in ltm.get_plan(model).rows) == 3
     ltm.save_pretrained(model, tmp_path / "adapter", adapter=True)
     assert (tmp_path / "adapter" / "model.safetensors").stat().st_size <= most
+
+
+def test_a_first_step_that_moves_ones_up_and_down_is_seen() -> None:
+    ones = torch.ones(64)
+    moved = ones + 1e-3 * torch.tensor([1.0, -1.0]).repeat(32)
+    assert fingerprint(moved) != fingerprint(ones) == fingerprint(torch.ones(64))
+    assert fingerprint(moved.flip(0)) != fingerprint(moved)
+
+
+@pytest.mark.parametrize("train", ["masks", "masks+norms"])
+def test_a_new_head_with_a_norm_of_its_own_travels_whole(train: str, tmp_path) -> None:
+    """LeViT's head has a batch norm, whose averages are as new as its weights, whether they have moved or not."""
+
+    def host() -> nn.Module:
+        torch.manual_seed(0)
+        model = timm.create_model("levit_128s", num_classes=7).eval()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.running_mean.normal_()
+        return model
+
+    model = host()
+    assert set_classes(model, 5) == "new"
+    model = ltm.retrofit(model, ltm.LTMConfig(flops=0.95))
+    images = torch.randn(10, 3, 224, 224)
+    ltm.finetune(model, [(images, torch.arange(10) % 5)], config=TrainConfig(train=train, bound="none"))
+    ltm.save_pretrained(model.eval(), tmp_path / "adapter", adapter=True)
+    again = ltm.from_pretrained(tmp_path / "adapter", base=host())
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))

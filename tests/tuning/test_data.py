@@ -50,7 +50,7 @@ def test_labels_of_any_format_are_whole_numbers(kind: str | None) -> None:
 
 def test_classes_are_named_where_they_have_names(pictures) -> None:
     assert classes_in(pictures(7, classes=2), "training") == ["colour0", "colour1"]
-    assert classes_in(table([0, 4]), "training") == 5
+    assert classes_in(table([1, 0, 2, 1]), "training") == 3
 
 
 def test_a_class_without_images_is_named(pictures) -> None:
@@ -114,3 +114,15 @@ def test_labels_that_are_none_or_text_are_named(labels, message: str) -> None:
 
 def test_a_batch_is_as_large_as_its_first_tensor_with_rows() -> None:
     assert size_of({"names": ["a"], "scale": torch.tensor(2.0), "pixel_values": torch.zeros(5, 3)}) == 5
+
+
+@pytest.mark.parametrize("labels", [[-1, -1], [0, 2, 5], [1, 2, 3], []], ids=str)
+def test_numbers_that_leave_classes_out_name_none(labels: list[int]) -> None:
+    with pytest.raises(DataError, match="number the classes from 0 on without gaps"):
+        classes_in(table(labels), "training")
+
+
+def test_labels_are_read_without_a_transform_of_the_images() -> None:
+    data = table([0, 1])
+    data.set_transform(lambda rows: pytest.fail("transformed"))
+    assert check_labels(data, 2, "training") is None

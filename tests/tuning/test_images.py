@@ -173,3 +173,18 @@ def test_images_come_in_the_dtype_of_the_model(family: str, converts: bool, buil
     data = encoded(16, damaged=())
     assert len(ltm.finetune(model, data, data, config=ltm.TrainConfig(batch_size=8)).losses) == 2
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_transform_that_leaves_no_image_is_named(build, pictures) -> None:
+    data = pictures(14).with_transform(lambda rows: {"pixel_values": rows["image"], "labels": rows["label"]})
+    with pytest.raises(DataError, match="own transform gives pixel_values, labels, no image"):
+        ltm.finetune(build("timm-vit"), data, config=ltm.TrainConfig(batch_size=7))
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_images_of_any_format_are_the_same(kind: str, build, pictures) -> None:
+    model, data = build("timm-vit"), pictures(7, size=40)
+    expected, given = (
+        next(iter(make_loader(model, rows, batch_size=7, shuffle=False))) for rows in (data, data.with_format(kind))
+    )
+    assert torch.equal(expected[1], given[1]) and torch.allclose(expected[0], given[0], atol=1e-5)

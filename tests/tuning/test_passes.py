@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from pieces import batches
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ltm_retrofit as ltm
-from ltm_retrofit.errors import DataError
+from ltm_retrofit.errors import CheckpointError, DataError
 from ltm_retrofit.tuning.images import make_loader
 from ltm_retrofit.tuning.loop import Run
 from ltm_retrofit.tuning.passes import Passes
@@ -116,9 +117,6 @@ def test_a_pass_over_several_epochs_is_resumed(
             return DataLoader(TensorDataset(torch.stack(images), torch.tensor(labels)), batch_size=7, shuffle=True)
         return pictures(21).to_iterable_dataset() if kind == "stream" else pictures(21)
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     expected = ltm.finetune(model, data(), config=config)
     calls, step = iter(range(1, 100)), Run.step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -127,3 +125,29 @@ def test_a_pass_over_several_epochs_is_resumed(
     resumed = ltm.finetune(fresh, data(), config=config, checkpoints_to=tmp_path, resume=True)
     assert resumed.losses == expected.losses
     assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_data_that_end_before_the_checkpoints_place_are_named(converted, tmp_path, monkeypatch) -> None:
+    model = converted("timm-vit")
+    fresh, config, drawn = copy.deepcopy(model), ltm.TrainConfig(steps=6, checkpoint_every=5), batches(6)
+    calls, step = iter(range(1, 100)), Run.step
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "step", lambda run: interrupt() if next(calls) == 6 else step(run))
+        ltm.finetune(model, drawn, config=config, checkpoints_to=tmp_path)
+    with pytest.raises(CheckpointError, match="had drawn 5 batches of the data, and these end after 3"):
+        ltm.finetune(fresh, drawn[:3], config=config, checkpoints_to=tmp_path, resume=True)
+
+
+def test_an_iterator_that_is_spent_is_named() -> None:
+    with pytest.raises(DataError, match=r"gives no batch when it is started over: pass one that does, not an iterator"):
+        epochs(iter(range(3)), 5, 1)
+
+
+def test_a_stream_smaller_than_a_batch_for_each_worker_is_named(pictures, build) -> None:
+    config = ltm.TrainConfig(batch_size=16, steps=1)
+    with pytest.raises(DataError, match=r"fewer images than the batch of 16 needs.*lower batch_size or workers"):
+        ltm.finetune(build("timm-vit"), pictures(14).to_iterable_dataset(), config=config)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 
@@ -258,7 +259,7 @@ def test_a_model_of_the_hub_asks_for_the_processor_of_its_own_revision(monkeypat
 
     monkeypatch.setattr(tr.AutoImageProcessor, "from_pretrained", answer)
     wanted = preprocessing_of(model)
-    assert asked == [("somebody/model", {"revision": "abc"})]
+    assert asked == [("somebody/model", {"trust_remote_code": False, "revision": "abc"})]
     assert wanted.crop_pct == 224 / 256 and wanted.mean == (0.48145466, 0.4578275, 0.40821073)
 
 
@@ -326,3 +327,50 @@ def test_sixteen_bits_are_not_cut_off_at_eight() -> None:
 def test_an_interpolation_that_nobody_knows_is_refused() -> None:
     with pytest.raises(DataError, match="interpolation='random', which is none of nearest, lanczos"):
         make_transform(Preprocessing((32, 32), (0.5,), (0.5,), "random"))
+
+
+def test_no_code_of_a_folder_is_asked_for_or_run(tmp_path, monkeypatch) -> None:
+    hf_model().save_pretrained(tmp_path)
+    (tmp_path / "mine.py").write_text("raise SystemExit('code of the folder ran')")
+    said = {"auto_map": {"AutoImageProcessor": "mine.Mine"}, "image_processor_type": "Mine"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    with pytest.warns(UserWarning, match="no image processor found"):
+        assert preprocessing_of(tr.ViTForImageClassification.from_pretrained(tmp_path)).mean == (0.5,) * 3
+
+
+class Parts(nn.Module):
+    """A network of several."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def timm_model(**said: object) -> nn.Module:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    model.pretrained_cfg = {**model.pretrained_cfg, **said}
+    return model
+
+
+def test_parts_that_want_other_images_are_named() -> None:
+    teacher, student = timm_model(mean=(0.1, 0.2, 0.3)), timm_model(mean=(0.4, 0.5, 0.6))
+    with pytest.raises(DataError, match=r"parts of Parts want their images differently \(teacher, student\)"):
+        preprocessing_of(Parts(teacher=teacher, student=student))
+    assert preprocessing_of(Parts(a=student, b=timm_model(mean=(0.4, 0.5, 0.6)))).mean == (0.4, 0.5, 0.6)
+
+
+def test_a_part_that_reads_text_says_nothing_of_images(monkeypatch) -> None:
+    text = tr.BertModel(tr.BertConfig(hidden_size=24, num_attention_heads=2, num_hidden_layers=1, vocab_size=9))
+    text.config._name_or_path = "somebody/text"
+    monkeypatch.setattr(tr.AutoImageProcessor, "from_pretrained", lambda *args, **kwargs: pytest.fail("asked for it"))
+    assert preprocessing_of(Parts(text=text, vision=timm_model(mean=(0.1, 0.2, 0.3)))).mean == (0.1, 0.2, 0.3)
+
+
+def test_a_network_around_one_of_transformers_wants_what_that_wants(tmp_path) -> None:
+    hf_model().save_pretrained(tmp_path)
+    tr.ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    inner = tr.ViTForImageClassification.from_pretrained(tmp_path)
+    assert preprocessing_of(Around(inner)) == preprocessing_of(inner)
+    assert preprocessing_of(inner).mean == (0.1, 0.2, 0.3)

@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from pieces import batches, equal, weights
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ltm_retrofit as ltm
-from ltm_retrofit.errors import TrainingError
+from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.tuning import processes
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.tuning.train import _passes
@@ -246,3 +246,20 @@ def test_the_command_line_runs_in_two_processes_and_one_of_them_speaks_and_write
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("written to") == 1 and done.stdout.count("reloaded model gives the same logits: yes") == 1
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+class Endless(IterableDataset):
+    """Images that go by, of unknown number."""
+
+    def __iter__(self):
+        return iter(())
+
+
+def test_loaders_of_any_kind_can_be_shared_or_say_why_not() -> None:
+    two = SimpleNamespace(num_processes=2, prepare_data_loader=lambda loader: loader)
+    config = TrainConfig(batch_size=8, steps=2)
+    assert _passes(DataLoader(Endless(), batch_size=8), two, config, 8).length == 2
+    with pytest.raises(DataError, match="2 processes share each batch, and the loader's have 5 images"):
+        _passes(DataLoader(Endless(), batch_size=5), two, config, 8)
+    with pytest.raises(DataError, match=r"share a torch DataLoader or a data set among them, got list"):
+        _passes(batches(2), two, config, 8)

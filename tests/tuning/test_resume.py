@@ -28,6 +28,7 @@ import ltm_retrofit as ltm
 from ltm_retrofit.cli import _be_quiet
 from ltm_retrofit.convert import was_finetuned
 from ltm_retrofit.errors import CheckpointError, TrainingError
+from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.images import Images, Order
 from ltm_retrofit.tuning.loop import Run
@@ -482,3 +483,22 @@ def test_a_validation_batch_that_cannot_be_halved_is_named(model, pictures) -> N
     model.patch_embed.norm = Hungry(3, trains=True)
     with pytest.raises(TrainingError, match="validation loader does not fit into memory: pass one of smaller batches"):
         ltm.finetune(model, pictures(16), batches(1), config=ltm.TrainConfig(batch_size=8))
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["restarted", "given up"])
+def test_what_was_known_before_memory_ended_is_still_known(ends: bool, model, pictures) -> None:
+    ltm.finetune(model, pictures(21), config=ltm.TrainConfig(batch_size=7, perplexity=4.0))
+    whole, parts = copy.deepcopy(model), copy.deepcopy(model)
+    memories = [module for module in parts.modules() if isinstance(module, Statistics)]
+    before = [(len(module.memory), module.target_perplexity) for module in memories]
+    parts.patch_embed.norm = Hungry(0 if ends else 4)
+    config = ltm.TrainConfig(batch_size=7 if ends else 8)
+    if ends:
+        with pytest.raises(TrainingError, match="cannot be halved"):
+            ltm.finetune(parts, pictures(28), config=config)
+        assert [(len(module.memory), module.target_perplexity) for module in memories] == before
+    else:
+        ltm.finetune(whole, pictures(32), config=config)
+        ltm.finetune(parts, pictures(32), config=config)
+        expected = [len(module.memory) for module in whole.modules() if isinstance(module, Statistics)]
+        assert [len(module.memory) for module in memories] == expected and min(expected) > 32

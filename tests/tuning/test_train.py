@@ -656,3 +656,43 @@ def test_settings_may_be_numpy_numbers() -> None:
     config = TrainConfig(lr=np.logspace(-4, -3, 2)[0], epochs=np.int64(2), ema=np.float32(0.5))
     assert config == TrainConfig(lr=1e-4, epochs=2, ema=0.5)
     assert json.dumps(config.to_dict())
+
+
+class Untold(nn.Module):
+    """A network that says neither what it reads nor how many classes it knows."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_a_network_that_says_nothing_is_evaluated_on_a_loader() -> None:
+    own = Untold(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 7)))
+    data = batches(3)
+    assert 0 <= evaluate(own, data) <= 100
+    assert ltm.measure(own, data=data, batches=(), example=torch.randn(1, 3, 32, 32)).accuracy["original"] is not None
+
+
+@pytest.mark.parametrize("family", ["timm-vit", "hf-vit", "timm-headless"])
+@pytest.mark.parametrize("classes", [5, 9])
+def test_a_head_replaced_by_hand_counts_whatever_the_model_says(family: str, classes: int, build, pictures) -> None:
+    model = build("timm-vit" if family == "timm-headless" else family)
+    if family == "timm-headless":
+        model.reset_classifier(0)
+    setattr(model, "classifier" if family == "hf-vit" else "head", nn.Linear(48, classes))
+    assert count_classes(model) == classes
+    drawn = [(images, torch.arange(7) % classes) for images, _ in batches(2)]
+    assert 0 <= evaluate(model, drawn) <= 100
+    assert len(ltm.finetune(model, pictures(2 * classes, classes), config=TrainConfig(batch_size=classes)).losses) == 2
+    if classes == 5:
+        with pytest.raises(DataError, match=r"labels run from 0 to 6; expected class indices .* from 0 to 4"):
+            ltm.finetune(model, batches(1), config=TrainConfig())
+
+
+def test_a_validation_iterator_is_refused_at_once(build, monkeypatch) -> None:
+    monkeypatch.setattr(Run, "train_batch", None)
+    with pytest.raises(DataError, match="cannot be an iterator: pass a loader or a list"):
+        ltm.finetune(build("timm-vit"), batches(1), iter(batches(1)))
