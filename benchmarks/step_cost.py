@@ -1,6 +1,6 @@
 """What the bound costs: training steps with and without it, paired and alternating, and the refresh of an epoch.
 
-    python benchmarks/step_cost.py --threads 2 | tee benchmarks/step_cost.txt
+    python benchmarks/step_cost.py --threads 2        # step_cost.txt has what it printed, and with which rounds
 
 Both kinds of step train the same converted model on the same batch: forward, loss, backward, optimizer. With the bound
 that is the trace, the bound itself, the statistics of the feature and of every site, and the samples of the epoch's
