@@ -25,13 +25,21 @@ AGAINST = (
 )
 
 
+def kind_of(line: dict[str, Any]) -> str:
+    """Say on what kind of machine a run was made: with the same seed another one comes to other weights."""
+    return "GPU" if line["hardware"].startswith("NVIDIA") else "CPU"
+
+
 def paired(one: Runs, other: Runs) -> tuple[float, float]:
-    """Return the mean difference in points and its standard error: over seeds, paired by image.
+    """Return the mean difference in points and its standard error: over seeds and machines, paired by image.
 
     An arm with one run, as one that is not tuned, has it stand against each seed of the other.
     """
-    runs = [{line["seed"]: line["right"] for line in lines} for lines in (one, other)]
-    seeds = sorted(set(runs[0]) & set(runs[1]) if min(map(len, runs)) > 1 else set(runs[0]) | set(runs[1]))
+    runs = [{(kind_of(line), line["seed"]): line["right"] for line in lines} for lines in (one, other)]
+    single = min(map(len, runs)) == 1
+    if not single and not set(runs[0]) & set(runs[1]):  # on other machines
+        runs = [{("", seed): right for (_, seed), right in known.items()} for known in runs]
+    seeds = sorted(max(runs, key=len) if single else set(runs[0]) & set(runs[1]))
     rows = []
     for seed in seeds:
         first, second = (known[seed] if len(known) > 1 else next(iter(known.values())) for known in runs)
@@ -63,7 +71,8 @@ def write_page(lines: Runs, out: Path) -> None:
         "of the heading, and read the test images once. All",
         f"other settings are `TrainConfig`'s defaults, but *distillation* sets {distilled} and learns",
         f"{labels} labels. Differences are means over the seeds, paired by test image, ±",
-        "their standard error. The *control* of an arm is the better of the untouched original and the original given",
+        "their standard error; of arms that ran on a GPU and on a CPU, those of one kind of machine are paired, where",
+        "there are such. The *control* of an arm is the better of the untouched original and the original given",
         "the same fine-tune. *Slow LTM* has its masks begin at a temperature of 0.05, not 0.01, and learn at the rate",
         f"of the other weights, not at 30 times that, as was the default before; its rates were {slow}.",
         "IB = I(X̃;X) − I(X̃;Y) in nats, on test images, clusters fitted to the images set aside.",
@@ -101,9 +110,10 @@ def plateau(lines: Runs) -> list[str]:
 
 def seeds_of(runs: Runs) -> str:
     """Return the mean accuracy and, where there are several, that of each seed."""
-    values = [x["accuracy"] for x in runs]
-    each = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
-    return f"{fmean(values):.2f}{each}"
+    kinds = sorted({kind_of(x) for x in runs}, reverse=True)
+    values = [", ".join(f"{x['accuracy']:.2f}" for x in runs if kind_of(x) == kind) for kind in kinds]
+    each = f" ({'; on a CPU '.join(values)})" if len(runs) > 1 else ""
+    return f"{fmean(x['accuracy'] for x in runs):.2f}{each}"
 
 
 def not_run(lines: Runs) -> list[str]:
