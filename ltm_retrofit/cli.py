@@ -181,7 +181,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.reporting.report import measure
     from ltm_retrofit.saving.hub import check_target, save_pretrained
     from ltm_retrofit.tuning.data import check_same_classes
-    from ltm_retrofit.tuning.evaluate import check_data
+    from ltm_retrofit.tuning.evaluate import check_data, count_classes
     from ltm_retrofit.tuning.processes import checkpoints_beside
     from ltm_retrofit.tuning.settings import TrainConfig
     from ltm_retrofit.tuning.sources import DataSection, load_split
@@ -198,7 +198,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
     kept = checkpoints_beside(arguments.out, arguments.resume)
     train, test = (load_split(section, split) for split in (section.train_split, section.test_split))
     check_same_classes(train, test)
-    check_data(model, test, "test")
+    check_data(model, test, "test", count_classes(model))
     history = finetune(model, train, config=config, checkpoints_to=kept, resume=True)
     if not _main_process():
         return

@@ -16,11 +16,12 @@ def fingerprint(value: Tensor) -> Fingerprint:
     (An exclusive or of the numbers would not do: a first step of Adam moves weights of one by the same amount up or
     down, and an even number of each is nothing again.)
     """
-    checksum = 0
-    if not value.is_meta and value.numel():
-        stored = value.detach().cpu().contiguous().flatten()
-        checksum = zlib.crc32(stored.view(torch.uint8).numpy().data)
-    return tuple(value.shape), str(value.dtype), checksum
+    return tuple(value.shape), str(value.dtype), 0 if value.is_meta else zlib.crc32(bytes_of(value))
+
+
+def bytes_of(value: Tensor) -> memoryview:
+    """Return what a tensor is stored as, on the CPU."""
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def fingerprints_of(model: nn.Module) -> dict[str, Fingerprint]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Collection
+from typing import Any
 
 import datasets
 import numpy as np
@@ -81,3 +82,13 @@ def encoded(count: int, damaged: Collection[int]) -> datasets.Dataset:
         rows.append({"bytes": whole[: len(whole) // 2] if index in damaged else whole, "path": None})
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     return datasets.Dataset.from_dict({"image": rows, "label": [i % 7 for i in range(count)]}, features=features)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def nth(function: Any, count: int, then: Any) -> Any:
+    """A function that does something else when it is called for the n-th time."""
+    calls = iter(range(1, 10_000))
+    return lambda *args, **kwargs: then() if next(calls) == count else function(*args, **kwargs)

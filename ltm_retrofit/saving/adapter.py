@@ -6,13 +6,12 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.blocks import get_retrofit
 from ltm_retrofit.convert import restore, retrofit
 from ltm_retrofit.errors import BaseMismatch, CheckpointError
-from ltm_retrofit.fingerprints import fingerprint
+from ltm_retrofit.fingerprints import bytes_of, fingerprint
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.base import base_state, differing, is_ours, load_exactly
 from ltm_retrofit.saving.sizes import example_of, resized
@@ -63,9 +62,8 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
     """Return one SHA-256 over names, shapes, dtypes and numbers."""
     whole = hashlib.sha256()
     for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        whole.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        whole.update(value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        whole.update(f"{key} {tuple(state[key].shape)} {state[key].dtype}".encode())
+        whole.update(bytes_of(state[key]))
     return whole.hexdigest()
 
 

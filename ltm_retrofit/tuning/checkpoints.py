@@ -114,7 +114,7 @@ def settle(folder: Path) -> None:
 
 def take_back(folder: Path) -> None:
     """Drop the latest checkpoint, whose weights turned out bad; the one before takes its place, if there is one."""
-    if (folder / BEFORE).exists():
+    if not is_settled(folder):
         os.replace(folder / BEFORE, folder / NAME)
     else:
         (folder / NAME).unlink(missing_ok=True)

@@ -33,15 +33,15 @@ def predictions(
     Where there is an accelerator of several processes, they share the data and all return the whole.
 
     Raises:
-        DataError: where there is no image, or a batch's labels do not fit the model's classes.
+        DataError: where there is no image, or labels do not fit the model's classes.
         TrainingError: where the model puts out no logits.
     """
     guesses, truths = [], []
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        classes = count_classes(model) if is_table(data) else 0
-        places = places_of(model, data, classes) if is_table(data) else None
+        classes = count_classes(model) if is_table(data) else 0  # of a loader, what the first logits say
+        places = check_data(model, data, "evaluation", classes) if is_table(data) else None
         loader = make_loader(model, data, batch_size=batch_size, shuffle=False, places=places)
         shared: Accelerator | None = None
         if accelerator is not None and accelerator.num_processes > 1 and isinstance(loader, DataLoader):
@@ -65,14 +65,12 @@ def predictions(
     return torch.cat(guesses), torch.cat(truths)
 
 
-def check_data(model: nn.Module, data: Data, split: str) -> tuple[int, ...] | None:
-    """Check a data set's labels; return the model's class of each of them, where they differ.
+def check_data(model: nn.Module, data: Data, split: str, classes: int) -> tuple[int, ...] | None:
+    """Check a data set's labels against a model's classes; return the class of each of them, where they differ.
 
     Raises:
         DataError: columns missing, no image, labels that do not fit the model's classes, a class without images.
-        TrainingError: where the model puts out no logits.
     """
-    classes = count_classes(model)
     places = places_of(model, data, classes)
     check_labels(data, classes, split, places)
     return places
@@ -85,8 +83,6 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 128, accelerator: A
         DataError: where labels do not fit the model's classes, or there is no image.
         TrainingError: where the model puts out no logits.
     """
-    if is_table(data):
-        check_data(model, data, "evaluation")
     guesses, truths = predictions(model, data, batch_size, accelerator)
     return 100 * float((guesses == truths).float().mean())
 

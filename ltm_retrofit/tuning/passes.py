@@ -113,8 +113,7 @@ class Passes:
         if self.within == self.known:
             self._finish()
         while True:
-            flow = self._flow()
-            batch = next(flow, END)
+            batch = next(self._flow(), END)
             if batch is not END:
                 self.within += 1
                 return batch
@@ -122,7 +121,7 @@ class Passes:
                 raise self._empty()
             if self.known is not None and self.within < self.known:
                 self._warn(f"ends after {self.within}: it starts over there")
-            self.turn, self.within, self.flow = self.turn + 1, 0, None
+            self._turn_over()
 
     def _empty(self) -> DataError:
         if self.turn:
@@ -140,38 +139,47 @@ class Passes:
         """End a pass that has come to its length; what lies behind is never seen."""
         if next(self._flow(), END) is not END:
             self._warn("goes on after them: the rest of its batches is left out")
+        self._turn_over()
+
+    def _turn_over(self) -> None:
         self.turn, self.within, self.flow = self.turn + 1, 0, None
 
     def _warn(self, what: str) -> None:
         warnings.warn(f"the training loader says that it has {self.known} batches, and {what}", stacklevel=2)
 
     def _flow(self) -> Iterator[Any]:
-        """Return the pass that is under way, from its next batch on.
+        """Return the pass that is under way, from its next batch on."""
+        if self.flow is None:
+            if not self.within:
+                self.random = {"process": checkpoints.random_state(), "loader": self.generators()}
+            self.flow = self._from_here()
+        return self.flow
+
+    def _from_here(self) -> Iterator[Any]:
+        """Begin a pass, or go on with it.
 
         A data set's own loader goes to the place at once. Any other, and a stream, is drawn from up to there: the same
         batches come wherever their order follows from the random numbers that the pass began with.
+
+        Raises:
+            CheckpointError: where there are not as many.
         """
-        if self.flow is not None:
-            return self.flow
-        if not self.within:
-            self.random = {"process": checkpoints.random_state(), "loader": self.generators()}
         if isinstance(self.place, Order):
             self.place.begin(self.turn, self.within * self.images)
-            self.flow = iter(self.loader)
-            return self.flow
+            return iter(self.loader)
         if self.place is not None:
             self.place.begin(self.turn)
+        if not self.within:
+            return iter(self.loader)
         after = checkpoints.random_state()
-        if self.within:
-            checkpoints.set_random_state(self.random["process"])
-            self.set_generators(self.random["loader"])
-        self.flow = iter(self.loader)
+        checkpoints.set_random_state(self.random["process"])
+        self.set_generators(self.random["loader"])
+        flow: Iterator[Any] = iter(self.loader)
         for at in range(self.within):
-            if next(self.flow, END) is END:
+            if next(flow, END) is END:
                 raise CheckpointError(
                     f"the checkpoint's run had drawn {self.within} batches of the data, and these end after {at}: go "
                     "on with the same data"
                 )
-        if self.within:
-            checkpoints.set_random_state(after)
-        return self.flow
+        checkpoints.set_random_state(after)
+        return flow

@@ -71,7 +71,7 @@ def finetune(
         raise CheckpointError("resume needs the folder that the checkpoints were written to: set checkpoints_to")
     with own_accelerator(config) as accelerator:
         classes = count_classes(model)
-        places = _check_data(model, train, val, config)
+        places = _check_data(model, train, val, classes, config)
         if is_stream(train) and accelerator.num_processes > 1:
             raise DataError(
                 f"a stream cannot be shared out among {accelerator.num_processes} processes: use a data set"
@@ -85,7 +85,9 @@ def finetune(
         return _attempts(model, train, val, config, accelerator, classes, places, folder, state)
 
 
-def _check_data(model: nn.Module, train: Data, val: Data | None, config: TrainConfig) -> tuple[int, ...] | None:
+def _check_data(
+    model: nn.Module, train: Data, val: Data | None, classes: int, config: TrainConfig
+) -> tuple[int, ...] | None:
     """Check the data; return the model's class of each of the training data's, where they differ.
 
     Raises:
@@ -94,7 +96,7 @@ def _check_data(model: nn.Module, train: Data, val: Data | None, config: TrainCo
     if val is not None and is_stream(val):
         raise DataError("validation data is read anew after every epoch and cannot be a stream: load it whole")
     if val is not None and is_table(val):
-        check_data(model, val, "validation")
+        check_data(model, val, "validation", classes)
     elif isinstance(val, Iterator):
         raise DataError(
             "validation data is read anew after every epoch and cannot be an iterator: pass a loader or a list"
@@ -102,7 +104,7 @@ def _check_data(model: nn.Module, train: Data, val: Data | None, config: TrainCo
     elif val is not None and hasattr(val, "__len__") and not len(val):
         raise DataError("the validation loader has no batch: it needs at least one")
     if is_table(train) and ("label" in columns_of(train) or not config.distill):
-        return check_data(model, train, "training")
+        return check_data(model, train, "training", classes)
     return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pieces import batches
+from pieces import batches, interrupt, nth
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ltm_retrofit as ltm
@@ -118,9 +118,8 @@ def test_a_pass_over_several_epochs_is_resumed(
         return pictures(21).to_iterable_dataset() if kind == "stream" else pictures(21)
 
     expected = ltm.finetune(model, data(), config=config)
-    calls, step = iter(range(1, 100)), Run.step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "step", lambda run: interrupt() if next(calls) == stop else step(run))
+        patch.setattr(Run, "step", nth(Run.step, stop, interrupt))
         ltm.finetune(copy.deepcopy(fresh), data(), config=config, checkpoints_to=tmp_path)
     resumed = ltm.finetune(fresh, data(), config=config, checkpoints_to=tmp_path, resume=True)
     assert resumed.losses == expected.losses
@@ -130,9 +129,8 @@ def test_a_pass_over_several_epochs_is_resumed(
 def test_data_that_end_before_the_checkpoints_place_are_named(converted, tmp_path, monkeypatch) -> None:
     model = converted("timm-vit")
     fresh, config, drawn = copy.deepcopy(model), ltm.TrainConfig(steps=6, checkpoint_every=5), batches(6)
-    calls, step = iter(range(1, 100)), Run.step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "step", lambda run: interrupt() if next(calls) == 6 else step(run))
+        patch.setattr(Run, "step", nth(Run.step, 6, interrupt))
         ltm.finetune(model, drawn, config=config, checkpoints_to=tmp_path)
     with pytest.raises(CheckpointError, match="had drawn 5 batches of the data, and these end after 3"):
         ltm.finetune(fresh, drawn[:3], config=config, checkpoints_to=tmp_path, resume=True)
@@ -147,7 +145,3 @@ def test_a_stream_smaller_than_a_batch_for_each_worker_is_named(pictures, build)
     config = ltm.TrainConfig(batch_size=16, steps=1)
     with pytest.raises(DataError, match=r"fewer images than the batch of 16 needs.*lower batch_size or workers"):
         ltm.finetune(build("timm-vit"), pictures(14).to_iterable_dataset(), config=config)
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt

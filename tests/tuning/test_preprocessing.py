@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import transformers as tr
+from pieces import Own
 from PIL import Image
 from torch import nn
 
@@ -288,22 +289,11 @@ def test_timms_own_transform_gives_the_same(interpolation: str, crop_mode: str, 
         assert float((pixels - expected(picture)).abs().max()) < 0.1
 
 
-class Around(nn.Module):
-    """A network of one's own around a pretrained one."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.num_classes, self.backbone = 7, backbone
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.backbone(x)
-
-
 def test_a_network_around_a_pretrained_one_wants_what_that_wants() -> None:
     inner = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2)
     inner.pretrained_cfg = {**inner.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
-    assert preprocessing_of(Around(inner)).mean == (0.1, 0.2, 0.3)
-    assert preprocessing_of(Around(inner)) == preprocessing_of(inner)
+    assert preprocessing_of(Own(inner)).mean == (0.1, 0.2, 0.3)
+    assert preprocessing_of(Own(inner)) == preprocessing_of(inner)
 
 
 def test_a_model_of_four_channels_is_asked_for_a_loader() -> None:
@@ -372,5 +362,5 @@ def test_a_network_around_one_of_transformers_wants_what_that_wants(tmp_path) ->
     hf_model().save_pretrained(tmp_path)
     tr.ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     inner = tr.ViTForImageClassification.from_pretrained(tmp_path)
-    assert preprocessing_of(Around(inner)) == preprocessing_of(inner)
+    assert preprocessing_of(Own(inner)) == preprocessing_of(inner)
     assert preprocessing_of(inner).mean == (0.1, 0.2, 0.3)

@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from pieces import batches, encoded, equal, weights
+from pieces import batches, encoded, equal, interrupt, nth, weights
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
@@ -58,16 +58,6 @@ def outcome(model: nn.Module, history: ltm.History) -> tuple[Any, ...]:
 
 def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
     return one[:2] == other[:2] and equal(one[2], other[2])
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-def nth(function: Any, count: int, then: Any) -> Any:
-    """A function that does something else when it is called for the n-th time."""
-    calls = iter(range(1, 10_000))
-    return lambda *args, **kwargs: then() if next(calls) == count else function(*args, **kwargs)
 
 
 #: forks from a process that has trained nothing yet: autograd's threads do not survive a fork

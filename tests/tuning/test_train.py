@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from pieces import batches, equal, weights
+from pieces import Own, batches, equal, weights
 from torch import Tensor, nn
 
 import ltm_retrofit as ltm
@@ -658,19 +658,8 @@ def test_settings_may_be_numpy_numbers() -> None:
     assert json.dumps(config.to_dict())
 
 
-class Untold(nn.Module):
-    """A network that says neither what it reads nor how many classes it knows."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
-
-
 def test_a_network_that_says_nothing_is_evaluated_on_a_loader() -> None:
-    own = Untold(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 7)))
+    own = Own(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 7)))
     data = batches(3)
     assert 0 <= evaluate(own, data) <= 100
     assert ltm.measure(own, data=data, batches=(), example=torch.randn(1, 3, 32, 32)).accuracy["original"] is not None
