@@ -166,14 +166,16 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
         Raises:
             DataError: where more than the accepted share of images cannot be read.
         """
-        worker = getattr(get_worker_info(), "id", 0)
-        self.unreadable[worker] = 0
+        worker, found = getattr(get_worker_info(), "id", 0), 0
         for place, row in enumerate(self.rows):
             try:
                 image = self.decode(row["image"])
             except Exception as error:  # whatever a decoder makes of damaged bytes
-                self.unreadable[worker] += 1
-                if (found := int(self.unreadable[worker])) > self.limit * max(place + 1, BUFFER):
+                found += 1
+                self.unreadable[worker] = max(
+                    found, int(self.unreadable[worker])
+                )  # the most of a pass, also of the last
+                if found > self.limit * max(place + 1, BUFFER):
                     raise DataError(
                         f"{found} of the stream's first {place + 1} images cannot be read, the last one found is image "
                         f"{place} ({type(error).__name__}: {error}); accepted is a share of {self.limit:g}: remove "

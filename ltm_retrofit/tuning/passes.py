@@ -58,7 +58,7 @@ class Passes:
         return dataset if isinstance(dataset, Images) else None
 
     def unreadable(self) -> list[int]:
-        """Return which images of a data set could not be read so far, by this process; of a stream, in this pass."""
+        """Return which images of a data set could not be read so far, by this process; of a stream, in one pass."""
         if isinstance(self.place, Stream):
             return list(range(int(self.place.unreadable.sum())))
         return [] if self._rows is None else self._rows.unreadable.nonzero().flatten().tolist()

@@ -138,6 +138,14 @@ def test_damaged_images_of_a_stream_are_left_out_and_counted(workers: int, build
     assert len(history.losses) == 5 and history.epochs[-1]["unreadable"] == 3
 
 
+def test_the_damaged_images_of_a_whole_pass_stay_counted_when_the_next_begins(build) -> None:
+    stream = encoded(44, damaged=(5, 6, 30)).to_iterable_dataset()
+    dataset = make_loader(build("timm-vit"), stream, batch_size=4, shuffle=False, unreadable=0.5).dataset
+    for _ in range(2):
+        assert len(list(dataset)) == 41 and int(dataset.unreadable.sum()) == 3
+        assert next(iter(dataset)) is not None and int(dataset.unreadable.sum()) == 3
+
+
 def test_labels_of_a_stream_are_checked_as_they_come(build) -> None:
     stream = encoded(16, damaged=()).map(lambda row: {"label": row["label"] + 5}).to_iterable_dataset()
     with pytest.raises(DataError, match=r"expected class indices \(n,\) from 0 to 6"):
