@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ltm_retrofit.blocks import CHILD, load_state
 from ltm_retrofit.convert import disabled, get_plan, is_retrofitted
 from ltm_retrofit.errors import CheckpointError, DataError, RetrofitError
-from ltm_retrofit.graph.example import home, input_size, prepare_example, run
+from ltm_retrofit.graph.example import home, prepare_example, run
 from ltm_retrofit.graph.prove import all_equal
 from ltm_retrofit.saving.arguments import LOADING, timm_arguments
 from ltm_retrofit.saving.sizes import present_example
@@ -277,10 +277,8 @@ def _rebuild_transformers(record: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _spoken(model: nn.Module) -> dict[str, Any] | None:
+def _spoken(model: nn.Module) -> dict[str, Any]:
     """What a transformers model's image processor says, which no config.json of ours would bring back."""
-    if input_size(model) is None:  # its images come from loaders of the user's own
-        return None
     try:
         wanted = preprocessing_of(model)
     except DataError as error:

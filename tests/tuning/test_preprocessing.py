@@ -18,6 +18,7 @@ from torch import nn
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import DataError
 from ltm_retrofit.reporting.pictures import show_merges
+from ltm_retrofit.saving.base import _spoken
 from ltm_retrofit.tuning.preprocessing import Preprocessing, make_transform, preprocessing_of
 
 
@@ -364,3 +365,14 @@ def test_a_network_around_one_of_transformers_wants_what_that_wants(tmp_path) ->
     inner = tr.ViTForImageClassification.from_pretrained(tmp_path)
     assert preprocessing_of(Own(inner)) == preprocessing_of(inner)
     assert preprocessing_of(inner).mean == (0.1, 0.2, 0.3)
+
+
+def test_what_a_backbone_says_is_recorded_with_the_model_around_it(tmp_path) -> None:
+    hf_model().save_pretrained(tmp_path)
+    tr.ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    swin = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4}
+    backbone = tr.SwinConfig(**swin, out_features=[f"stage{stage}" for stage in range(1, 5)])
+    model = tr.UperNetForSemanticSegmentation(tr.UperNetConfig(backbone_config=backbone, hidden_size=8))
+    model.backbone.config._name_or_path = str(tmp_path)
+    assert preprocessing_of(model).mean == (0.1, 0.2, 0.3)
+    assert _spoken(model)["mean"] == [0.1, 0.2, 0.3]
