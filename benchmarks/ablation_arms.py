@@ -12,8 +12,8 @@ import ablation_base as base
 from torch import nn
 
 import ltm_retrofit as ltm
-from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging.statistics import Statistics
+from ltm_retrofit.scopes.masks import LEARNABLE
 
 RATES = (3e-5, 1e-4, 3e-4)
 CLUSTERS, PERPLEXITY = 64, 8.0

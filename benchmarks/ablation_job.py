@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ltm_retrofit as ltm
-from ltm_retrofit.flops import count_macs
-from ltm_retrofit.graph.example import prepare_example
+from ltm_retrofit.finding.example import prepare_example
+from ltm_retrofit.macs import count_macs
 from ltm_retrofit.merging import ib
 from ltm_retrofit.tuning.data import UNLABELLED
 

@@ -64,7 +64,7 @@ def serve(pipe: Any, trace: str, what: Work) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1, file=open(trace, "w"), all_threads=False)
     rows = zoo()
-    for module in ("timm", "transformers", "ltm_retrofit.graph.find", "ltm_retrofit.plan"):
+    for module in ("timm", "transformers", "ltm_retrofit.find", "ltm_retrofit.plan"):
         importlib.import_module(module)  # not on the first row's time
     pipe.send("ready")
     while (name := pipe.recv()) is not None:

@@ -54,8 +54,8 @@ def convert(name: str, method: str) -> nn.Module:
 def compare(name: str, log: Path, seed: int, epochs: int | None, limit: int | None) -> None:
     """Run every arm of a base that the log does not have with these settings."""
     from ltm_retrofit import RetrofitError, finetune, get_plan
-    from ltm_retrofit.flops import count_macs
-    from ltm_retrofit.graph.example import prepare_example
+    from ltm_retrofit.finding.example import prepare_example
+    from ltm_retrofit.macs import count_macs
     from ltm_retrofit.merging.mask import INITIAL_TEMPERATURE
     from ltm_retrofit.recipe import Recipe
     from ltm_retrofit.tuning.evaluate import evaluate

@@ -13,7 +13,7 @@ import timm
 import torch
 
 import ltm_retrofit as ltm
-from ltm_retrofit.graph.example import prepare_example
+from ltm_retrofit.finding.example import prepare_example
 from ltm_retrofit.reporting.bench import batch_latencies
 
 

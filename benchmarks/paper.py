@@ -24,9 +24,9 @@ import transformers as tr
 from torch import nn
 
 import ltm_retrofit as ltm
-from ltm_retrofit.flops import count_macs
-from ltm_retrofit.graph.example import logits_of
-from ltm_retrofit.graph.twin import fill
+from ltm_retrofit.finding.example import logits_of
+from ltm_retrofit.finding.twin import fill
+from ltm_retrofit.macs import count_macs
 
 LOG, PAGE = Path("benchmarks/paper.jsonl"), Path("docs/paper.md")
 

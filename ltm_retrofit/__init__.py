@@ -31,7 +31,7 @@ from ltm_retrofit.errors import (
 
 if TYPE_CHECKING:
     from ltm_retrofit.convert import disabled, get_plan, is_retrofitted, restore, retrofit
-    from ltm_retrofit.graph.find import find_sites
+    from ltm_retrofit.find import find_sites
     from ltm_retrofit.plan import MergePlan, make_plan
     from ltm_retrofit.reporting.pictures import show_merges
     from ltm_retrofit.reporting.report import Report, measure
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __version__ = version("ltm-retrofit")
 
 _HOMES = {
-    "graph.find": ("find_sites",),
+    "find": ("find_sites",),
     "plan": ("MergePlan", "make_plan"),
     "convert": ("disabled", "get_plan", "is_retrofitted", "restore", "retrofit"),
     "tracing": ("MergeTrace", "bound_loss", "trace"),

@@ -147,7 +147,7 @@ def _load(arguments: argparse.Namespace) -> Any:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from ltm_retrofit.graph.find import find_sites
+    from ltm_retrofit.find import find_sites
 
     sites = find_sites(_load(arguments))
     values = {"macs": sites.total_macs, "sites": sites.rows(), "excluded": sites.excluded, "narrowed": sites.narrowed}

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltm_retrofit.blocks import (
+from ltm_retrofit.config import LTMConfig
+from ltm_retrofit.converted.classifier import guard_head, make_readout, unguard_head
+from ltm_retrofit.converted.fingerprints import fingerprints_of
+from ltm_retrofit.converted.record import (
     FINETUNED,
     Retrofit,
     allow_methods,
@@ -19,7 +22,6 @@ from ltm_retrofit.blocks import (
     in_mode,
     refuse_methods,
 )
-from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import (
     AlreadyRetrofitted,
     BaseMismatch,
@@ -28,18 +30,16 @@ from ltm_retrofit.errors import (
     RetrofitError,
     UnsupportedBlock,
 )
-from ltm_retrofit.fingerprints import fingerprints_of
-from ltm_retrofit.graph.example import Example, home, prepare_example, run, tensors_of
-from ltm_retrofit.graph.find import find_sites
-from ltm_retrofit.graph.prove import all_equal
-from ltm_retrofit.graph.sites import Sites
-from ltm_retrofit.head import guard_head, make_readout, unguard_head
-from ltm_retrofit.interception.base import CHILD, Interceptor
-from ltm_retrofit.interception.flow import BlockForward
-from ltm_retrofit.interception.grid import GridForward
-from ltm_retrofit.interception.local import LocalForward
-from ltm_retrofit.interception.masks import MASKS, flow_mask, grid_mask, local_mask
+from ltm_retrofit.find import find_sites
+from ltm_retrofit.finding.example import Example, home, prepare_example, run, tensors_of
+from ltm_retrofit.finding.proofs import all_equal
+from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.plan import MergePlan, make_macs, make_plan
+from ltm_retrofit.scopes.base import CHILD, Interceptor
+from ltm_retrofit.scopes.flow.forward import BlockForward
+from ltm_retrofit.scopes.grid.forward import GridForward
+from ltm_retrofit.scopes.local.forward import LocalForward
+from ltm_retrofit.scopes.masks import MASKS, flow_mask, grid_mask, local_mask
 from ltm_retrofit.undisturbed import undisturbed
 
 

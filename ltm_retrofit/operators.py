@@ -1,6 +1,6 @@
 """What each operator costs: those free of multiply-adds, those with a formula, and those that are refused.
 
-A MAC is what `ltm_retrofit.flops` says it is. Both of its counters read their operators here.
+A MAC is what `ltm_retrofit.macs` says it is. Both of its counters read their operators here.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from torch import nn
 from ltm_retrofit.config import LTMConfig, Strict, check_keys
 from ltm_retrofit.convert import get_plan, retrofit
 from ltm_retrofit.errors import CheckpointError, DataError, RecipeError
-from ltm_retrofit.graph.example import prepare_example, run
-from ltm_retrofit.graph.prove import all_equal
+from ltm_retrofit.finding.example import prepare_example, run
+from ltm_retrofit.finding.proofs import all_equal
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.reporting.pictures import show_merges
 from ltm_retrofit.reporting.report import Report, measure

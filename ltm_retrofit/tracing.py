@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.blocks import forwards_of, get_retrofit, masks_of
+from ltm_retrofit.converted.classifier import follow_head
+from ltm_retrofit.converted.record import forwards_of, get_retrofit, masks_of
 from ltm_retrofit.errors import DataError, TrainingError
-from ltm_retrofit.head import follow_head
-from ltm_retrofit.interception.flow import BlockForward
-from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.merging.statistics import of_all_ranks
 from ltm_retrofit.merging.tokens import Step, accumulated, carried_by
+from ltm_retrofit.scopes.flow.forward import BlockForward
+from ltm_retrofit.scopes.masks import LEARNABLE
 
 #: images that statistics learn from at once: at small batches learning from each would be a twentieth of a step
 TOGETHER = 128

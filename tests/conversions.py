@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo import ZOO, Example, randomise
 
 import ltm_retrofit as ltm
-from ltm_retrofit.graph.example import tensors_of
+from ltm_retrofit.finding.example import tensors_of
 
 #: readable name → (zoo name, options of `LTMConfig` beside the budget); each scope in both libraries
 HOSTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -27,7 +27,7 @@ from ltm_retrofit.errors import (
     NotRetrofitted,
     UnsupportedBlock,
 )
-from ltm_retrofit.graph.example import tensors_of
+from ltm_retrofit.finding.example import tensors_of
 
 torch.set_num_threads(1)
 _SITES: dict = {}

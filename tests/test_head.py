@@ -14,8 +14,8 @@ from torch import nn
 from zoo import ZOO
 
 import ltm_retrofit as ltm
-from ltm_retrofit.blocks import in_mode
-from ltm_retrofit.head import RESET, Reset
+from ltm_retrofit.converted.classifier import RESET, Reset
+from ltm_retrofit.converted.record import in_mode
 from ltm_retrofit.reporting.report import measure
 
 torch.set_num_threads(1)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from zoo import ZOO, picture
 
 import ltm_retrofit as ltm
-from ltm_retrofit.graph.example import tensors_of
+from ltm_retrofit.finding.example import tensors_of
 
 torch.set_num_threads(1)
 TIMM = [entry for entry, name in zip(EVERY, HOSTS, strict=True) if name.startswith("timm")]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ltm_retrofit import operators
 from ltm_retrofit.errors import CountError
-from ltm_retrofit.flops import count_macs, count_macs_quick
+from ltm_retrofit.macs import count_macs, count_macs_quick
 
 
 def macs_of(function: Callable[[Tensor], object]) -> int:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ltm_retrofit as ltm
-from ltm_retrofit.blocks import masks_of
-from ltm_retrofit.graph.example import tensors_of
-from ltm_retrofit.interception.base import Interceptor
-from ltm_retrofit.interception.masks import MASKS
+from ltm_retrofit.converted.record import masks_of
+from ltm_retrofit.finding.example import tensors_of
+from ltm_retrofit.scopes.base import Interceptor
+from ltm_retrofit.scopes.masks import MASKS
 
 torch.set_num_threads(1)
 TOKENS = torch.randn(1, 16, 48, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ import torch
 from zoo import ZOO
 
 import ltm_retrofit as ltm
-from ltm_retrofit.flops import count_macs
+from ltm_retrofit.macs import count_macs
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ from torch import nn
 import ltm_retrofit as ltm
 from ltm_retrofit.config import METHODS
 from ltm_retrofit.errors import BaseMismatch, BudgetError, CountError, RecipeError, UnsupportedBlock
-from ltm_retrofit.flops import count_macs
+from ltm_retrofit.macs import count_macs
 from ltm_retrofit.plan import TOLERANCE, MergePlan
 
 torch.set_num_threads(1)

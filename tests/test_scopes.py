@@ -17,13 +17,13 @@ from zoo_hf import HF
 from zoo_timm import TIMM
 
 import ltm_retrofit as ltm
-from ltm_retrofit.blocks import forwards_of, masks_of
-from ltm_retrofit.flops import count_macs
-from ltm_retrofit.graph.signature import gather_rows
-from ltm_retrofit.interception.flow import BlockForward
-from ltm_retrofit.interception.grid import GridForward
-from ltm_retrofit.interception.local import LocalForward
+from ltm_retrofit.converted.record import forwards_of, masks_of
+from ltm_retrofit.finding.call import gather_rows
+from ltm_retrofit.macs import count_macs
 from ltm_retrofit.merging.grid import CropGrid, GridMask, PoolGrid
+from ltm_retrofit.scopes.flow.forward import BlockForward
+from ltm_retrofit.scopes.grid.forward import GridForward
+from ltm_retrofit.scopes.local.forward import LocalForward
 
 torch.set_num_threads(1)
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import DataError, NotRetrofitted, TrainingError
-from ltm_retrofit.graph.example import logits_of
+from ltm_retrofit.finding.example import logits_of
 from ltm_retrofit.merging.mask import MaskModule
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from ltm_retrofit.errors import CountError, ExampleError
-from ltm_retrofit.flops import count_macs
+from ltm_retrofit.macs import count_macs
 from ltm_retrofit.undisturbed import undisturbed
 
 

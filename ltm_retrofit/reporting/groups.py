@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ltm_retrofit.blocks import BlockForward, forwards_of, masks_of
-from ltm_retrofit.budget.rows import Row
 from ltm_retrofit.convert import get_plan
+from ltm_retrofit.converted.record import BlockForward, forwards_of, masks_of
 from ltm_retrofit.errors import CountError
-from ltm_retrofit.interception.local import LocalForward
 from ltm_retrofit.merging.grid import CropGrid, PoolGrid
 from ltm_retrofit.merging.tokens import Step, accumulated
+from ltm_retrofit.scopes.local.forward import LocalForward
+from ltm_retrofit.scopes.rows import Row
 from ltm_retrofit.tracing import MergeTrace
 
 #: LOCAL sites that are drawn where there are more

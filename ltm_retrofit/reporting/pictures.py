@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.convert import get_plan
 from ltm_retrofit.errors import DataError, ExampleError
-from ltm_retrofit.graph.example import home, run
+from ltm_retrofit.finding.example import home, run
 from ltm_retrofit.reporting.groups import FEW, Panel, panels_of, patches_before
 from ltm_retrofit.tracing import trace
 from ltm_retrofit.tuning.preprocessing import Preprocessing, make_transform, preprocessing_of, reversed_channels

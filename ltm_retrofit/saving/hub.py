@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ltm_retrofit.config import check_keys
 from ltm_retrofit.convert import get_plan, is_retrofitted, restore, retrofit
+from ltm_retrofit.converted.classifier import follow_head
+from ltm_retrofit.converted.resizing import planned_size, set_size
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError
-from ltm_retrofit.head import follow_head
 from ltm_retrofit.plan import MergePlan
-from ltm_retrofit.resizing import planned_size, set_size
 from ltm_retrofit.saving.adapter import adapter_state, attach, labels_of
 from ltm_retrofit.saving.base import (
     differing,

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from ltm_retrofit.convert import disabled, get_plan
+from ltm_retrofit.converted.resizing import at_planned_size, can_resize
 from ltm_retrofit.errors import CheckpointError
-from ltm_retrofit.flops import count_macs_quick
-from ltm_retrofit.graph.example import Example, input_size, make_example, prepare_example, run
+from ltm_retrofit.finding.example import Example, input_size, make_example, prepare_example, run
+from ltm_retrofit.macs import count_macs_quick
 from ltm_retrofit.plan import MergePlan
-from ltm_retrofit.resizing import at_planned_size, can_resize
 from ltm_retrofit.undisturbed import undisturbed
 
 

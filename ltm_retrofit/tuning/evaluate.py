@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ltm_retrofit.blocks import get_retrofit
 from ltm_retrofit.convert import is_retrofitted
+from ltm_retrofit.converted.classifier import follow_head
+from ltm_retrofit.converted.record import get_retrofit
 from ltm_retrofit.errors import DataError, ExampleError, TrainingError
-from ltm_retrofit.graph.example import home, logits_of, prepare_example, run
-from ltm_retrofit.graph.probe import record
-from ltm_retrofit.head import follow_head
+from ltm_retrofit.finding.example import home, logits_of, prepare_example, run
+from ltm_retrofit.finding.recording import record
 from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.tuning.data import Data, batches_on, check_labels, is_table
 from ltm_retrofit.tuning.heads import places_of

@@ -12,8 +12,8 @@ from torch import nn
 
 from ltm_retrofit.convert import is_retrofitted
 from ltm_retrofit.errors import AlreadyRetrofitted, DataError
-from ltm_retrofit.graph.example import logits_of, prepare_example
-from ltm_retrofit.graph.probe import record
+from ltm_retrofit.finding.example import logits_of, prepare_example
+from ltm_retrofit.finding.recording import record
 from ltm_retrofit.undisturbed import undisturbed
 
 #: names on the model the parameters and buffers of a head that is new

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from ltm_retrofit.convert import get_plan, is_retrofitted
+from ltm_retrofit.converted.fingerprints import fingerprints_of
 from ltm_retrofit.errors import CheckpointError
-from ltm_retrofit.fingerprints import fingerprints_of
 from ltm_retrofit.tuning.settings import TrainConfig
 
 #: settings that a run may change when it goes on

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from ltm_retrofit.errors import DataError
-from ltm_retrofit.graph.example import home
+from ltm_retrofit.finding.example import home
 from ltm_retrofit.tuning.data import UNLABELLED, Data, is_stream, is_table
 from ltm_retrofit.tuning.preprocessing import make_transform, preprocessing_of
 

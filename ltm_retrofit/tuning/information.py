@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.blocks import get_retrofit, masks_of
+from ltm_retrofit.converted.record import get_retrofit, masks_of
 from ltm_retrofit.merging import ib
 from ltm_retrofit.merging.memory import Memory
 from ltm_retrofit.merging.statistics import of_all_ranks

@@ -15,13 +15,13 @@ from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ltm_retrofit.blocks import CHILD, load_state
 from ltm_retrofit.convert import mark_finetuned
+from ltm_retrofit.converted.record import CHILD, load_state
 from ltm_retrofit.errors import TrainingError
-from ltm_retrofit.interception.masks import LEARNABLE
 from ltm_retrofit.merging.grid import GridMask
 from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
 from ltm_retrofit.merging.statistics import Statistics
+from ltm_retrofit.scopes.masks import LEARNABLE
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.data import Data, batches_on, size_of
 from ltm_retrofit.tuning.evaluate import evaluate_in_memory

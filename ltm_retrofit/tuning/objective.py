@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from ltm_retrofit.blocks import get_retrofit
 from ltm_retrofit.convert import is_retrofitted, restore
+from ltm_retrofit.converted.record import get_retrofit
 from ltm_retrofit.errors import DataError, TrainingError
-from ltm_retrofit.graph.example import logits_of, run
-from ltm_retrofit.graph.probe import record
+from ltm_retrofit.finding.example import logits_of, run
+from ltm_retrofit.finding.recording import record
 from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.merging.statistics import SAMPLES_PER_CLUSTER, Statistics
 from ltm_retrofit.tracing import MergeTrace, bound_loss, learn_from, trace

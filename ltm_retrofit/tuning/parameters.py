@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay  # type: ig
 from torch import nn
 
 from ltm_retrofit.errors import RecipeError, TrainingError
-from ltm_retrofit.interception.masks import LEARNABLE
+from ltm_retrofit.scopes.masks import LEARNABLE
 from ltm_retrofit.tuning.heads import new_head
 from ltm_retrofit.tuning.settings import TrainConfig
 

@@ -17,7 +17,7 @@ from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import DataError
-from ltm_retrofit.graph.example import input_size
+from ltm_retrofit.finding.example import input_size
 
 AUGMENTS = ("none", "crop")
 #: attribute under which a reloaded Hugging Face model keeps what its image processor said

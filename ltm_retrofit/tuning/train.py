@@ -13,12 +13,12 @@ from accelerate.utils import find_executable_batch_size
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ltm_retrofit.blocks import FINETUNED, load_state
+from ltm_retrofit.converted.record import FINETUNED, load_state
 from ltm_retrofit.errors import CheckpointError, DataError, TrainingError
-from ltm_retrofit.graph.example import home
-from ltm_retrofit.interception.masks import MASKS
+from ltm_retrofit.finding.example import home
 from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
 from ltm_retrofit.merging.statistics import Statistics
+from ltm_retrofit.scopes.masks import MASKS
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.data import Data, columns_of, is_stream, is_table
 from ltm_retrofit.tuning.evaluate import check_data, count_classes

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import ltm_retrofit as ltm
-from ltm_retrofit.blocks import forwards_of
 from ltm_retrofit.config import METHODS
+from ltm_retrofit.converted.record import forwards_of
 from ltm_retrofit.errors import BudgetError, CountError, ExampleError, NotRetrofitted
-from ltm_retrofit.graph.example import run
+from ltm_retrofit.finding.example import run
 from ltm_retrofit.reporting import groups, pictures
 
 Build = Callable[..., nn.Module]

@@ -15,8 +15,8 @@ from torch import nn
 import ltm_retrofit as ltm
 from ltm_retrofit.convert import mark_finetuned
 from ltm_retrofit.errors import CountError, DataError
-from ltm_retrofit.flops import count_macs
-from ltm_retrofit.graph.example import prepare_example, repeat_batch
+from ltm_retrofit.finding.example import prepare_example, repeat_batch
+from ltm_retrofit.macs import count_macs
 from ltm_retrofit.reporting import bench, report
 from ltm_retrofit.reporting.bench import paired_latency
 from ltm_retrofit.reporting.report import ACCURACIES

@@ -29,7 +29,7 @@ ONE = ltm.LTMConfig(tokens=(40, 20), sites=("blocks.1", "blocks.3"))
 FRESH = """
 import sys, torch
 import ltm_retrofit as ltm
-from ltm_retrofit.graph.example import tensors_of
+from ltm_retrofit.finding.example import tensors_of
 torch.set_num_threads(1)
 images, *expected = torch.load(sys.argv[1])
 for folder, outputs in zip(sys.argv[2:], expected, strict=True):
@@ -43,7 +43,7 @@ for folder, outputs in zip(sys.argv[2:], expected, strict=True):
 
 
 def outputs(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
-    from ltm_retrofit.graph.example import tensors_of
+    from ltm_retrofit.finding.example import tensors_of
 
     with torch.no_grad():
         return tensors_of(model(images))

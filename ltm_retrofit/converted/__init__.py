@@ -1,0 +1,1 @@
+"""What a converted model is: its record, its guards, its classifier and its size."""

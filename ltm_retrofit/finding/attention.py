@@ -1,0 +1,197 @@
+"""Attention as it shows in a stream of function calls: fused, softmax of a product, packed, kernelised or additive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ltm_retrofit.finding.call import seen_by
+
+PRODUCTS = ("matmul", "bmm", "__matmul__", "einsum", "baddbmm")
+SOFTMAXES = ("softmax",)
+TIMES = ("mul", "__mul__", "multiply", "mul_")
+SUMS = ("sum", "mean")
+PASSIVE = ("__get__", "size", "dim", "stride", "is_floating_point", "numel", "__len__", "ndimension")
+SHAPED = (
+    "expand expand_as repeat repeat_interleave unsqueeze squeeze view view_as reshape contiguous transpose permute "
+    "flatten unflatten to type_as broadcast_to"
+).split()
+JOINS = ("cat", "concat", "concatenate", "hstack")
+#: what comes out of these has the values of their first argument, whatever the others hold
+SHAPED_LIKE = ("type_as", "expand_as", "view_as", "reshape_as", "to")
+#: and of these no values of their arguments at all
+EMPTY_LIKE = (
+    "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor"
+).split()
+
+Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+
+
+@dataclass
+class Packed:
+    """The arguments of `nn.MultiheadAttention`'s one function: it projects queries, keys and values by itself."""
+
+    key: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    heads: int
+
+
+@dataclass
+class Found:
+    """One attention. ``keys (B, heads, N, d)`` where it has any; ``packed`` where they are made inside."""
+
+    kind: str  # "fused", "softmax", "packed", "linear" (kernelised) or "additive"
+    keys: Tensor | None = None
+    padded: bool = False  # its mask depends on an input that is no image: it may say that tokens only fill up
+    hides: bool = False  # and does so in the example
+    packed: Packed | None = None
+
+
+class AttentionMode(TorchFunctionMode):
+    """Recognises attention by what flows into what; calls ``found`` at each.
+
+    Args:
+        found: called with each attention, before its last product.
+        linear: may replace the result of every linear map, to follow where keys come from.
+        data: the tensors that the image is in; what depends on them is data. Without it, kernelised and additive
+            attention (products of data with sums over products of data) is not looked for.
+        used: called with every tensor that a function is called with.
+        flags: inputs that are no images, such as which tokens are valid.
+    """
+
+    def __init__(
+        self,
+        found: Callable[[Found], None],
+        linear: Linear | None = None,
+        data: Iterable[Tensor] = (),
+        used: Callable[[Tensor], None] | None = None,
+        flags: Iterable[Tensor] = (),
+    ) -> None:
+        super().__init__()
+        self.found, self.linear, self.used = found, linear, used
+        #: token count → (constant tokens joined at the front, at the end)
+        self.joined: dict[int, tuple[int, int]] = {}
+        self.keys_of_logits, self.keys_of_weights = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        self.data, self.summed, self.multiplied = WeakIdKeyDictionary(), WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        self.flags = WeakIdKeyDictionary()
+        for table, tensors in ((self.data, data), (self.flags, flags)):
+            for tensor in tensors:
+                table[tensor] = True
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the function; recognise attention by what flows into what."""
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        operands = [value for value in _flat((*args, *kwargs.values())) if isinstance(value, Tensor)]
+        factors = operands[1:] if name == "baddbmm" else operands  # whose first is only added
+        product = name in PRODUCTS and len(factors) == 2
+        if self.used is not None and name not in PASSIVE:
+            for operand in operands:
+                self.used(operand)
+        if func is F.scaled_dot_product_attention:
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            keys = args[1] if len(args) > 1 else kwargs["key"]
+            hidden = self._padding(mask) and not bool(seen_by(mask).all())
+            self.found(Found("fused", keys, self._padding(mask), hidden))
+        elif func is F.multi_head_attention_forward:
+            given = dict(zip(_PACKED, args, strict=False)) | kwargs
+            packed = Packed(given["key"], given["in_proj_weight"], given["in_proj_bias"], given["num_heads"])
+            masks = [mask for mask in (given.get("key_padding_mask"), given.get("attn_mask")) if self._padding(mask)]
+            seen = [~mask if mask.dtype == torch.bool else seen_by(mask) for mask in masks]  # here true is hidden
+            self.found(Found("packed", None, bool(masks), not all(bool(part.all()) for part in seen), packed))
+        elif product and factors[0] in self.keys_of_weights:
+            keys = self.keys_of_weights[factors[0]]
+            padded = factors[0] in self.flags and keys not in self.flags
+            self.found(Found("softmax", keys, padded, padded and bool((factors[0] == 0).any())))
+        elif product and self._twice(factors):
+            self.found(Found("linear"))
+        elif name in TIMES and len(operands) == 2 and all(x in self.data for x in operands):
+            if sum(x in self.summed for x in operands) == 1:
+                self.found(Found("additive"))
+        result = func(*args, **kwargs)
+        self._follow(name, operands, result, factors if product else None)
+        if func is F.linear and self.linear is not None and isinstance(result, Tensor):
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            return self.linear(given["input"], given["weight"], given.get("bias"), result)
+        return result
+
+    def _padding(self, mask: Tensor | None) -> TypeGuard[Tensor]:
+        """Say whether a mask may be one of tokens that only fill up."""
+        return mask is not None and mask in self.flags and mask not in self.data
+
+    def _twice(self, operands: list[Tensor]) -> bool:
+        """Say whether data meets a product of data: ``φ(q) (φ(k)ᵀ v)``."""
+        return all(x in self.data for x in operands) and sum(x in self.multiplied for x in operands) == 1
+
+    def _follow(self, name: str, operands: list[Tensor], result: Any, factors: list[Tensor] | None) -> None:
+        sources = operands[:1] if name in SHAPED_LIKE else [] if name in EMPTY_LIKE else operands
+        for table in (self.data, self.flags):
+            touched = any(x in table for x in sources)
+            for out in _flat((result,)):
+                if touched and isinstance(out, Tensor):
+                    table[out] = True
+            if name == "__setitem__" and touched:
+                table[operands[0]] = True
+        if not isinstance(result, Tensor):
+            return
+        if factors and all(x.ndim >= 3 for x in factors):
+            keys = factors[1] if name == "einsum" else factors[1].transpose(-2, -1)
+            self.keys_of_logits[result] = keys
+            if factors[1] in self.flags:
+                self.flags[keys] = True
+            if all(x in self.data for x in factors):
+                self.multiplied[result] = True
+            return
+        if name in TIMES and len(operands) == 2 and all(x in self.data for x in operands):
+            self.multiplied[result] = True
+        if len(operands) >= 1 and operands[0] in self.multiplied:
+            if name in SUMS and result.numel() < operands[0].numel():
+                self.summed[result] = True
+            elif result.numel() == operands[0].numel() and name not in ("linear", "conv2d"):
+                self.multiplied[result] = True
+        if operands and operands[0] in self.summed and name in SHAPED:
+            self.summed[result] = True
+        if name in JOINS and result.ndim == 3:
+            self._join(operands, result)
+        for source in operands:
+            # talking heads mix logits by a linear map over the heads; shapes change, the number of entries does not
+            talking = name in ("linear", "permute", "conv2d", "transpose") and source.ndim == result.ndim == 4
+            if source.shape == result.shape or (talking and source.numel() == result.numel()):
+                if source in self.keys_of_logits:
+                    # through scaling and masking; a softmax turns logits into weights
+                    table = self.keys_of_weights if name in SOFTMAXES else self.keys_of_logits
+                    table[result] = self.keys_of_logits[source]
+                elif source in self.keys_of_weights:
+                    self.keys_of_weights[result] = self.keys_of_weights[source]
+
+    def _join(self, parts: list[Tensor], result: Tensor) -> None:
+        """Note tokens that do not depend on the image where they are joined to those that do."""
+        sizes = [part.shape[1] for part in parts if part.ndim == 3]
+        constant = [part not in self.data for part in parts]
+        if sum(sizes) != result.shape[1] or all(constant) or not any(constant):
+            return
+        front, end = constant.index(False), constant[::-1].index(False)
+        self.joined[result.shape[1]] = sum(sizes[:front]), sum(sizes[len(sizes) - end :])
+
+
+_PACKED = (
+    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
+    "out_proj_weight out_proj_bias"
+).split()
+
+
+def _flat(values: Iterable[Any]) -> Iterable[Any]:
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from _flat(value)
+        else:
+            yield value

@@ -1,0 +1,209 @@
+"""One recorded forward pass: which modules attend, over what, inside which blocks."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ltm_retrofit.errors import CountError, ExampleError
+from ltm_retrofit.finding.attention import AttentionMode, Found
+from ltm_retrofit.finding.example import Example, flags_of, floats_of, logits_of, run
+from ltm_retrofit.macs import counting
+from ltm_retrofit.undisturbed import undisturbed
+
+
+class Reached(Exception):
+    """What a pass was for was seen; the rest of the model need not run."""
+
+
+@dataclass
+class Call:
+    """One recorded call of a module that attends somewhere inside."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+    version: int = 0
+
+    def stream(self) -> Tensor | None:
+        """Return the token tensor ``(B, N, D)`` that goes in, where one of the same shape comes out."""
+        values = [*self.args, *self.kwargs.values()]
+        tokens = next((value for value in values if isinstance(value, Tensor)), None)
+        same = isinstance(self.output, Tensor) and tokens is not None and tokens.shape == self.output.shape
+        return tokens if same and tokens is not None and tokens.ndim == 3 else None
+
+    def without(self, module: nn.Module, names: Collection[str]) -> Call:
+        """Return the call that leaves these arguments out: masks that mask nothing change no more than bits."""
+        if not names:
+            return self
+        places = list(inspect.signature(module.forward).parameters)
+        args = tuple(None if places[place] in names else value for place, value in enumerate(self.args))
+        kwargs = {key: None if key in names else value for key, value in self.kwargs.items()}
+        return Call(args, kwargs, module(*args, **kwargs), self.version)
+
+
+@dataclass
+class Attended:
+    """One attention, with the chain of modules that it happened in, outermost first, and when it happened."""
+
+    found: Found
+    chain: tuple[str, ...]
+    time: int
+
+
+@dataclass
+class Event:
+    """One call of a module: when it began and ended, which tensor went in and which came out (serial numbers)."""
+
+    name: str
+    start: int
+    source: int | None
+    shape_in: tuple[int, ...]
+    end: int = 0
+    result: int | None = None
+    shape_out: tuple[int, ...] = ()
+
+
+@dataclass
+class Recording:
+    """What one forward pass showed."""
+
+    output: Any = None
+    macs: int = 0
+    attended: list[Attended] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)  # of all modules, in the order in which they began
+    used: dict[int, set[str]] = field(default_factory=dict)  # tensor → the innermost modules that compute with it
+    joined: dict[int, tuple[int, int]] = field(default_factory=dict)  # token count → constant tokens at front and end
+    flagged: Callable[[Tensor], bool] = bool  # whether a tensor of the pass depends on an input that is no image
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    maps: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # 4-d outputs before the first attention
+    flat: list[tuple[str, int, int]] = field(
+        default_factory=list
+    )  # module, width of its (B, C) output, attentions so far
+
+    def readouts(self, classes: int) -> tuple[str, ...]:
+        """Return the linear modules after the last attention that put out ``(B, classes)``: who reads the feature."""
+        return tuple(name for name, width, seen in self.flat if width == classes and seen == len(self.attended))
+
+    def classifier(self) -> tuple[int, tuple[str, ...]]:
+        """Return C and who reads the feature; 0 and nobody where the output is no classifier's: features are none."""
+        logits = logits_of(self.output)
+        readouts = () if logits is None else self.readouts(logits.shape[1])
+        return (logits.shape[1] if logits is not None and readouts else 0), readouts
+
+
+class _Stack:
+    """The modules that a forward pass is in, and what to keep of those that it leaves."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording, self.open = recording, list[tuple[str, Call, int, Event]]()
+        self.serials: Any = WeakIdKeyDictionary()
+        self.time = self.issued = 0
+
+    def tick(self) -> int:
+        self.time += 1
+        return self.time
+
+    def serial(self, tensor: Tensor) -> int:
+        if tensor not in self.serials:
+            self.issued += 1
+            self.serials[tensor] = self.issued
+        return int(self.serials[tensor])
+
+    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
+        call = Call(args, dict(kwargs), version=0 if tokens is None else tokens._version)
+        one = tokens is not None and tokens.is_floating_point()
+        source, shape = (self.serial(tokens), tuple(tokens.shape)) if one and tokens is not None else (None, ())
+        event = Event(name, self.tick(), source, shape)
+        self.recording.events.append(event)
+        self.open.append((name, call, len(self.recording.attended), event))
+
+    def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        left, call, seen, event = self.open.pop()
+        assert left == name, "hooks of a forward pass nest"
+        call.output, event.end = output, self.tick()
+        if isinstance(output, Tensor):
+            event.result, event.shape_out = self.serial(output), tuple(output.shape)
+        if len(self.recording.attended) > seen:
+            self.recording.calls.setdefault(name, []).append(call)
+        if isinstance(output, Tensor) and output.ndim == 4 and not self.recording.attended:
+            self.recording.maps.append((name, tuple(output.shape)))
+        if isinstance(output, Tensor) and output.ndim == 2 and self.recording.attended:
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == output.shape[1]:
+                self.recording.flat.append((name, output.shape[1], len(self.recording.attended)))
+
+    def used(self, tensor: Tensor) -> None:
+        if tensor in self.serials and self.open:
+            self.recording.used.setdefault(self.serials[tensor], set()).add(self.open[-1][0])
+
+    def attended(self, found: Found) -> None:
+        chain = tuple(name for name, *_ in self.open)
+        self.recording.attended.append(Attended(found, chain, self.tick()))
+
+
+def record(model: nn.Module, example: Example) -> Recording:
+    """Run the model once on the example, in eval mode and without gradients, and record where it attends.
+
+    Raises:
+        ExampleError: where the model cannot be run on it, with the model's own error.
+    """
+    recording = Recording()
+    stack = _Stack(recording)
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(partial(_enter, stack, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(_leave, stack, name), with_kwargs=True))
+        with undisturbed(model), torch.no_grad(), counting() as counter, _watching(stack, example) as mode:
+            recording.output = run(model, example)
+        recording.macs = int(counter.get_total_flops()) // 2
+        recording.joined, recording.flagged = mode.joined, mode.flags.__contains__
+    except CountError:
+        raise
+    except Exception as error:
+        shown = example if isinstance(example, Mapping) else {"example": example}
+        shapes = ", ".join(f"{k}: {tuple(v.shape)} {v.dtype}" for k, v in shown.items() if isinstance(v, Tensor))
+        raise ExampleError(
+            f"{type(model).__name__} cannot be run on the example ({shapes}): {type(error).__name__}: {error}. "
+            "Pass an example of the shape and dtype that the model expects"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recording
+
+
+def _watching(stack: _Stack, example: Example) -> AttentionMode:
+    return AttentionMode(stack.attended, data=floats_of(example), used=stack.used, flags=flags_of(example))
+
+
+def _enter(stack: _Stack, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    stack.enter(name, module, args, kwargs)
+
+
+def _leave(
+    stack: _Stack, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
+    stack.leave(name, module, args, kwargs, output)
+
+
+@contextmanager
+def replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Put other forwards in place on these modules' instances, and take them away again."""
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)

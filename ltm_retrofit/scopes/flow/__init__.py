@@ -1,0 +1,1 @@
+"""Scope FLOW: tokens stay merged from a block on."""

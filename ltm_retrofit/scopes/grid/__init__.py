@@ -1,0 +1,1 @@
+"""Scope GRID: a token map goes on smaller."""

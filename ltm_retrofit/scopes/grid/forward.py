@@ -1,0 +1,42 @@
+"""Scope GRID: a token map goes on smaller, both branches of every residual behind it with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ltm_retrofit.finding.layouts import as_tokens, from_tokens, spatial_of
+from ltm_retrofit.finding.sites import GridSite
+from ltm_retrofit.scopes.base import Interceptor
+
+
+class GridForward(Interceptor):
+    """Stands in for one module: its input or its output is merged into a smaller map.
+
+    Args:
+        block: the module it belongs to.
+        site: what was found of it.
+    """
+
+    def __init__(self, block: nn.Module, site: GridSite) -> None:
+        super().__init__(block, site.block)
+        self.order, self.where = site.layout.order, site.where
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
+        if self.mode != "merge":
+            return self.original(x, *args, **kwargs)
+        if self.where == "input":
+            return self.original(self.merge(x), *args, **kwargs)
+        return self.merge(self.original(x, *args, **kwargs))
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Merge a map into a smaller one."""
+        rows, columns = (int(size) for size in spatial_of(tuple(x.shape), self.order))  # a trace has tensors there
+        mask = self.mask
+        assert mask is not None
+        merged, grid, step = mask(as_tokens(x, self.order), (rows, columns))
+        if self.listener is not None:
+            self.listener(self.name, step)
+        return from_tokens(merged, self.order, grid)

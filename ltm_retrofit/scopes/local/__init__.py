@@ -1,0 +1,1 @@
+"""Scope LOCAL: tokens are merged within one block only."""

@@ -1,0 +1,114 @@
+"""Every block structure of the zoo: sites are found, the conversion costs what was planned, trains, and goes away."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conversions import batch, call, equal, slow_but
+from torch import nn
+from zoo import ZOO, Example
+from zoo_timm import TIMM, family
+
+import ltm_retrofit as ltm
+from ltm_retrofit import convert
+from ltm_retrofit.converted.record import masks_of
+from ltm_retrofit.finding.example import tensors_of
+from ltm_retrofit.macs import count_macs
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parents[2]
+
+#: one of each block class, the cheapest of its structure; at least one of each file of timm that attends
+FAST = (
+    "timm-vit timm-vit-siglip-map timm-vit-swiglu-packed timm-vit-respost timm-vit-parallel-things timm-vit-diff "
+    "timm-deit-distilled timm-beit timm-eva-postnorm timm-eva-dinov3 timm-eva02 timm-eva-rope-mixed timm-relpos-shared "
+    "timm-xcit timm-convit timm-sam timm-tnt timm-naflex-gap timm-qwen3 timm-gemma4 timm-pit timm-hybrid timm-swin "
+    "timm-nest timm-coatnet-rw timm-hiera timm-mvitv2 timm-twins-pcpvt timm-edgenext timm-lowformer timm-mobilevit "
+    "timm-visformer timm-volo timm-bat timm-botnet timm-cait timm-caformer timm-coat-lite timm-cpubone timm-crossvit "
+    "timm-csatv2 timm-davit timm-deepseek timm-efficientformer timm-efficientformer-v2 timm-efficientvim "
+    "timm-efficientvit-mit-b timm-efficientvit-msra timm-fastvit timm-gcvit timm-hieradet timm-iformer timm-levit "
+    "timm-maxvit-tf timm-mobilenetv4 timm-mobilenetv5 timm-nextvit timm-pvt-v2 timm-shvit timm-swiftformer timm-swinv2 "
+    "timm-swinv2-cr timm-tiny-vit timm-vitamin hf-vit hf-deit-teacher hf-dinov2-registers hf-dinov3 hf-clip hf-siglip "
+    "hf-swin hf-pvt hf-hiera hf-imagegpt hf-internvl-vision hf-swiftformer hf-timm-wrapper torchvision-vit "
+    "plain-multihead plain-multihead-sequence-first plain-lucid"
+).split()
+
+#: what cannot be converted, and the words that say why; whatever else of the zoo is refused is a fault. What is left of
+#: an attention pool is too little to be worth a mask
+REFUSED = {"timm-resnet-clip": "no module around it keeps a token stream"}
+
+
+def _retrofit(model: nn.Module, example: Example) -> None:
+    try:
+        ltm.retrofit(model, ltm.LTMConfig(flops=0.8), example)
+    except ltm.BudgetError as error:
+        ltm.retrofit(model, ltm.LTMConfig(flops=error.nearest), example)
+
+
+def _buffers(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_buffers() if ".ltm." not in f".{name}"]
+
+
+@pytest.mark.parametrize("name", slow_but(FAST, [name for name in ZOO if name not in REFUSED]))
+@pytest.mark.filterwarnings("ignore:the base .* cannot be rebuilt from a file")
+def test_a_model_converts_trains_is_saved_and_comes_back(name, monkeypatch, tmp_path):
+    model, example = ZOO[name]()
+    fresh = copy.deepcopy(model)
+    keys, buffers = list(model.state_dict()), _buffers(model)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        before = call(model, example)
+    sites = ltm.find_sites(model, example)
+    assert len(sites) > 0 and sites.attentions >= sites.covered > 0
+    monkeypatch.setattr(convert, "find_sites", lambda *_: sites)  # sites hold no module: one search is enough
+    _retrofit(model, example)
+
+    plan = ltm.get_plan(model)
+    assert plan.macs < plan.macs_original == sites.total_macs
+    assert count_macs(model, example).total == plan.macs
+    with torch.no_grad():
+        merged = call(model, example)
+    assert [t.shape for t in merged] == [t.shape for t in before] and not equal(merged, before)
+    assert all(bool(torch.isfinite(t).all()) for t in merged)
+
+    model.train()
+    torch.manual_seed(0)
+    outputs = [t for t in tensors_of(call(model, batch(example))) if t.is_floating_point()]
+    torch.stack([t.square().mean() for t in outputs]).sum().backward()
+    masks = masks_of(model)
+    assert set(masks) == {row.site for row in plan.rows if row.action == "merge"}
+    for site, mask in masks.items():
+        for key, parameter in mask.named_parameters():
+            assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()), f"{site}: {key}"
+    assert _buffers(model) == buffers
+    model.eval()
+    ltm.save_pretrained(model, tmp_path / "saved")
+    loaded = ltm.from_pretrained(tmp_path / "saved", base=fresh)
+    with torch.no_grad():
+        assert equal(call(loaded, example), call(model, example))
+
+    ltm.restore(model)
+    assert list(model.state_dict()) == keys and _buffers(model) == buffers
+    model.load_state_dict(state)  # BatchNorm has learned
+    with torch.no_grad():
+        assert equal(call(model, example), before)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_converted_says_why(name):
+    model, example = ZOO[name]()
+    with pytest.raises(ltm.UnsupportedBlock, match=REFUSED[name]):
+        ltm.retrofit(model, ltm.LTMConfig(flops=0.8), example)
+    assert not ltm.is_retrofitted(model)
+
+
+def test_the_fast_table_misses_no_family_of_the_coverage_matrix():
+    assert set(FAST) <= set(ZOO)
+    rows = json.loads((ROOT / "coverage.json").read_text(encoding="utf-8"))["rows"]
+    measured = {row["family"] for row in rows if row["library"] == "timm"}
+    assert len(measured) > 50
+    assert measured - {family(name) for name in FAST if name in TIMM} == set()
