@@ -1,0 +1,112 @@
+"""The registry of merging methods: a method is one file with one entry, and nothing else knows its name.
+
+An entry says what a method builds, what that costs, and which scopes it serves. Importing this room imports nothing
+heavy: the methods that come with the package are imported when they are first asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from ltm_retrofit.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Grid = tuple[int, int]
+
+#: A, the clusters of every learnable mask's statistics
+CLUSTERS = 64
+#: methods that come with the package, and the room below `ltm_retrofit.merging` that holds each one's entry `METHOD`
+_OURS = {"ltm": "mask", "tome": "tome", "pool": "pool", "slice": "slice"}
+_REGISTERED: dict[str, Method] = {}
+
+
+class Keys(NamedTuple):
+    """An affine map of tokens by which they may be compared: ``weight (d, D)``, ``bias (d,)`` or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a mask works, as far as a method needs to know. Token counts are of one sequence, prefix tokens included.
+
+    In scope ``GRID``, ``grid`` (H, W) becomes ``kept`` (H', W') and the counts are their products. In scope ``LOCAL``
+    the counts are those of one cell, and ``groups`` cells of a sequence share one descriptor.
+    """
+
+    scope: str
+    dim: int  # D, of the tokens
+    key_dim: int  # d, of the keys by which they are compared
+    tokens_in: int  # N
+    tokens_out: int  # P
+    prefix: int = 0  # leading tokens that always stay
+    classes: int = 1  # C, of the statistics
+    clusters: int = CLUSTERS  # A, likewise
+    grid: Grid | None = None
+    kept: Grid | None = None
+    groups: int = 1
+    width: int | None = None  # of the tokens that are brought back, where it is not D
+    dtype: torch.dtype | None = None  # of the host's weights; float32 where nobody says
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to merge tokens: an entry of the registry.
+
+    Args:
+        name: what `LTMConfig(method=…)` calls it.
+        version: counts changes of what it computes; a saved folder of another version is refused.
+        scopes: those it serves, of ``"FLOW"``, ``"GRID"`` and ``"LOCAL"``.
+        build: makes the mask of a place. It is given tensors, no model: the pretrained map by which the host itself
+            compares the place's tokens.
+        macs: multiply–adds of the mask for one sequence (all its ``groups``); a `CountError` where the counts of the
+            place cannot be.
+        unmerge_macs: multiply–adds of bringing all tokens of one sequence back.
+    """
+
+    name: str
+    version: int
+    scopes: tuple[str, ...]
+    build: Callable[[Place, Keys], nn.Module]
+    macs: Callable[[Place], int]
+    unmerge_macs: Callable[[Place], int]
+
+
+def register_method(method: Method) -> None:
+    """Add a method of one's own to the registry, from where `LTMConfig(method=name)` takes it.
+
+    Raises:
+        RecipeError: where another method has this name.
+    """
+    if method.name in _OURS or _REGISTERED.get(method.name, method) is not method:
+        raise RecipeError(f"a method {method.name!r} is registered already: give yours another name")
+    _REGISTERED[method.name] = method
+
+
+def method_names() -> tuple[str, ...]:
+    """Return the names in the registry, those of the package first."""
+    return (*_OURS, *_REGISTERED)
+
+
+def get_method(name: str) -> Method:
+    """Return a method by name.
+
+    Raises:
+        RecipeError: where there is none of this name.
+    """
+    if name in _OURS:
+        method: Method = importlib.import_module(f"ltm_retrofit.merging.{_OURS[name]}").METHOD
+        return method
+    if name not in _REGISTERED:
+        close = difflib.get_close_matches(name, method_names(), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise RecipeError(f"method {name!r} is not registered; {hint}known: {', '.join(map(repr, method_names()))}")
+    return _REGISTERED[name]
