@@ -38,8 +38,8 @@ class Report:
         >>> import ltm_retrofit as ltm
         >>> tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
         >>> report = ltm.measure(timm.create_model("vit_tiny_patch16_224", **tiny), batches=())
-        >>> sorted(report.to_dict()["macs"].items())
-        [('converted', None), ('original', 2135376)]
+        >>> report.macs["original"], report.macs["converted"], report.accuracy["original"]
+        (2138832, None, None)
     """
 
     model: str

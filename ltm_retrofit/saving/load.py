@@ -107,9 +107,8 @@ def load_model(name: str) -> nn.Module:
 
     Example:
         >>> import ltm_retrofit as ltm
-        >>> model = ltm.load_model("digits_vit")
-        >>> len(ltm.find_sites(model))
-        12
+        >>> ltm.load_model("digits_vit").num_classes
+        10
     """
     return find_model(name).model
 

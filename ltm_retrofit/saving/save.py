@@ -53,12 +53,12 @@ def save_pretrained(
             trained that there is no base left for an adapter; where the model costs other than its plan says.
 
     Example:
-        >>> import timm
+        >>> import pathlib, timm
         >>> import ltm_retrofit as ltm
         >>> tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
         >>> model = ltm.retrofit(timm.create_model("vit_tiny_patch16_224", **tiny))
         >>> ltm.save_pretrained(model, "saved")
-        >>> sorted(file.name for file in Path("saved").iterdir())
+        >>> sorted(file.name for file in pathlib.Path("saved").iterdir())
         ['README.md', 'config.json', 'model.safetensors']
     """
     get_plan(model)
