@@ -48,12 +48,12 @@ def describe_base(model: nn.Module) -> dict[str, Any]:
 
 def proven_base(model: nn.Module) -> tuple[dict[str, Any], str | None]:
     """Return the narrowest description that rebuilds the model and None; else the first one, and why it does not."""
-    reasons = []
+    tried = []
     for description in _descriptions(model):
-        reasons.append(verify_base(model, description))
-        if reasons[-1] is None:
-            return description, None
-    return describe_base(model), reasons[0]
+        tried.append((description, verify_base(model, description)))
+        if tried[-1][1] is None:
+            return tried[-1]
+    return tried[0]
 
 
 def rebuild_base(description: Mapping[str, Any]) -> nn.Module:
@@ -77,13 +77,13 @@ def rebuild_base(description: Mapping[str, Any]) -> nn.Module:
         except CheckpointError:
             raise
         except Exception as error:  # a file is foreign input: whatever its values do to a constructor
-            raise CheckpointError(f"the recorded base cannot be built: {type(error).__name__}: {error}") from error
+            raise CheckpointError(f"the base cannot be built: {type(error).__name__}: {error}") from error
     for name, dtype in description.get("buffers", {}).items():
         try:
             buffer = model.get_buffer(name)
             buffer.data = buffer.to(getattr(torch, dtype))
         except (AttributeError, TypeError) as error:
-            raise CheckpointError(f"the recorded base has no buffer {name!r} of dtype {dtype!r}") from error
+            raise CheckpointError(f"the base has no buffer {name!r} of dtype {dtype!r}") from error
     return model.eval()
 
 
@@ -256,10 +256,10 @@ def _refuse(keys: Iterable[str], where: str) -> None:
 
 def _rebuild_timm(description: Mapping[str, Any]) -> nn.Module:
     data = description.get("data", {})
-    _refuse(data.keys() - _DATA_KEYS, "the data settings of a recorded timm model")
+    _refuse(data.keys() - _DATA_KEYS, "the data settings of a timm base")
     overlay = _tuples(data) or None
     arguments = description.get("arguments", {})
-    return create_timm(description["architecture"], arguments, "a recorded timm model", pretrained_cfg_overlay=overlay)
+    return create_timm(description["architecture"], arguments, "a timm base", pretrained_cfg_overlay=overlay)
 
 
 def _public(values: Any) -> Any:
@@ -290,7 +290,7 @@ def _rebuild_transformers(description: Mapping[str, Any]) -> nn.Module:
     model: nn.Module = kind(config)
     model.config.dtype = dtype
     if data := description.get("data"):
-        _refuse(data.keys() - _SPOKEN_KEYS, "the data settings of a recorded transformers model")
+        _refuse(data.keys() - _SPOKEN_KEYS, "the data settings of a transformers base")
         model.__dict__[RECORDED] = _tuples(data)
     return model
 
