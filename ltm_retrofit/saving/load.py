@@ -126,8 +126,8 @@ def find_model(name: str) -> LoadedModel:
         return _load_folder(_ASSETS / EMBEDDED, f"the embedded model {EMBEDDED}")
     if "/" not in name and timm.is_model(name.partition(".")[0]):
         # asked for here, and not by timm, whose download has no time limit and may be a pickle
-        known = timm.models.is_model_pretrained(name)
-        repository = timm.get_pretrained_cfg(name, allow_unregistered=False).hf_hub_id if known else None
+        known = timm.is_model_pretrained(name)
+        repository = timm.get_pretrained_cfg_value(name, "hf_hub_id") if known else None
         if not repository:
             tags = ", ".join(timm.list_pretrained(name.partition(".")[0] + "*")[:5]) or "none"
             raise CheckpointError(f"timm has no pretrained weights on the Hub for {name!r}; there are: {tags}")
