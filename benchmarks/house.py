@@ -30,7 +30,11 @@ def docstrings(tree: ast.AST) -> Iterator[ast.Expr]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
             first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 yield first
 
 
@@ -108,7 +112,9 @@ def measure() -> dict[str, object]:
         "comparisons with a method's name outside the registry": outside,
         "a scope's name written out": len(literals(SCOPES)),
         "public names with an example, of": [shown, public],
-        "files over 400 lines": [str(f.relative_to(PACKAGE)) for f in files() if len(f.read_text().splitlines()) > LONG],
+        "files over 400 lines": [
+            str(f.relative_to(PACKAGE)) for f in files() if len(f.read_text().splitlines()) > LONG
+        ],
     }
 
 
