@@ -116,6 +116,7 @@ class _TensorsOnly(nn.Module):
         # What torch.compile returns cannot be traced; what it wraps can, and costs the same.
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.whole, self.keeper = isinstance(example, Tensor), _KeepAlive()
+        self.traced = False
         if not isinstance(example, (Tensor, Mapping)):
             raise ExampleError(f"example must be a tensor or a dict of keyword arguments, got {type(example).__name__}")
         named = example if isinstance(example, Mapping) else {"tensor": example}
@@ -130,7 +131,7 @@ class _TensorsOnly(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the model as its user would."""
-        with self.keeper if torch.jit.is_tracing() else nullcontext():
+        with self.keeper if self.traced else nullcontext():
             named = dict(zip(self.tensors, tensors, strict=True))
             output = self.model(*tensors) if self.whole else run(self.model, named | self.plain)
         leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -238,6 +239,7 @@ def _by_trace(adapter: _TensorsOnly) -> dict[str, int]:
         warnings.simplefilter("ignore")
         from fvcore.nn import FlopCountAnalysis
 
+        adapter.traced = True
         analysis = FlopCountAnalysis(adapter, adapter.inputs())
         # Cleared first, because a default handle outranks a request to ignore its operator.
         analysis.clear_op_handles().set_op_handle(**TRACE_HANDLES)

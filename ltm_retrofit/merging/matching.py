@@ -1,4 +1,10 @@
-"""How N tokens split into sources that may leave and destinations, at any N, and what a mask costs."""
+"""Who merges: bipartite soft matching, which the learnable mask and the published baseline share.
+
+Bolya et al., *Token Merging: Your ViT but faster* (ICLR 2023), here for any number of prefix tokens and any keep ratio
+(``docs/method.md``, items 1 and 2). Patch tokens split into *sources*, which may leave, and *destinations*, which
+never do. The r = N − P sources that are most like a destination leave. Comparing two halves costs a quarter of
+comparing all with all, and no token can both leave and be joined, so one pass suffices.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +19,12 @@ from ltm_retrofit.errors import CountError
 from ltm_retrofit.merging.methods import Place
 from ltm_retrofit.merging.tokens import Assignment, Mask
 
-#: far below the size of any token, and no zero
-TINY = 1e-12
-#: above what nothing but filling adds up to
-FILLING = 1e-6
+#: a size below this is padding: nothing else adds up to so little
+PADDING = 1e-6
 
 
 class Partition(NamedTuple):
-    """How the patch tokens split into sources and destinations; ``stride`` 2 is ToMe's even / odd."""
+    """How patch tokens split: every ``stride``-th from ``offset`` on is a destination; 2 is ToMe's even / odd."""
 
     stride: int
     offset: int
@@ -59,16 +63,10 @@ class Counts(NamedTuple):
     sources: Tensor
 
 
-def kept_at(count: int, tokens_in: int, tokens_out: int, prefix: int) -> int:
-    """Return P for ``count`` tokens where ``tokens_out`` of ``tokens_in`` were planned: the same share of patches."""
-    return prefix + max(1, round((count - prefix) * (tokens_out - prefix) / (tokens_in - prefix)))
-
-
 def sources_of(patches: int, chosen: Partition) -> Tensor:
     """Return the positions of the sources among the patch tokens."""
-    destination = torch.zeros(patches, dtype=torch.bool)
-    destination[chosen.offset :: chosen.stride] = True
-    return torch.arange(patches)[~destination]
+    destinations = range(chosen.offset, patches, chosen.stride)
+    return torch.tensor([place for place in range(patches) if place not in destinations], dtype=torch.int64)
 
 
 def split(patches: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
@@ -80,7 +78,7 @@ def split(patches: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
 
 
 class SimilarityMask(Mask):
-    """What the learnable mask and the published baseline share: who merges, by cosine similarity of keys.
+    """Base of masks that merge by cosine similarity of keys.
 
     Args:
         dim: width D of the tokens.
@@ -89,19 +87,13 @@ class SimilarityMask(Mask):
         prefix: leading tokens that always stay, in place.
     """
 
-    #: how much of the way from N to P is gone: a fine-tune may begin with all tokens
-    reached = 1.0
     source_positions: Tensor
 
     def __init__(self, dim: int, tokens_in: int, tokens_out: int, prefix: int) -> None:
-        super().__init__()
-        self.dim, self.tokens_in, self.tokens_out, self.prefix = dim, tokens_in, tokens_out, prefix
+        super().__init__(tokens_in, tokens_out, prefix)
+        self.dim = dim
         self.partition = partition(tokens_in, tokens_out, prefix)
         self.register_buffer("source_positions", sources_of(tokens_in - prefix, self.partition), persistent=False)
-
-    def extra_repr(self) -> str:
-        """Say what the module does in a printed model."""
-        return f"{self.tokens_in} → {self.tokens_out} tokens, {self.prefix} prefix"
 
     def counts(self, tokens: Tensor) -> Counts:
         """Return what to do with ``(B, N, D)`` tokens; P scales with N where N is not the planned one.
@@ -110,54 +102,70 @@ class SimilarityMask(Mask):
             CountError: where there is no patch token.
         """
         count = int(tokens.shape[1])  # a tensor while it is traced
-        if count == self.tokens_in and self.reached == 1:
-            return Counts(count, self.tokens_out, self.partition, self.source_positions)
-        kept = kept_at(count, self.tokens_in, self.tokens_out, self.prefix)
-        kept = count - round(self.reached * (count - kept))
+        kept = self.kept_at(count)
+        if count == self.tokens_in:
+            return Counts(count, kept, self.partition, self.source_positions)
         split = partition(count, kept, self.prefix)
         return Counts(count, kept, split, sources_of(count - self.prefix, split).to(tokens.device))
 
-    def choose(self, keys: Tensor, counts: Counts, valid: Tensor | None = None) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Choose the sources that leave.
+    def halves(self, whole: Tensor, counts: Counts) -> tuple[Tensor, Tensor]:
+        """Split all N tokens, or their sizes, into sources and destinations; prefix tokens are neither."""
+        return split(whole[:, self.prefix :], counts)
+
+    def select(self, keys: Tensor, counts: Counts, sizes: Tensor | None = None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Select the sources that leave: those whose most similar destination is the most similar of all.
 
         Args:
             keys: ``(B, patches, d)``, of any length.
             counts: what to do with this many tokens.
-            valid: ``(B, patches)`` bool, where some tokens only fill up: those leave first, and nobody joins them.
+            sizes: ``(B, N)`` where some tokens are padding: those leave first, and nobody joins them.
 
         Returns:
-            positions among the sources of those that leave ``(B, r)``, or None where all leave; of those that stay,
-            ascending; and the similarities of all sources to all destinations ``(B, sources, destinations)``.
+            positions among the sources of those that leave ``(B, r)``, or None where all leave; of those that stay
+            ``(B, sources − r)``, ascending; and the similarities of all sources to all destinations ``(B, sources,
+            destinations)``.
         """
+        # Normalised, because the angle says what a token shows and the length how much the attention would weigh it:
+        # by products of plain keys the longest would attract all others.
         source, destination = split(F.normalize(keys, dim=-1), counts)
         similarity = torch.bmm(source, destination.transpose(1, 2))
-        if valid is not None:
-            filled_source, filled = (~half for half in split(valid, counts))
-            similarity = similarity.masked_fill(filled.unsqueeze(1), -2.0).masked_fill(filled_source.unsqueeze(2), 2.0)
+        if sizes is not None:  # −2 and 2 lie outside of what a cosine can be
+            leaves_first, joined_by_none = (size <= PADDING for size in self.halves(sizes, counts))
+            similarity = similarity.masked_fill(joined_by_none.unsqueeze(1), -2.0)
+            similarity = similarity.masked_fill(leaves_first.unsqueeze(2), 2.0)
         leave = counts.tokens_in - counts.tokens_out
         if leave == counts.partition.sources:
             return None, torch.zeros(keys.shape[0], 0, dtype=torch.int64, device=keys.device), similarity
         most = similarity.amax(dim=-1)
+        # r is fixed, where a threshold would be simpler: every shape is known in advance, for compile and export.
+        # Stable, so that of equal similarities (flat sky) the first leaves, on every device and at every batch size.
         if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort; its TopK takes the lower index first, as we do
             order = most.topk(most.shape[-1], dim=-1).indices
         else:
             order = most.argsort(dim=-1, descending=True, stable=True)
-        leaving, staying = order[:, :leave], order[:, leave:].sort(dim=-1).values
-        return leaving, staying, similarity
+        # Ascending, so that those that stay keep the order of the image.
+        return order[:, :leave], order[:, leave:].sort(dim=-1).values, similarity
 
-    def valid(self, sizes: Tensor | None, padded: bool) -> Tensor | None:
-        """Return which patch tokens are more than filling ``(B, patches)``; None where all are."""
-        return sizes[:, self.prefix :] > FILLING if padded and sizes is not None else None
+    def together(self, whole: Tensor, source: Tensor, staying: Tensor, merged: Tensor) -> Tensor:
+        """Lay prefix tokens, sources that stay, and destinations one behind the other: N entries become P."""
+        return torch.cat([whole[:, : self.prefix], take(source, staying), merged], dim=1)
 
     def assignment(self, leaving: Tensor | None, staying: Tensor, weights: Tensor, counts: Counts) -> Assignment:
-        """Turn choices among the sources into an `Assignment` over all N tokens."""
-        batch = staying.shape[0]
-        sources = (counts.sources + self.prefix).expand(batch, -1)
-        places = torch.arange(counts.tokens_in, device=staying.device)
-        first = places[: self.prefix].expand(batch, -1)
-        last = places[self.prefix + counts.partition.offset :: counts.partition.stride].expand(batch, -1)
-        kept = torch.cat([first, sources.gather(1, staying), last], dim=1)
-        return Assignment(kept, pick(sources, leaving), weights)
+        """Turn choices among the sources into an `Assignment` over all N tokens, in the order of `together`."""
+        sources = (counts.sources + self.prefix).expand(staying.shape[0], -1)
+        places = torch.arange(counts.tokens_in, device=staying.device).expand(staying.shape[0], -1)
+        destinations = places[:, self.prefix + counts.partition.offset :: counts.partition.stride]
+        return Assignment(self.together(places, sources, staying, destinations), take(sources, leaving), weights)
+
+
+def unmerge_macs(place: Place) -> int:
+    """``r·|B|·D`` in each cell: every token that left is a mix of the |B| destinations, the others only move.
+
+    Raises:
+        CountError: where the counts cannot be.
+    """
+    destinations = partition(place.tokens_in, place.tokens_out, place.prefix).destinations
+    return place.groups * (place.tokens_in - place.tokens_out) * destinations * (place.width or place.dim)
 
 
 def lifted(x: Tensor) -> Tensor:
@@ -165,17 +173,8 @@ def lifted(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def take(rows: Tensor, index: Tensor | None) -> Tensor:
-    """Gather ``(B, n, D)`` rows by ``(B, k)`` positions; None takes all."""
-    return rows if index is None else rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
-
-
-def pick(values: Tensor, index: Tensor | None) -> Tensor:
-    """Gather ``(B, n)`` values by ``(B, k)`` positions; None takes all."""
-    return values if index is None else values.gather(1, index)
-
-
-def unmerge_macs(place: Place) -> int:
-    """Return the multiply-adds of bringing the tokens of one sequence back: one product with the destinations."""
-    destinations = partition(place.tokens_in, place.tokens_out, place.prefix).destinations
-    return place.groups * (place.tokens_in - place.tokens_out) * destinations * (place.width or place.dim)
+def take(x: Tensor, index: Tensor | None) -> Tensor:
+    """Gather ``(B, n, D)`` or ``(B, n)`` by positions ``(B, k)``; None takes all."""
+    if index is None:
+        return x
+    return x.gather(1, index if x.ndim == 2 else index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ltm_retrofit.merging.matching import kept_at, partition, split
+from ltm_retrofit.merging.matching import partition, split
 
-__all__ = ["kept_at", "merge_macs", "partition", "split", "unmerge_macs"]
+__all__ = ["merge_macs", "partition", "split", "unmerge_macs"]
 
 
 def merge_macs(
