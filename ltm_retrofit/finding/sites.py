@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, nn
 
 from ltm_retrofit.finding.call import Signature
-from ltm_retrofit.scopes.flow.cut import Halves
-from ltm_retrofit.scopes.local.padding import Companions
+
+if TYPE_CHECKING:
+    from ltm_retrofit.scopes.flow.cut import Halves
+    from ltm_retrofit.scopes.local.padding import Companions
+
+
+def _nothing() -> Companions:
+    from ltm_retrofit.scopes.local.padding import Companions
+
+    return Companions()
 
 
 class Scope(StrEnum):
@@ -124,7 +132,7 @@ class LocalSite(AttentionSite):
     width: int  # of the chain's output
     weight: str
     mixes: bool = False
-    companions: Companions = field(default_factory=Companions)  # what the attention got beside its tokens
+    companions: Companions = field(default_factory=_nothing)  # what the attention got beside its tokens
 
 
 @dataclass(frozen=True, kw_only=True)
