@@ -8,116 +8,22 @@ are those of bipartite soft matching (Bolya et al., *Token Merging*, ICLR 2023).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltm_retrofit.merging.ib import full_precision
-from ltm_retrofit.merging.partition import Counts, kept_at, partition, sources_of, split
+from ltm_retrofit.merging.matching import TINY, SimilarityMask, lifted, partition, pick, split, take, unmerge_macs
+from ltm_retrofit.merging.methods import SCOPES, Grid, Keys, Method, Place
+from ltm_retrofit.merging.pool import PoolGrid, gathered, grid_overlaps
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.merging.tokens import Assignment, Step
+from ltm_retrofit.merging.tokens import GridAssignment, Merged, Step
 
 #: temperature of the softmax over destinations in a freshly converted model
 INITIAL_TEMPERATURE = 0.01
 #: how far from the last similarity that leaves a source still learns whether to (METHOD, item 4)
 GATE_TEMPERATURE = 0.1
-#: far below the size of any token, and no zero
-TINY = 1e-12
-#: above what nothing but filling adds up to
-FILLING = 1e-6
-
-
-class Merged(NamedTuple):
-    """What a mask hands on: tokens ``(B, P, D)``, sizes ``(B, P)`` and the step that led there."""
-
-    tokens: Tensor
-    sizes: Tensor
-    step: Step
-
-
-class SimilarityMask(nn.Module):
-    """What the learnable mask and the published baseline share: who merges, by cosine similarity of keys.
-
-    Args:
-        dim: width D of the tokens.
-        tokens_in: N, as planned; at another N the same share of the patch tokens is kept.
-        tokens_out: P.
-        prefix: leading tokens that always stay, in place.
-    """
-
-    #: whether ``forward`` wants the block's present key map
-    wants_key = False
-    #: how much of the way from N to P is gone: a fine-tune may begin with all tokens
-    reached = 1.0
-    source_positions: Tensor
-
-    def __init__(self, dim: int, tokens_in: int, tokens_out: int, prefix: int) -> None:
-        super().__init__()
-        self.dim, self.tokens_in, self.tokens_out, self.prefix = dim, tokens_in, tokens_out, prefix
-        self.partition = partition(tokens_in, tokens_out, prefix)
-        self.register_buffer("source_positions", sources_of(tokens_in - prefix, self.partition), persistent=False)
-
-    def extra_repr(self) -> str:
-        """Say what the module does in a printed model."""
-        return f"{self.tokens_in} → {self.tokens_out} tokens, {self.prefix} prefix"
-
-    def counts(self, tokens: Tensor) -> Counts:
-        """Return what to do with ``(B, N, D)`` tokens; P scales with N where N is not the planned one.
-
-        Raises:
-            CountError: where there is no patch token.
-        """
-        count = int(tokens.shape[1])  # a tensor while it is traced
-        if count == self.tokens_in and self.reached == 1:
-            return Counts(count, self.tokens_out, self.partition, self.source_positions)
-        kept = kept_at(count, self.tokens_in, self.tokens_out, self.prefix)
-        kept = count - round(self.reached * (count - kept))
-        split = partition(count, kept, self.prefix)
-        return Counts(count, kept, split, sources_of(count - self.prefix, split).to(tokens.device))
-
-    def choose(self, keys: Tensor, counts: Counts, valid: Tensor | None = None) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Choose the sources that leave.
-
-        Args:
-            keys: ``(B, patches, d)``, of any length.
-            counts: what to do with this many tokens.
-            valid: ``(B, patches)`` bool, where some tokens only fill up: those leave first, and nobody joins them.
-
-        Returns:
-            positions among the sources of those that leave ``(B, r)``, or None where all leave; of those that stay,
-            ascending; and the similarities of all sources to all destinations ``(B, sources, destinations)``.
-        """
-        source, destination = split(F.normalize(keys, dim=-1), counts)
-        similarity = torch.bmm(source, destination.transpose(1, 2))
-        if valid is not None:
-            filled_source, filled = (~half for half in split(valid, counts))
-            similarity = similarity.masked_fill(filled.unsqueeze(1), -2.0).masked_fill(filled_source.unsqueeze(2), 2.0)
-        leave = counts.tokens_in - counts.tokens_out
-        if leave == counts.partition.sources:
-            return None, torch.zeros(keys.shape[0], 0, dtype=torch.int64, device=keys.device), similarity
-        most = similarity.amax(dim=-1)
-        if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort; its TopK takes the lower index first, as we do
-            order = most.topk(most.shape[-1], dim=-1).indices
-        else:
-            order = most.argsort(dim=-1, descending=True, stable=True)
-        leaving, staying = order[:, :leave], order[:, leave:].sort(dim=-1).values
-        return leaving, staying, similarity
-
-    def valid(self, sizes: Tensor | None, padded: bool) -> Tensor | None:
-        """Return which patch tokens are more than filling ``(B, patches)``; None where all are."""
-        return sizes[:, self.prefix :] > FILLING if padded and sizes is not None else None
-
-    def assignment(self, leaving: Tensor | None, staying: Tensor, weights: Tensor, counts: Counts) -> Assignment:
-        """Turn choices among the sources into an `Assignment` over all N tokens."""
-        batch = staying.shape[0]
-        sources = (counts.sources + self.prefix).expand(batch, -1)
-        places = torch.arange(counts.tokens_in, device=staying.device)
-        first = places[: self.prefix].expand(batch, -1)
-        last = places[self.prefix + counts.partition.offset :: counts.partition.stride].expand(batch, -1)
-        kept = torch.cat([first, sources.gather(1, staying), last], dim=1)
-        return Assignment(kept, pick(sources, leaving), weights)
 
 
 class MaskModule(SimilarityMask):
@@ -135,6 +41,7 @@ class MaskModule(SimilarityMask):
 
     #: whether training teaches who leaves, too
     gated = False
+    statistics: Statistics
 
     def __init__(
         self, dim: int, key_dim: int, tokens_in: int, tokens_out: int, prefix: int, classes: int, clusters: int = 64
@@ -251,16 +158,93 @@ class MaskModule(SimilarityMask):
         return descriptor, step * (middle - zeta[0]), step * (middle - zeta[1])
 
 
-def lifted(x: Tensor) -> Tensor:
-    """Lift half precision to float32."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+class GridMask(PoolGrid):
+    """A learnable mask on a grid: ``G_jp ∝ K_jp exp(α cos(k_j, Σ_l K_lp k_l) + ε_j)``, columns summing to one.
+
+    K is the exact fractional overlap of the boxes; α starts from 0, where the mask is K itself.
+
+    Args:
+        dim: width D of the tokens.
+        key_dim: width d of the keys.
+        grid: (H, W) as planned; at another size the same shares of rows and columns are kept.
+        kept: (H', W').
+        classes: C, of the statistics that the information-bottleneck step uses.
+        clusters: A, likewise.
+    """
+
+    statistics: Statistics
+
+    def __init__(self, dim: int, key_dim: int, grid: Grid, kept: Grid, classes: int, clusters: int = 64) -> None:
+        super().__init__(dim, grid, kept)
+        self.key = nn.Linear(dim, key_dim, bias=False)
+        self.alpha = nn.Parameter(torch.zeros(()))
+        self.eta = nn.Parameter(torch.zeros(()))
+        self.statistics = Statistics(dim, classes, clusters)
+
+    def forward(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Grid, Step]:
+        """Merge ``(B, H·W, D)`` tokens that lie row by row on ``grid``."""
+        index, share, kept = self.boxes(tokens, grid)
+        batch, count = tokens.shape[:2]
+        with full_precision(tokens):
+            z = lifted(tokens)
+            keys = lifted(self.key(tokens.to(self.key.weight.dtype)))
+            near = keys[:, index]  # (B, P, k, d)
+            share = share.to(z.dtype)
+            centre = torch.matmul(share.unsqueeze(1), near)  # (B, P, 1, d)
+            alike = F.cosine_similarity(near, centre, dim=-1)
+            logits = share.log() + self.alpha.to(z.dtype) * alike  # −∞ where boxes do not overlap
+            start = logits.softmax(dim=-1)
+            weight = z.new_zeros(batch, count).scatter_add(1, index.flatten().expand(batch, -1), start.flatten(1))
+            descriptor, tilt = self.descend(z, weight / len(index))
+            mask = (logits + tilt[:, index]).softmax(dim=-1)
+            merged = gathered(tokens, index, mask.to(tokens.dtype))
+        return merged, kept, Step(GridAssignment(index, mask, count), descriptor)
+
+    def descend(self, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """One exponentiated-gradient step on the bound: the descriptor ``(B, D)`` and ε ``(B, N)`` (METHOD, item 5)."""
+        v = F.layer_norm(z, z.shape[-1:])
+        descriptor = torch.matmul(weight.unsqueeze(1), v).squeeze(1)
+        gradient = self.statistics.step_direction(descriptor).to(z.dtype)
+        zeta = torch.matmul(v, gradient.unsqueeze(-1)).squeeze(-1)
+        deviation = zeta.detach().std(dim=1, keepdim=True, correction=0)
+        return descriptor, self.eta.to(z.dtype) * (zeta.mean(dim=1, keepdim=True) - zeta) / (deviation + 1e-6)
 
 
-def take(rows: Tensor, index: Tensor | None) -> Tensor:
-    """Gather ``(B, n, D)`` rows by ``(B, k)`` positions; None takes all."""
-    return rows if index is None else rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+def _build(place: Place, keys: Keys) -> nn.Module:
+    """Make a mask whose keys are the host's own."""
+    mask: MaskModule | GridMask
+    statistics = max(1, place.classes), place.clusters
+    if place.grid is None or place.kept is None:
+        mask = MaskModule(place.dim, place.key_dim, place.tokens_in, place.tokens_out, place.prefix, *statistics)
+    else:
+        mask = GridMask(place.dim, place.key_dim, place.grid, place.kept, *statistics)
+    mask = mask.to(keys.weight.device, place.dtype or torch.float32)
+    with torch.no_grad():
+        mask.key.weight.copy_(keys.weight)
+        if isinstance(mask, MaskModule):
+            mask.key.bias.zero_() if keys.bias is None else mask.key.bias.copy_(keys.bias)
+    return mask
 
 
-def pick(values: Tensor, index: Tensor | None) -> Tensor:
-    """Gather ``(B, n)`` values by ``(B, k)`` positions; None takes all."""
-    return values if index is None else values.gather(1, index)
+def _macs(place: Place) -> int:
+    """Keys, similarities, products with W, and the step."""
+    step = 2 * place.clusters * (place.dim + max(1, place.classes))  # once a sequence, whatever its cells
+    if place.grid is not None and place.kept is not None:
+        near = grid_overlaps(place.grid, place.kept)[0].numel()
+        count = place.tokens_in
+        return count * place.dim * place.key_dim + near * (place.key_dim + place.dim) + 2 * count * place.dim + step
+    _, _, sources, destinations = partition(place.tokens_in, place.tokens_out, place.prefix)
+    patches = sources + destinations
+    once = (patches * place.dim + sources * destinations) * place.key_dim
+    once += (place.tokens_in - place.tokens_out) * destinations * place.dim + 2 * patches * place.dim
+    return place.groups * once + step
+
+
+def _unmerge_macs(place: Place) -> int:
+    """Return the multiply-adds of ``W x̃``."""
+    if place.grid is not None:
+        return place.tokens_in * place.tokens_out * (place.width or place.dim)
+    return unmerge_macs(place)
+
+
+METHOD = Method("ltm", 1, SCOPES, _build, _macs, _unmerge_macs)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, int]
 
+#: all of them, for methods that work everywhere
+SCOPES = ("FLOW", "GRID", "LOCAL")
 #: A, the clusters of every learnable mask's statistics
 CLUSTERS = 64
 #: methods that come with the package, and the room below `ltm_retrofit.merging` that holds each one's entry `METHOD`

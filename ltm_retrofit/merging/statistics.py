@@ -9,7 +9,7 @@ wanted here a few hundred updates end with 64 equal centroids and a bound that n
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from ltm_retrofit.config import check_choice
 from ltm_retrofit.errors import DataError, RecipeError
 from ltm_retrofit.merging import ib
-from ltm_retrofit.merging.memory import Memory
 
 #: no fit before the memory holds this many samples for each cluster
 SAMPLES_PER_CLUSTER = 4
@@ -246,6 +245,55 @@ class Statistics(nn.Module):
                 f"and (n, {classes}); ltm_retrofit.merging.ib.soft_targets makes soft labels of class indices"
             )
         return x.detach().to(device, torch.float32), targets.detach().to(device, torch.float32)
+
+
+class Memory:
+    """Keeps as many of the latest samples as it holds, in the batches they came in: adding one moves no other.
+
+    Args:
+        capacity: how many samples count.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.batches: list[tuple[Tensor, ...]] = []  # of as many parts as each sample has; newest last
+        self.fresh = 0  # samples since `take_fresh`
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return min(self.capacity, sum(len(batch[0]) for batch in self.batches))
+
+    def add(self, *parts: Tensor) -> None:
+        """Add a batch: tensors ``(n, …)``, the parts of its samples; what is beyond the capacity drops out."""
+        self.batches.append(tuple(part.detach()[-self.capacity :].clone() for part in parts))
+        self.fresh += len(parts[0])
+        while sum(len(batch[0]) for batch in self.batches[1:]) >= self.capacity:
+            del self.batches[0]
+
+    def latest(self, count: int | None = None) -> tuple[Tensor, ...]:
+        """Return each part of the latest samples, all that count or fewer: ``(n, …)``, oldest first, on one device."""
+        count = self.capacity if count is None else min(count, self.capacity)
+        first, held = len(self.batches), 0
+        while first > 0 and held < count:
+            first -= 1
+            held += len(self.batches[first][0])
+        device = self.batches[-1][0].device
+        parts = zip(*self.batches[first:], strict=True)
+        return tuple(torch.cat([batch.to(device) for batch in part])[max(0, held - count) :] for part in parts)
+
+    def take_fresh(self) -> tuple[Tensor, ...]:
+        """Return each part of the samples that have come since the last call, as far as they still count."""
+        count, self.fresh = self.fresh, 0
+        return self.latest(count)
+
+    def state(self) -> list[Any]:
+        """Return all that it holds, on the CPU, for `set_state`."""
+        return [[tuple(part.cpu() for part in batch) for batch in self.batches], self.fresh]
+
+    def set_state(self, state: list[Any], device: torch.device) -> None:
+        """Hold what another one held, on a device."""
+        batches, self.fresh = state
+        self.batches = [tuple(part.to(device) for part in batch) for batch in batches]
 
 
 @torch.no_grad()

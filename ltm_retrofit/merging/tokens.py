@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ltm_retrofit.merging.statistics import Statistics
 
 ATTRIBUTE = "ltm_carried"
 
@@ -95,6 +97,26 @@ class Step(NamedTuple):
 
     assignment: Assignment | DenseAssignment | GridAssignment
     descriptor: Tensor | None
+
+
+class Merged(NamedTuple):
+    """What a mask hands on: tokens ``(B, P, D)``, sizes ``(B, P)`` and the step that led there."""
+
+    tokens: Tensor
+    sizes: Tensor
+    step: Step
+
+
+class Mask(nn.Module):
+    """Base of all masks."""
+
+    #: whether ``forward`` wants the block's present key map
+    wants_key = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: of its descriptors; None where nothing is learned
+        self.statistics: Statistics | None = None
 
 
 class Carried(NamedTuple):

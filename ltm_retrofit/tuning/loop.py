@@ -19,7 +19,8 @@ from ltm_retrofit.convert import mark_finetuned
 from ltm_retrofit.converted.record import CHILD, load_state
 from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.merging.grid import GridMask
-from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
+from ltm_retrofit.merging.mask import MaskModule
+from ltm_retrofit.merging.matching import SimilarityMask
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.scopes.masks import LEARNABLE
 from ltm_retrofit.tuning import checkpoints

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from ltm_retrofit.converted.record import FINETUNED, load_state
 from ltm_retrofit.errors import CheckpointError, DataError, TrainingError
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
+from ltm_retrofit.merging.mask import MaskModule
+from ltm_retrofit.merging.matching import SimilarityMask
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.scopes.masks import MASKS
 from ltm_retrofit.tuning import checkpoints

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.merging.baselines import PoolMask, SliceMask, ToMeMask
 from ltm_retrofit.merging.ib import soft_targets
-from ltm_retrofit.merging.mask import MaskModule, Merged
+from ltm_retrofit.merging.mask import MaskModule
 from ltm_retrofit.merging.partition import kept_at, merge_macs, partition, split, unmerge_macs
-from ltm_retrofit.merging.tokens import Assignment, Carried, accumulated, carried_by, carry, unmerge_all
+from ltm_retrofit.merging.tokens import Assignment, Carried, Merged, accumulated, carried_by, carry, unmerge_all
 
 torch.set_num_threads(1)
 DIM, KEY, CLASSES, CLUSTERS, BATCH = 10, 4, 3, 6, 2

@@ -11,7 +11,7 @@ from torch import nn
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.merging import ib
-from ltm_retrofit.merging.mask import SimilarityMask
+from ltm_retrofit.merging.matching import SimilarityMask
 from ltm_retrofit.scopes.masks import LEARNABLE
 from ltm_retrofit.tuning.information import Information, entrances_of
 from ltm_retrofit.tuning.loop import Run
