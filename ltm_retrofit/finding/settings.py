@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from ltm_retrofit.errors import UnsupportedBlock
-
 _GONE = object()
 WRITTEN = ...
 #: what every module has
@@ -73,21 +71,6 @@ def changed_setting(module: nn.Module, settings: Settings) -> tuple[str, Any, An
         if not _same(now, value):
             return name, value, "gone" if now is _GONE else now
     return None
-
-
-def check_settings(module: nn.Module, settings: Settings, block: str) -> None:
-    """Check that the attributes that a block was cut with, or sliced for, are those of now.
-
-    Raises:
-        UnsupportedBlock: where one differs.
-    """
-    if (changed := changed_setting(module, settings)) is not None:
-        name, old, new = changed
-        raise UnsupportedBlock(
-            f"{name!r} of a {type(module).__name__} was {old!r} when block {block!r} was converted and is {new!r} now, "
-            "which the conversion would not follow: set it back, or call ltm_retrofit.restore(model), set it, and "
-            "retrofit again"
-        )
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, nn
 
 from ltm_retrofit.finding.call import Signature
+from ltm_retrofit.merging.methods import Scope
 
 if TYPE_CHECKING:
     from ltm_retrofit.scopes.flow.cut import Halves
@@ -20,18 +20,6 @@ def _nothing() -> Companions:
     from ltm_retrofit.scopes.local.padding import Companions
 
     return Companions()
-
-
-class Scope(StrEnum):
-    """How far merging reaches.
-
-    In ``FLOW`` tokens stay merged from here on, in ``GRID`` they go on as a smaller H'×W' grid, in ``LOCAL`` they are
-    merged for the MLP only and every token gets its group's update.
-    """
-
-    FLOW = "FLOW"
-    GRID = "GRID"
-    LOCAL = "LOCAL"
 
 
 @dataclass(frozen=True)

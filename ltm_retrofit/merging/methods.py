@@ -10,6 +10,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from ltm_retrofit.errors import RecipeError
@@ -20,8 +21,22 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, int]
 
+
+class Scope(StrEnum):
+    """How far merging reaches.
+
+    In ``FLOW`` tokens stay merged for the rest of the network, in ``GRID`` they go on as a smaller H'×W' grid, in
+    ``LOCAL`` they are merged for the MLP only and every token gets its group's update.
+    """
+
+    FLOW = "FLOW"
+    GRID = "GRID"
+    LOCAL = "LOCAL"
+
+
 #: all of them, for methods that work everywhere
-SCOPES = ("FLOW", "GRID", "LOCAL")
+SCOPES = tuple(Scope)
+
 #: A, the clusters of every learnable mask's statistics
 CLUSTERS = 64
 #: methods that come with the package, and the room below `ltm_retrofit.merging` that holds each one's entry `METHOD`

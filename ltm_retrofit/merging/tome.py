@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ltm_retrofit.merging.ib import full_precision
 from ltm_retrofit.merging.matching import TINY, SimilarityMask, lifted, partition, pick, split, take, unmerge_macs
-from ltm_retrofit.merging.methods import Keys, Method, Place
+from ltm_retrofit.merging.methods import Keys, Method, Place, Scope
 from ltm_retrofit.merging.tokens import Merged, Step
 
 
@@ -63,7 +63,7 @@ class ToMeMask(SimilarityMask):
 
 def _build(place: Place, keys: Keys) -> nn.Module:
     # in FLOW it reads the block's keys at each forward pass, as published; an MLP has none to read
-    own = keys.weight if place.scope == "LOCAL" else None
+    own = keys.weight if place.scope == Scope.LOCAL else None
     return ToMeMask(place.dim, place.tokens_in, place.tokens_out, place.prefix, own)
 
 
@@ -72,4 +72,4 @@ def _macs(place: Place) -> int:
     return place.groups * ((sources + destinations) * place.dim + sources * destinations) * place.key_dim
 
 
-METHOD = Method("tome", 1, ("FLOW", "LOCAL"), _build, _macs, unmerge_macs)
+METHOD = Method("tome", 1, (Scope.FLOW, Scope.LOCAL), _build, _macs, unmerge_macs)

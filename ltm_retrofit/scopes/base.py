@@ -12,10 +12,11 @@ import numpy as np
 from torch import nn
 
 from ltm_retrofit.config import LTMConfig
-from ltm_retrofit.errors import CountError
+from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.finding.sites import AttentionSite, Scope, Sites
-from ltm_retrofit.merging.methods import Keys, Place, get_method
+from ltm_retrofit.finding.settings import Settings, changed_setting
+from ltm_retrofit.finding.sites import AttentionSite, Sites
+from ltm_retrofit.merging.methods import Keys, Place, Scope, get_method
 from ltm_retrofit.merging.tokens import Step
 
 #: name under which masks are registered, and the plan on the model
@@ -26,8 +27,9 @@ CHILD = "ltm"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a plan: one site ``merge``\\ s N tokens into P, or ``slice``\\ s to the prefix after the last attention.
+    """A line of a plan: what one site does.
 
+    Its ``action`` is ``"merge"``, N tokens into P, or ``"slice"``, to the prefix tokens after the last attention.
     Counts are of one sequence of one image, prefix tokens included; ``grid`` is H'×W' in scope ``GRID``.
     """
 
@@ -217,6 +219,21 @@ def unwatch(module: nn.Module, kind: type) -> None:
     for number in [number for number, kept in module._forward_pre_hooks.items() if isinstance(kept, kind)]:
         del module._forward_pre_hooks[number]
         module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def check_settings(module: nn.Module, settings: Settings, block: str) -> None:
+    """Check that the attributes that a block was cut with, or sliced for, are those of now.
+
+    Raises:
+        UnsupportedBlock: where one differs.
+    """
+    if (changed := changed_setting(module, settings)) is not None:
+        name, old, new = changed
+        raise UnsupportedBlock(
+            f"{name!r} of a {type(module).__name__} was {old!r} when block {block!r} was converted and is {new!r} now, "
+            "which the conversion would not follow: set it back, or call ltm_retrofit.restore(model), set it, and "
+            "retrofit again"
+        )
 
 
 class Planned(Protocol):

@@ -10,8 +10,8 @@ from torch import nn
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.finding.sites import Scope, Sites
-from ltm_retrofit.merging.methods import Keys
+from ltm_retrofit.finding.sites import Sites
+from ltm_retrofit.merging.methods import Keys, Scope
 from ltm_retrofit.merging.tokens import Step, accumulated
 from ltm_retrofit.scopes.base import (
     Interceptor,

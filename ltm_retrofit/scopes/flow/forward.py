@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.finding.call import hides_or_shows, seen_by
-from ltm_retrofit.finding.settings import check_settings, frozen
+from ltm_retrofit.finding.settings import frozen
 from ltm_retrofit.finding.sites import FlowSite
 from ltm_retrofit.merging.tokens import Carried, carried_by, carry, positions, unmerge_all
-from ltm_retrofit.scopes.base import Interceptor
+from ltm_retrofit.scopes.base import Interceptor, check_settings
 
 
 class FlowForward(Interceptor):

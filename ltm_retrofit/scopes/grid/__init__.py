@@ -9,14 +9,13 @@ from torch import nn
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.finding.sites import Scope, Sites
-from ltm_retrofit.merging.methods import Keys
+from ltm_retrofit.finding.sites import Sites
+from ltm_retrofit.merging.methods import Keys, Scope
 from ltm_retrofit.merging.slice import CropGrid
 from ltm_retrofit.merging.tokens import Step
 from ltm_retrofit.scopes.base import Interceptor, Panel, Parts, Planned, Row, ScopeRules, make_mask, names_of
 from ltm_retrofit.scopes.grid.budget import GridBudget, place_of
 from ltm_retrofit.scopes.grid.forward import GridForward
-from ltm_retrofit.scopes.local.find import principal_keys
 
 
 class GridRules(ScopeRules):
@@ -30,6 +29,8 @@ class GridRules(ScopeRules):
 
     def build(self, model: nn.Module, sites: Sites, plan: Planned) -> Parts:
         """Intercept the modules of the rows."""
+        from ltm_retrofit.scopes.local.find import principal_keys
+
         rows, forwards, masks = self.rows(plan), list[Interceptor](), dict[nn.Module, nn.Module]()
         for site in sites.grid:
             if (row := rows.get(site.block)) is None:

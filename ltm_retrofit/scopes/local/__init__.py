@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.finding.sites import Scope, Sites
-from ltm_retrofit.merging.methods import Keys
+from ltm_retrofit.finding.sites import Sites
+from ltm_retrofit.merging.methods import Keys, Scope
 from ltm_retrofit.merging.tokens import Step
 from ltm_retrofit.scopes.base import (
     Interceptor,
@@ -26,7 +26,6 @@ from ltm_retrofit.scopes.base import (
     title_of,
 )
 from ltm_retrofit.scopes.local.budget import LocalBudget, place_of
-from ltm_retrofit.scopes.local.find import principal_keys
 from ltm_retrofit.scopes.local.forward import LocalForward
 
 #: sites that are drawn where there are more
@@ -44,6 +43,8 @@ class LocalRules(ScopeRules):
 
     def build(self, model: nn.Module, sites: Sites, plan: Planned) -> Parts:
         """Intercept the chain of each row: its first module merges, its last one unmerges."""
+        from ltm_retrofit.scopes.local.find import principal_keys
+
         rows, forwards, masks = self.rows(plan), list[Interceptor](), dict[nn.Module, nn.Module]()
         for site in sites.local:
             if (row := rows.get(site.block)) is None:

@@ -122,9 +122,9 @@ class LocalBudget(Budget[LocalSite]):
 
 def _at(ladder: list[Rung], share: float) -> Rung:
     """Return the rung that keeps at least this share of the tokens, the cheapest of those."""
-    return [
-        rung for rung in ladder if rung[0] is None or rung[0].tokens_out >= ceil(share * rung[0].tokens_in - 1e-9)
-    ][-1]
+    return [rung for rung in ladder if rung[0] is None or rung[0].tokens_out >= ceil(share * rung[0].tokens_in - 1e-9)][
+        -1
+    ]
 
 
 def _option(rungs: Sequence[Rung]) -> Option:

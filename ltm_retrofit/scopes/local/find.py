@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ltm_retrofit.finding.layouts import spatial_of, width_of
 from ltm_retrofit.finding.recording import Recording
-from ltm_retrofit.finding.sites import LocalSite, Scope, TokenLayout
+from ltm_retrofit.finding.sites import LocalSite, TokenLayout
+from ltm_retrofit.merging.methods import Scope
 from ltm_retrofit.scopes.grid.maps import CONTAINERS
 from ltm_retrofit.scopes.local.cells import FEWEST, choose_cell
 from ltm_retrofit.scopes.local.chains import Chain, Link
