@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from ltm_retrofit.config import check_choice
-from ltm_retrofit.errors import DataError, RecipeError
+from ltm_retrofit.errors import DataError, RecipeError, check_choice
 from ltm_retrofit.merging import ib
 
 #: no fit before the memory holds this many samples for each cluster
