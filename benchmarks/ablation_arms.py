@@ -12,8 +12,8 @@ import ablation_base as base
 from torch import nn
 
 import ltm_retrofit as ltm
+from ltm_retrofit.converted.record import learns
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.scopes.masks import LEARNABLE
 
 RATES = (3e-5, 1e-4, 3e-4)
 CLUSTERS, PERPLEXITY = 64, 8.0
@@ -159,7 +159,7 @@ def change(
 ) -> None:
     """Change the masks of a network before its fine-tune."""
     for module in list(model.modules()):
-        if isinstance(module, LEARNABLE):
+        if learns(module):
             module.eta.requires_grad_(eta)
             if temperature is not None:
                 nn.init.constant_(module.log_scale, -math.log(temperature))

@@ -30,13 +30,14 @@ from ltm_retrofit.errors import (
 )
 
 if TYPE_CHECKING:
-    from ltm_retrofit.convert import disabled, get_plan, is_retrofitted, restore, retrofit
+    from ltm_retrofit.convert import restore, retrofit
+    from ltm_retrofit.converted.record import disabled, get_plan, is_retrofitted
     from ltm_retrofit.find import find_sites
     from ltm_retrofit.plan import MergePlan, make_plan
     from ltm_retrofit.reporting.pictures import show_merges
     from ltm_retrofit.reporting.report import Report, measure
     from ltm_retrofit.saving.hub import from_pretrained, save_pretrained
-    from ltm_retrofit.tracing import MergeTrace, bound_loss, trace
+    from ltm_retrofit.tracing import MergeTrace, bound_loss, learn_from, trace
     from ltm_retrofit.tuning.history import History
     from ltm_retrofit.tuning.settings import TrainConfig
     from ltm_retrofit.tuning.train import finetune
@@ -46,8 +47,9 @@ __version__ = version("ltm-retrofit")
 _HOMES = {
     "find": ("find_sites",),
     "plan": ("MergePlan", "make_plan"),
-    "convert": ("disabled", "get_plan", "is_retrofitted", "restore", "retrofit"),
-    "tracing": ("MergeTrace", "bound_loss", "trace"),
+    "convert": ("restore", "retrofit"),
+    "converted.record": ("disabled", "get_plan", "is_retrofitted"),
+    "tracing": ("MergeTrace", "bound_loss", "learn_from", "trace"),
     "tuning.history": ("History",),
     "tuning.settings": ("TrainConfig",),
     "tuning.train": ("finetune",),
@@ -85,6 +87,7 @@ __all__ = [
     "from_pretrained",
     "get_plan",
     "is_retrofitted",
+    "learn_from",
     "make_plan",
     "measure",
     "restore",

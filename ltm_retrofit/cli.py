@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ltm_retrofit.config import METHODS, OUTPUT_TOKENS, LTMConfig
+from ltm_retrofit.config import OUTPUT_TOKENS, LTMConfig
 from ltm_retrofit.errors import RecipeError, RetrofitError
+from ltm_retrofit.merging.methods import method_names
 
 EXAMPLES = {
     "inspect": "ltm-retrofit inspect vit_small_patch16_224\n  ltm-retrofit inspect ./my_checkpoint --json",
@@ -57,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     budget = sub.add_mutually_exclusive_group()
     budget.add_argument("--flops", type=float, help="share of the model's MACs to keep (default 0.7)")
     budget.add_argument("--tokens", type=int, nargs="+", help="token counts after each site, prefix tokens included")
-    sub.add_argument("--method", choices=METHODS, default="ltm", help="default ltm")
+    sub.add_argument("--method", choices=method_names(), default="ltm", help="default ltm")
     sub.add_argument("--sites", nargs="+", help="blocks to choose from, instead of the schedule")
     sub.add_argument("--output-tokens", choices=OUTPUT_TOKENS, default="auto", help="default auto")
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -157,7 +158,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from ltm_retrofit.convert import get_plan, retrofit
+    from ltm_retrofit.convert import retrofit
+    from ltm_retrofit.converted.record import get_plan
     from ltm_retrofit.saving.hub import check_target, save_pretrained
 
     check_target(arguments.out, arguments.overwrite)
@@ -176,7 +178,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    from ltm_retrofit.convert import is_retrofitted
+    from ltm_retrofit.converted.record import is_retrofitted
     from ltm_retrofit.errors import NotRetrofitted
     from ltm_retrofit.reporting.report import measure
     from ltm_retrofit.saving.hub import check_target, save_pretrained

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from ltm_retrofit.errors import RecipeError
+from ltm_retrofit.errors import RecipeError, check_choice
+from ltm_retrofit.merging.methods import Scope, method_names
 
-METHODS = ("ltm", "tome", "pool", "slice")
-SCOPES = ("FLOW", "GRID", "LOCAL")
 SCHEDULES = ("stages",)
 OUTPUT_TOKENS = ("auto", "full")
 
@@ -23,13 +22,6 @@ def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
             close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
             raise RecipeError(f"{where}: unknown key {key!r}; {hint}")
-
-
-def check_choice(value: object, choices: Iterable[str], name: str) -> None:
-    """Raise `RecipeError` where ``value`` is none of ``choices``."""
-    choices = list(choices)
-    if value not in choices:
-        raise RecipeError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 class Strict:
@@ -55,16 +47,25 @@ class LTMConfig(Strict):
         flops: target share of the whole model's MACs, masks included, at the example's size. The plan's share lies
             in ``[flops − 0.02, flops]``, otherwise there is a `BudgetError`.
         tokens: token counts after each site in depth order, prefix tokens included.
-        method: ``"ltm"`` (learnable token merging), ``"tome"`` (the published parameter-free baseline), ``"pool"``
-            (average pooling to the same counts) or ``"slice"`` (keep the first P tokens: the free lower limit, for
-            measuring).
+        method: a name in the registry: ``"ltm"`` (learnable token merging), ``"tome"`` (the published parameter-free
+            baseline), ``"pool"`` (average pooling to the same counts), ``"slice"`` (keep the first P tokens: the free
+            lower limit, for measuring), or one of your own.
         schedule: ``"stages"``: of the d blocks in scope FLOW or GRID the 0-based ⌊d/4⌋, ⌊d/2⌋, ⌊3d/4⌋, and every
             LOCAL block.
         sites: block names to choose from, instead of the schedule.
-        scope: force one scope: ``"FLOW"`` (tokens stay merged), ``"GRID"`` (a smaller H'×W' grid from here on) or
+        scope: force one scope: ``"FLOW"`` (tokens stay merged), ``"GRID"`` (a smaller H'×W' grid goes on) or
             ``"LOCAL"`` (merged for the MLP only); the best that the proofs allow where left out.
         output_tokens: ``"auto"`` brings every token back after the last block where something reads them;
             ``"full"`` always does, for feature extraction.
+
+    Raises:
+        RecipeError: where a value cannot be.
+
+    Example:
+        >>> import ltm_retrofit as ltm
+        >>> config = ltm.LTMConfig(flops=0.7, method="tome")
+        >>> config == ltm.LTMConfig.from_dict(config.to_dict())
+        True
     """
 
     flops: float | None = None
@@ -97,8 +98,8 @@ class LTMConfig(Strict):
                 raise RecipeError(f"token counts cannot grow from site to site, got {self.tokens!r}")
         if self.sites is not None and not all(isinstance(site, str) for site in self.sites):
             raise RecipeError(f"sites are names of blocks, got {self.sites!r}")
-        check_choice(self.method, METHODS, "method")
+        check_choice(self.method, method_names(), "method")
         check_choice(self.schedule, SCHEDULES, "schedule")
         check_choice(self.output_tokens, OUTPUT_TOKENS, "output_tokens")
         if self.scope is not None:
-            check_choice(self.scope, SCOPES, "scope")
+            check_choice(self.scope, [scope.value for scope in Scope], "scope")

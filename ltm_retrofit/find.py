@@ -15,9 +15,10 @@ from ltm_retrofit.finding.example import Example, fixed_of, in_float, on_meta, p
 from ltm_retrofit.finding.layouts import find_axes
 from ltm_retrofit.finding.prefix import note_constant_tokens
 from ltm_retrofit.finding.recording import Recording, record
-from ltm_retrofit.finding.sites import AttentionSite, FlowSite, GridSite, LocalSite, Scope, Sites, TokenLayout
+from ltm_retrofit.finding.sites import AttentionSite, FlowSite, GridSite, LocalSite, Sites, TokenLayout
 from ltm_retrofit.finding.twin import expand, is_empty, kept_of, make_twin, stands_for
 from ltm_retrofit.macs import count_macs_again, count_macs_quick
+from ltm_retrofit.merging.methods import Scope
 from ltm_retrofit.scopes.flow.find import find_ending, find_flow, flow_sites
 from ltm_retrofit.scopes.grid.find import find_grids
 from ltm_retrofit.scopes.grid.maps import MapPoint, maps_around

@@ -17,7 +17,8 @@ import yaml
 from torch import nn
 
 from ltm_retrofit.config import LTMConfig, Strict, check_keys
-from ltm_retrofit.convert import get_plan, retrofit
+from ltm_retrofit.convert import retrofit
+from ltm_retrofit.converted.record import get_plan
 from ltm_retrofit.errors import CheckpointError, DataError, RecipeError
 from ltm_retrofit.finding.example import prepare_example, run
 from ltm_retrofit.finding.proofs import all_equal

@@ -18,7 +18,7 @@ from PIL import Image
 
 import ltm_retrofit as ltm
 from ltm_retrofit import cli
-from ltm_retrofit.convert import was_finetuned
+from ltm_retrofit.converted.record import was_finetuned
 
 COMMANDS = ("inspect", "convert", "finetune", "report", "run")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}

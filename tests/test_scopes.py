@@ -21,7 +21,7 @@ from ltm_retrofit.converted.record import forwards_of, masks_of
 from ltm_retrofit.finding.call import gather_rows
 from ltm_retrofit.macs import count_macs
 from ltm_retrofit.merging.grid import CropGrid, GridMask, PoolGrid
-from ltm_retrofit.scopes.flow.forward import BlockForward
+from ltm_retrofit.scopes.flow.forward import FlowForward
 from ltm_retrofit.scopes.grid.forward import GridForward
 from ltm_retrofit.scopes.local.forward import LocalForward
 
@@ -50,7 +50,7 @@ def test_a_scope_can_be_forced(name, scope):
     before = [tensor.shape for tensor in call(model, example)]
     convert(model, example, flops=0.9, scope=scope)
     assert scopes(model) == {scope}
-    kinds = {"FLOW": BlockForward, "GRID": GridForward, "LOCAL": LocalForward}
+    kinds = {"FLOW": FlowForward, "GRID": GridForward, "LOCAL": LocalForward}
     assert {type(forward) for forward in forwards_of(model)} == {kinds[scope]}
     assert count_macs(model, example).total == ltm.get_plan(model).macs
     assert [tensor.shape for tensor in call(model, example)] == before
@@ -184,7 +184,7 @@ def test_tokens_of_one_cell_do_not_see_another_cell(name):
     convert(model, example, flops=0.9, scope="LOCAL")
     forward = next(f for f in forwards_of(model) if isinstance(f, LocalForward) and f.first)
     cells = forward.cells(forward.layout.tokens, () if forward.order == "BNC" else forward.layout.grid)
-    if cells.per_row < 2:
+    if cells.per_sequence < 2:
         pytest.skip("one cell holds all tokens")
     shape = (1, forward.layout.tokens, forward.dim)
     tokens = torch.randn(shape, generator=torch.Generator().manual_seed(1))

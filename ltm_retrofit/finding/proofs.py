@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from ltm_retrofit.finding.example import Example, run, tensors_of
 from ltm_retrofit.finding.recording import Call, replaced
 from ltm_retrofit.finding.sites import Cost
 from ltm_retrofit.macs import count_macs_quick
-from ltm_retrofit.scopes.flow.cut import Halves
+
+if TYPE_CHECKING:
+    from ltm_retrofit.scopes.flow.cut import Halves
 
 
 def close(given: Tensor, expected: Tensor) -> bool:

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor, nn
 
 from ltm_retrofit.finding.call import Signature
-from ltm_retrofit.scopes.flow.cut import Halves
-from ltm_retrofit.scopes.local.padding import Companions
+from ltm_retrofit.merging.methods import Scope
+
+if TYPE_CHECKING:
+    from ltm_retrofit.scopes.flow.cut import Halves
+    from ltm_retrofit.scopes.local.padding import Companions
 
 
-class Scope(StrEnum):
-    """How far merging reaches.
+def _nothing() -> Companions:
+    from ltm_retrofit.scopes.local.padding import Companions
 
-    In ``FLOW`` tokens stay merged from here on, in ``GRID`` they go on as a smaller H'×W' grid, in ``LOCAL`` they are
-    merged for the MLP only and every token gets its group's update.
-    """
-
-    FLOW = "FLOW"
-    GRID = "GRID"
-    LOCAL = "LOCAL"
+    return Companions()
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ class LocalSite(AttentionSite):
     width: int  # of the chain's output
     weight: str
     mixes: bool = False
-    companions: Companions = field(default_factory=Companions)  # what the attention got beside its tokens
+    companions: Companions = field(default_factory=_nothing)  # what the attention got beside its tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ltm_retrofit.convert import restore, retrofit
-from ltm_retrofit.converted.fingerprints import bytes_of, fingerprint
-from ltm_retrofit.converted.record import get_retrofit
+from ltm_retrofit.converted.record import bytes_of, fingerprint, get_retrofit
+from ltm_retrofit.converted.resizing import example_of, resized
 from ltm_retrofit.errors import BaseMismatch, CheckpointError
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.base import base_state, differing, is_ours, load_exactly
-from ltm_retrofit.saving.sizes import example_of, resized
 from ltm_retrofit.tuning.heads import NEW_HEAD, set_classes
 from ltm_retrofit.undisturbed import remembered
 

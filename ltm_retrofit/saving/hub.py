@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.config import check_keys
-from ltm_retrofit.convert import get_plan, is_retrofitted, restore, retrofit
-from ltm_retrofit.converted.classifier import follow_head
-from ltm_retrofit.converted.resizing import planned_size, set_size
+from ltm_retrofit.convert import restore, retrofit
+from ltm_retrofit.converted.classifier import follow_classifier
+from ltm_retrofit.converted.record import get_plan, is_retrofitted
+from ltm_retrofit.converted.resizing import example_of, planned_size, resized, set_size, size_from
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import adapter_state, attach, labels_of
@@ -33,7 +34,6 @@ from ltm_retrofit.saving.base import (
 )
 from ltm_retrofit.saving.card import model_card
 from ltm_retrofit.saving.fetch import fetch
-from ltm_retrofit.saving.sizes import example_of, resized, size_from
 
 FORMAT, FORMAT_VERSION = "ltm_retrofit", 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -70,7 +70,7 @@ def save_pretrained(
     get_plan(model)
     target = Path(path).expanduser()
     check_target(target, overwrite)
-    follow_head(model, thorough=True)
+    follow_classifier(model, thorough=True)
     plan = get_plan(model)
     attached: dict[str, Any] | None = None
     size = resized(model)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ltm_retrofit.convert import is_retrofitted
-from ltm_retrofit.converted.classifier import follow_head
-from ltm_retrofit.converted.record import get_retrofit
+from ltm_retrofit.converted.classifier import follow_classifier
+from ltm_retrofit.converted.record import get_retrofit, is_retrofitted
 from ltm_retrofit.errors import DataError, ExampleError, TrainingError
 from ltm_retrofit.finding.example import home, logits_of, prepare_example, run
 from ltm_retrofit.finding.recording import record
@@ -120,7 +119,7 @@ def count_classes(model: nn.Module) -> int:
         TrainingError: where it puts out no logits.
     """
     if is_retrofitted(model):
-        follow_head(model)
+        follow_classifier(model)
         classes = get_retrofit(model).plan.classes
     else:
         try:

@@ -10,7 +10,7 @@ import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset  # type: ignore[attr-defined]
 from torch import nn
 
-from ltm_retrofit.convert import is_retrofitted
+from ltm_retrofit.converted.record import is_retrofitted
 from ltm_retrofit.errors import AlreadyRetrofitted, DataError
 from ltm_retrofit.finding.example import logits_of, prepare_example
 from ltm_retrofit.finding.recording import record

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ltm_retrofit.convert import get_plan, is_retrofitted
-from ltm_retrofit.converted.fingerprints import fingerprints_of
+from ltm_retrofit.converted.record import fingerprints_of, get_plan, is_retrofitted
 from ltm_retrofit.errors import CheckpointError
 from ltm_retrofit.tuning.settings import TrainConfig
 

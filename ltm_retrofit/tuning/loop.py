@@ -15,13 +15,12 @@ from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ltm_retrofit.convert import mark_finetuned
-from ltm_retrofit.converted.record import CHILD, load_state
+from ltm_retrofit.converted.record import CHILD, learns, load_state, mark_finetuned
 from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.merging.grid import GridMask
-from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
+from ltm_retrofit.merging.mask import MaskModule
+from ltm_retrofit.merging.matching import SimilarityMask
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.scopes.masks import LEARNABLE
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.data import Data, batches_on, size_of
 from ltm_retrofit.tuning.evaluate import evaluate_in_memory
@@ -284,7 +283,7 @@ class Run:
                 **({"alpha": module.alpha.item()} if isinstance(module, GridMask) else {}),
             }
             for name, module in self.model.named_modules()
-            if isinstance(module, LEARNABLE)
+            if learns(module)
         }
 
     def keep(self) -> None:

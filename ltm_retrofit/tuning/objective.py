@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from ltm_retrofit.convert import is_retrofitted, restore
-from ltm_retrofit.converted.record import get_retrofit
+from ltm_retrofit.convert import restore
+from ltm_retrofit.converted.record import get_retrofit, is_retrofitted
 from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.finding.example import logits_of, run
 from ltm_retrofit.finding.recording import record
@@ -109,7 +109,6 @@ class Objective:
             losses["bound"] = bound_loss(
                 traced,
                 soft,
-                sites=self.config.bound_sites,
                 kind=self.config.bound,
                 gamma=self.config.gamma,
                 learn=False,

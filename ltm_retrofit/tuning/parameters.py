@@ -10,8 +10,8 @@ import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay  # type: ignore[attr-defined]
 from torch import nn
 
+from ltm_retrofit.converted.record import learns
 from ltm_retrofit.errors import RecipeError, TrainingError
-from ltm_retrofit.scopes.masks import LEARNABLE
 from ltm_retrofit.tuning.heads import new_head
 from ltm_retrofit.tuning.settings import TrainConfig
 
@@ -23,7 +23,7 @@ CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 
 def masks_in(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of all learnable masks."""
-    return [p for module in model.modules() if isinstance(module, LEARNABLE) for p in module.parameters()]
+    return [p for module in model.modules() if learns(module) for p in module.parameters()]
 
 
 def chosen(model: nn.Module, train: str) -> set[nn.Parameter]:
@@ -88,7 +88,7 @@ def low_rank(model: nn.Module, config: TrainConfig) -> Iterator[None]:
 def _linear_maps(model: nn.Module) -> list[str]:
     """Name the linear maps that are called as modules, masks and head left out."""
     packed = tuple(name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
-    masks = {module for mask in model.modules() if isinstance(mask, LEARNABLE) for module in mask.modules()}
+    masks = {module for mask in model.modules() if learns(mask) for module in mask.modules()}
     head = new_head(model)
     return [
         name

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from ltm_retrofit.config import Strict, check_choice
-from ltm_retrofit.errors import RecipeError
+from ltm_retrofit.config import Strict
+from ltm_retrofit.errors import RecipeError, check_choice
 from ltm_retrofit.tuning.preprocessing import AUGMENTS
 
 TRAINS = ("all", "masks", "masks+norms", "lora")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ltm_retrofit.config import Strict, check_choice
-from ltm_retrofit.errors import DataError, RecipeError
+from ltm_retrofit.config import Strict
+from ltm_retrofit.errors import DataError, RecipeError, check_choice
 from ltm_retrofit.tuning.data import columns_of, is_stream
 from ltm_retrofit.tuning.digits import SPLITS, Split, load_canvases
 from ltm_retrofit.tuning.images import BUFFER

@@ -13,12 +13,12 @@ from accelerate.utils import find_executable_batch_size
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ltm_retrofit.converted.record import FINETUNED, load_state
+from ltm_retrofit.converted.record import FINETUNED, load_state, masks_of
 from ltm_retrofit.errors import CheckpointError, DataError, TrainingError
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
+from ltm_retrofit.merging.mask import MaskModule
+from ltm_retrofit.merging.matching import SimilarityMask
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.scopes.masks import MASKS
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.data import Data, columns_of, is_stream, is_table
 from ltm_retrofit.tuning.evaluate import check_data, count_classes
@@ -231,7 +231,7 @@ def _check_annealed(model: nn.Module, config: TrainConfig) -> None:
     Raises:
         TrainingError: where there is nothing to anneal, or a mask has a fixed grid.
     """
-    masks = [module for module in model.modules() if isinstance(module, MASKS)]
+    masks = list(masks_of(model).values())
     if config.anneal and not (masks and all(isinstance(mask, SimilarityMask) for mask in masks)):
         kinds = ", ".join(sorted({type(mask).__name__ for mask in masks})) or "no mask"
         raise TrainingError(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import ltm_retrofit as ltm
-from ltm_retrofit.convert import mark_finetuned
+from ltm_retrofit.converted.record import mark_finetuned
 from ltm_retrofit.errors import CountError, DataError
 from ltm_retrofit.finding.example import prepare_example, repeat_batch
 from ltm_retrofit.macs import count_macs

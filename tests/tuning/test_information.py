@@ -9,10 +9,10 @@ from pieces import batches
 from torch import nn
 
 import ltm_retrofit as ltm
+from ltm_retrofit.converted.record import learns
 from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.merging import ib
-from ltm_retrofit.merging.mask import SimilarityMask
-from ltm_retrofit.scopes.masks import LEARNABLE
+from ltm_retrofit.merging.matching import SimilarityMask
 from ltm_retrofit.tuning.information import Information, entrances_of
 from ltm_retrofit.tuning.loop import Run
 
@@ -132,7 +132,7 @@ def test_the_average_of_the_weights_has_the_counts_that_are_reached(converted, m
 
 def test_all_tokens_are_the_original_model(converted, build) -> None:
     model, host = converted("timm-vit"), build("timm-vit")
-    masks = [module for module in model.modules() if isinstance(module, LEARNABLE)]
+    masks = [module for module in model.modules() if learns(module)]
     for mask in masks:
         mask.reached = 0.0
     images = MANY[0][0]
@@ -154,7 +154,7 @@ def test_who_leaves_is_learned_behind_a_gate_only_while_training(converted, buil
     for gate in (False, True):
         model = converted("timm-vit")
         ltm.finetune(model, batches(3), config=ltm.TrainConfig(batch_size=7, gate=gate, bound="none"))
-        masks = [module for module in model.modules() if isinstance(module, LEARNABLE)]
+        masks = [module for module in model.modules() if learns(module)]
         assert not any(mask.gated for mask in masks)
         keys[gate] = masks[0].key.weight.detach()
     assert not torch.equal(keys[False], keys[True])

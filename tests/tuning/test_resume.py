@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import ltm_retrofit as ltm
 from ltm_retrofit.cli import _be_quiet
-from ltm_retrofit.convert import was_finetuned
+from ltm_retrofit.converted.record import was_finetuned
 from ltm_retrofit.errors import CheckpointError, TrainingError
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints

@@ -19,7 +19,7 @@ from pieces import Own, batches, equal, weights
 from torch import Tensor, nn
 
 import ltm_retrofit as ltm
-from ltm_retrofit.convert import was_finetuned
+from ltm_retrofit.converted.record import was_finetuned
 from ltm_retrofit.errors import DataError, RecipeError, TrainingError
 from ltm_retrofit.tuning import processes
 from ltm_retrofit.tuning.evaluate import count_classes, evaluate, predictions

@@ -16,7 +16,8 @@ from ltm_retrofit.finding.call import Signature
 from ltm_retrofit.finding.example import Example
 from ltm_retrofit.finding.prefix import same_tokens
 from ltm_retrofit.finding.recording import Attended, Call, Recording
-from ltm_retrofit.finding.sites import Cost, Ending, FlowSite, KeySource, Scope, TokenLayout
+from ltm_retrofit.finding.sites import Cost, Ending, FlowSite, KeySource, TokenLayout
+from ltm_retrofit.merging.methods import Scope
 from ltm_retrofit.scopes.flow import keys
 from ltm_retrofit.scopes.flow.cut import Halves, NoTail, cut_block
 from ltm_retrofit.scopes.flow.runs import handed_on, unbroken

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ltm_retrofit.finding.layouts import spatial_of, width_of
 from ltm_retrofit.finding.recording import Recording
-from ltm_retrofit.finding.sites import LocalSite, Scope, TokenLayout
+from ltm_retrofit.finding.sites import LocalSite, TokenLayout
+from ltm_retrofit.merging.methods import Scope
 from ltm_retrofit.scopes.grid.maps import CONTAINERS
+from ltm_retrofit.scopes.local.cells import FEWEST, choose_cell
 from ltm_retrofit.scopes.local.chains import Chain, Link
 from ltm_retrofit.scopes.local.padding import Companions, companions
 
@@ -20,7 +22,6 @@ PADDED = (
     "by its attention's mask some tokens of the example only fill up, and nothing tells an MLP which: pass an example "
     "without padding"
 )
-FEWEST = 4  # tokens that are worth merging
 
 
 def local_sites(
@@ -126,26 +127,6 @@ def _site(
         mixes=mixes,
         companions=beside,
     )
-
-
-def choose_cell(grid: Grid, dim: int) -> Grid:
-    """Choose the cell that merging happens in: the largest that tiles the grid and is cheap to compare within.
-
-    Comparing and merging g tokens costs about g/(8·dim) of an MLP, so narrow networks get small cells.
-    """
-    limit = max(36, dim * 11 // 20)
-    tiles = [(a, b) for a in _divisors(grid[0]) for b in _divisors(grid[1]) if a * b <= limit]
-    best = max(tiles, key=lambda cell: (cell[0] * cell[1] / limit > 0.5, -abs(cell[0] - cell[1]), cell[0] * cell[1]))
-    largest = max(tiles, key=lambda cell: cell[0] * cell[1])
-    cell = best if best[0] * best[1] * 2 > limit or best[0] * best[1] == largest[0] * largest[1] else largest
-    if cell[0] * cell[1] >= min(FEWEST, grid[0] * grid[1]):
-        return cell
-    length = min(limit, grid[0] * grid[1])  # sizes that nothing divides: stretches of the sequence, as equal as can be
-    return 1, -(-grid[0] * grid[1] // -(-grid[0] * grid[1] // length))
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def reading_weight(module: nn.Module, dim: int) -> str | None:
