@@ -9,10 +9,11 @@ from typing import Any, Self
 
 from ltm_retrofit.config import LTMConfig, check_keys
 from ltm_retrofit.errors import BudgetError, RecipeError, UnsupportedBlock
-from ltm_retrofit.finding.sites import LocalSite, Sites
+from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.scopes.flow.budget import FlowBudget
 from ltm_retrofit.scopes.grid.budget import GridBudget
 from ltm_retrofit.scopes.local.budget import LocalBudget
+from ltm_retrofit.scopes.local.site import LocalSite
 from ltm_retrofit.scopes.rows import CLUSTERS, Budget, Option, Row
 
 TOLERANCE = 0.02  # how far below its target a plan's share may lie

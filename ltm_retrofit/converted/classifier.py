@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ltm_retrofit.converted.record import BlockForward, forwards_of, get_retrofit, in_mode, masks_of
 from ltm_retrofit.converted.resizing import at_planned_size
 from ltm_retrofit.errors import ExampleError, UnsupportedBlock
+from ltm_retrofit.finding.call import settings_of
 from ltm_retrofit.finding.example import Example, home, make_example, run, tensors_of
 from ltm_retrofit.finding.proofs import all_close
 from ltm_retrofit.finding.recording import Recording, record
-from ltm_retrofit.finding.settings import settings_of
 from ltm_retrofit.macs import count_macs_quick
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.plan import MergePlan

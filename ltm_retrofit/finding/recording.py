@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ltm_retrofit.errors import CountError, ExampleError
 from ltm_retrofit.finding.attention import AttentionMode, Found
-from ltm_retrofit.finding.example import Example, flags_of, floats_of, logits_of, run
+from ltm_retrofit.finding.example import Example, first_tensor, flags_of, floats_of, logits_of, run
 from ltm_retrofit.macs import counting
 from ltm_retrofit.undisturbed import undisturbed
 
@@ -31,12 +31,11 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any = None
-    version: int = 0
+    version: int = 0  # of its first tensor, which a later one shows to be overwritten in place
 
     def stream(self) -> Tensor | None:
         """Return the token tensor ``(B, N, D)`` that goes in, where one of the same shape comes out."""
-        values = [*self.args, *self.kwargs.values()]
-        tokens = next((value for value in values if isinstance(value, Tensor)), None)
+        tokens = first_tensor(self.args, self.kwargs)
         same = isinstance(self.output, Tensor) and tokens is not None and tokens.shape == self.output.shape
         return tokens if same and tokens is not None and tokens.ndim == 3 else None
 
@@ -57,6 +56,11 @@ class Attended:
     found: Found
     chain: tuple[str, ...]
     time: int
+
+    @property
+    def owner(self) -> str:
+        """The innermost module that it happened in."""
+        return self.chain[-1]
 
 
 @dataclass
@@ -84,10 +88,17 @@ class Recording:
     joined: dict[int, tuple[int, int]] = field(default_factory=dict)  # token count → constant tokens at front and end
     flagged: Callable[[Tensor], bool] = bool  # whether a tensor of the pass depends on an input that is no image
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    maps: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # 4-d outputs before the first attention
-    flat: list[tuple[str, int, int]] = field(
-        default_factory=list
-    )  # module, width of its (B, C) output, attentions so far
+    maps: list[tuple[int, ...]] = field(default_factory=list)  # shapes of 4-d outputs before the first attention
+    #: module, width of its (B, C) output, attentions so far
+    flat: list[tuple[str, int, int]] = field(default_factory=list)
+
+    @cached_property
+    def by_name(self) -> dict[str, list[Event]]:
+        """The calls of each module; to be asked for when the pass is over."""
+        found: dict[str, list[Event]] = {}
+        for event in self.events:
+            found.setdefault(event.name, []).append(event)
+        return found
 
     def readouts(self, classes: int) -> tuple[str, ...]:
         """Return the linear modules after the last attention that put out ``(B, classes)``: who reads the feature."""
@@ -105,6 +116,7 @@ class _Stack:
 
     def __init__(self, recording: Recording) -> None:
         self.recording, self.open = recording, list[tuple[str, Call, int, Event]]()
+        # a tensor's id is given to another one once it is gone; a serial number is not
         self.serials: Any = WeakIdKeyDictionary()
         self.time = self.issued = 0
 
@@ -119,11 +131,11 @@ class _Stack:
         return int(self.serials[tensor])
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
+        tokens = first_tensor(args, kwargs)
         call = Call(args, dict(kwargs), version=0 if tokens is None else tokens._version)
-        one = tokens is not None and tokens.is_floating_point()
-        source, shape = (self.serial(tokens), tuple(tokens.shape)) if one and tokens is not None else (None, ())
-        event = Event(name, self.tick(), source, shape)
+        event = Event(name, self.tick(), None, ())
+        if tokens is not None and tokens.is_floating_point():
+            event.source, event.shape_in = self.serial(tokens), tuple(tokens.shape)
         self.recording.events.append(event)
         self.open.append((name, call, len(self.recording.attended), event))
 
@@ -131,16 +143,18 @@ class _Stack:
         left, call, seen, event = self.open.pop()
         assert left == name, "hooks of a forward pass nest"
         call.output, event.end = output, self.tick()
-        if isinstance(output, Tensor):
-            event.result, event.shape_out = self.serial(output), tuple(output.shape)
-        if len(self.recording.attended) > seen:
+        attended = len(self.recording.attended)
+        if attended > seen:
             self.recording.calls.setdefault(name, []).append(call)
-        if isinstance(output, Tensor) and output.ndim == 4 and not self.recording.attended:
-            self.recording.maps.append((name, tuple(output.shape)))
-        if isinstance(output, Tensor) and output.ndim == 2 and self.recording.attended:
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == output.shape[1]:
-                self.recording.flat.append((name, output.shape[1], len(self.recording.attended)))
+        if not isinstance(output, Tensor):
+            return
+        event.result, event.shape_out = self.serial(output), tuple(output.shape)
+        if output.ndim == 4 and not attended:
+            self.recording.maps.append(tuple(output.shape))
+        weight = getattr(module, "weight", None)
+        if output.ndim == 2 and attended and isinstance(weight, Tensor) and weight.ndim == 2:
+            if weight.shape[0] == output.shape[1]:
+                self.recording.flat.append((name, output.shape[1], attended))
 
     def used(self, tensor: Tensor) -> None:
         if tensor in self.serials and self.open:
@@ -159,12 +173,13 @@ def record(model: nn.Module, example: Example) -> Recording:
     """
     recording = Recording()
     stack = _Stack(recording)
+    mode = AttentionMode(stack.attended, data=floats_of(example), used=stack.used, flags=flags_of(example))
     handles = []
     try:
         for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(partial(_enter, stack, name), with_kwargs=True))
-            handles.append(module.register_forward_hook(partial(_leave, stack, name), with_kwargs=True))
-        with undisturbed(model), torch.no_grad(), counting() as counter, _watching(stack, example) as mode:
+            handles.append(module.register_forward_pre_hook(partial(stack.enter, name), with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(stack.leave, name), with_kwargs=True))
+        with undisturbed(model), torch.no_grad(), counting() as counter, mode:
             recording.output = run(model, example)
         recording.macs = int(counter.get_total_flops()) // 2
         recording.joined, recording.flagged = mode.joined, mode.flags.__contains__
@@ -181,20 +196,6 @@ def record(model: nn.Module, example: Example) -> Recording:
         for handle in handles:
             handle.remove()
     return recording
-
-
-def _watching(stack: _Stack, example: Example) -> AttentionMode:
-    return AttentionMode(stack.attended, data=floats_of(example), used=stack.used, flags=flags_of(example))
-
-
-def _enter(stack: _Stack, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    stack.enter(name, module, args, kwargs)
-
-
-def _leave(
-    stack: _Stack, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    stack.leave(name, module, args, kwargs, output)
 
 
 @contextmanager

@@ -136,9 +136,9 @@ def _local_panel(model: nn.Module, step: Step, row: Row, height: int, width: int
     groups = spread(own.gather(1, kept.gather(1, strongest)), torch.arange(layout.tokens).view(1, -1, 1))
     everyone = torch.ones(1, layout.tokens, 1)
     alive = spread(torch.zeros(own.shape).scatter(1, kept, 1.0), everyone) > 0
-    title = _title(row) + (f"\nthe first of {layout.rows} sequences" if layout.rows > 1 else "")
+    title = _title(row) + (f"\nthe first of {layout.sequences} sequences" if layout.sequences > 1 else "")
     taken = spread(share, everyone)
-    return Panel(title, row.scope, groups, alive, taken, names_of([groups]), placed=layout.rows == 1)
+    return Panel(title, row.scope, groups, alive, taken, names_of([groups]), placed=layout.sequences == 1)
 
 
 def _title(row: Row) -> str:

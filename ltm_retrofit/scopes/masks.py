@@ -6,13 +6,15 @@ import torch
 from torch import nn
 
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.finding.sites import FlowSite, GridSite, LocalSite
+from ltm_retrofit.finding.layouts import principal_keys
 from ltm_retrofit.merging.baselines import PoolMask, SliceMask, ToMeMask
 from ltm_retrofit.merging.grid import CropGrid, GridMask, PoolGrid
 from ltm_retrofit.merging.mask import MaskModule
 from ltm_retrofit.plan import MergePlan
+from ltm_retrofit.scopes.flow.site import FlowSite
+from ltm_retrofit.scopes.grid.site import GridSite
 from ltm_retrofit.scopes.local.budget import cells_of
-from ltm_retrofit.scopes.local.find import principal_keys
+from ltm_retrofit.scopes.local.site import LocalSite
 from ltm_retrofit.scopes.rows import Row
 
 MASKS = (MaskModule, ToMeMask, PoolMask, SliceMask, PoolGrid)

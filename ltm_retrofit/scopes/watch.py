@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import UnsupportedBlock
-from ltm_retrofit.finding.settings import Settings, changed_setting
-from ltm_retrofit.finding.sites import LocalSite
+from ltm_retrofit.finding.call import Settings, changed_setting
 from ltm_retrofit.scopes.base import Interceptor
-from ltm_retrofit.scopes.local.padding import beside, names_of
+from ltm_retrofit.scopes.local.site import LocalSite, names_of, side_tensors
 
 
 class MaskWatch:
@@ -28,7 +27,7 @@ class MaskWatch:
 
     def __init__(self, attention: nn.Module, site: LocalSite, forward: Interceptor) -> None:
         self.name, self.forward, self.names = site.attention, forward, names_of(attention)
-        self.free, self.fixed = site.companions.free, dict(site.companions.fixed)
+        self.free, self.fixed = site.side_inputs.free, dict(site.side_inputs.fixed)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at a call.
@@ -42,7 +41,7 @@ class MaskWatch:
         for value in args:
             if isinstance(value, Tensor) and value.is_nested:
                 raise UnsupportedBlock(self._refusal("a nested tensor (nn.TransformerEncoder makes one of a mask)"))
-        for path, value in beside(self.names, args, kwargs):
+        for path, value in side_tensors(self.names, args, kwargs):
             expected = self.fixed.get(path)
             if path in self.free or value.is_meta or (expected is None and value.ndim == 0):  # a size, while traced
                 continue

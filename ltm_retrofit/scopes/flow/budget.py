@@ -8,8 +8,9 @@ from math import ceil
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import CountError
-from ltm_retrofit.finding.sites import FlowSite, Sites
+from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.partition import merge_macs, partition, unmerge_macs
+from ltm_retrofit.scopes.flow.site import FlowSite
 from ltm_retrofit.scopes.rows import CLUSTERS, Option, Row
 
 
@@ -20,8 +21,8 @@ class FlowBudget:
         self.sites, self.config, self.blocks = sites, config, sites.flow
         self.tokens, self.prefix = self.blocks[0].layout.tokens, self.blocks[0].layout.prefix
         self.slices = sites.ending.prefix_only and config.output_tokens == "auto"
-        #: a slice after the last attention, or no tail there, leaves nothing for a mask to do
-        idle = self.slices or self.blocks[-1].cost.tail[1] == 0
+        #: a slice after the last attention, or no back half there, leaves nothing for a mask to do
+        idle = self.slices or self.blocks[-1].cost.back[1] == 0
         self.mergeable = list(self.blocks)[:-1] if idle else list(self.blocks)
         if config.sites is not None:
             self.mergeable = [site for site in self.mergeable if site.block in config.sites]

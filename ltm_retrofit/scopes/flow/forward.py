@@ -8,16 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError, UnsupportedBlock
-from ltm_retrofit.finding.call import hides_or_shows, seen_by
-from ltm_retrofit.finding.settings import frozen
-from ltm_retrofit.finding.sites import FlowSite
+from ltm_retrofit.finding.call import frozen, hides_or_shows, seen_by
 from ltm_retrofit.merging.tokens import Carried, carried_by, carry, positions, unmerge_all
 from ltm_retrofit.scopes.base import Interceptor
+from ltm_retrofit.scopes.flow.site import FlowSite
 from ltm_retrofit.scopes.watch import check_settings
 
 
 class BlockForward(Interceptor):
-    """Stands in for one block's ``forward``: head → mask or slice → tail, handing on what the tokens carry.
+    """Stands in for one block's ``forward``: front → mask or slice → back, handing on what the tokens carry.
 
     Args:
         block: the block it belongs to.
@@ -57,7 +56,7 @@ class BlockForward(Interceptor):
             )
         if self.mode == "identity":
             halves = self.halves[block.training, padding is not None]
-            return halves.tail(block, halves.head(block, tokens, padding, followers)[0])
+            return halves.back(block, halves.front(block, tokens, padding, followers)[0])
         carried = carried_by(tokens)
         if carried is None:
             self._check_fresh()
@@ -75,7 +74,7 @@ class BlockForward(Interceptor):
             whole = carried.steps[0].assignment.whole
             followers = self.signature.gather(followers, whole, at)
         halves = self.halves[block.training, bias is not None]
-        stream, inner = halves.head(block, tokens, bias, followers)
+        stream, inner = halves.front(block, tokens, bias, followers)
         mask = self.mask
         if mask is not None:
             sizes = None if carried is None else carried.sizes
@@ -85,7 +84,7 @@ class BlockForward(Interceptor):
             carried = Carried(new_sizes, (*(carried.steps if carried else ()), step), padded)
         if self.keep is not None:
             stream = stream[:, : self.keep]
-        out = halves.tail(block, stream)
+        out = halves.back(block, stream)
         if self.last and carried is not None:
             if self.unmerge:
                 out = unmerge_all(out, carried.steps)

@@ -8,9 +8,9 @@ from itertools import combinations_with_replacement
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import CountError, RecipeError
-from ltm_retrofit.finding.sites import GridSite, Sites
+from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.grid import grid_macs
-from ltm_retrofit.scopes.grid.find import smaller
+from ltm_retrofit.scopes.grid.site import GridSite, smaller
 from ltm_retrofit.scopes.rows import CLUSTERS, Option, Row
 
 Grid = tuple[int, int]

@@ -7,8 +7,9 @@ from math import ceil
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import CountError
-from ltm_retrofit.finding.sites import LocalSite, Sites
+from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.partition import merge_macs, partition, unmerge_macs
+from ltm_retrofit.scopes.local.site import LocalSite
 from ltm_retrofit.scopes.rows import CLUSTERS, Option, Row
 
 
@@ -59,11 +60,11 @@ class LocalBudget:
         _, linear, square = site.cost
         before, after = (count * each + rest for each in (size, kept))
         saved = linear * (before - after) + square * (before**2 - after**2)
-        method, cells = self.config.method, count * site.layout.rows
+        method, cells = self.config.method, count * site.layout.sequences
         once = merge_macs(method, site.dim, site.key_dim, size, kept, 0, self.classes, 0)
         once += unmerge_macs(method, site.width, size, kept, 0)
         step = 2 * CLUSTERS * (site.dim + self.classes) if method == "ltm" else 0  # of each sequence
-        return cells * once + site.layout.rows * (step - saved)
+        return cells * once + site.layout.sequences * (step - saved)
 
     def change(self, rows: Sequence[Row]) -> int:
         """Return by how many MACs rows change the model, masks included."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.finding.layouts import as_tokens, from_tokens, spatial_of
-from ltm_retrofit.finding.sites import LocalSite
 from ltm_retrofit.merging.tokens import Assignment, DenseAssignment, GridAssignment
 from ltm_retrofit.scopes.base import Interceptor
 from ltm_retrofit.scopes.local.find import choose_cell
+from ltm_retrofit.scopes.local.site import LocalSite
 from ltm_retrofit.scopes.watch import MaskWatch, unwatch, watch
 
 Grid = tuple[int, int]
