@@ -11,6 +11,7 @@ No names of classes: only what flows into what. Five shapes are told apart:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -39,34 +40,19 @@ SHAPED_LIKE = ("type_as", "expand_as", "view_as", "reshape_as", "to")
 EMPTY_LIKE = (
     "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor"
 ).split()
-#: the arguments of `F.multi_head_attention_forward`, in order, as far as they are read here
-PACKED = (
-    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
-    "out_proj_weight out_proj_bias"
-).split()
-
+PACKED = inspect.signature(F.multi_head_attention_forward)
 Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
 @dataclass
-class Packed:
-    """The arguments of `nn.MultiheadAttention`'s one function: it projects queries, keys and values by itself."""
-
-    key: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    heads: int
-
-
-@dataclass
-class Found:
-    """One attention. ``keys (B, heads, N, d)`` where it has any; ``packed`` where they are made inside."""
+class Attention:
+    """One attention. ``keys (B, heads, N, d)`` where it has any; where they are made inside, the call is ``packed``."""
 
     kind: str  # "fused", "softmax", "packed", "linear" (kernelised) or "additive"
     keys: Tensor | None = None
     padded: bool = False  # its mask depends on an input that is no image: it may say that tokens are padding
     hides: bool = False  # and does so in the example
-    packed: Packed | None = None
+    packed: Mapping[str, Any] | None = None  # the arguments of `F.multi_head_attention_forward`, by name
 
 
 class AttentionMode(TorchFunctionMode):
@@ -85,7 +71,7 @@ class AttentionMode(TorchFunctionMode):
 
     def __init__(
         self,
-        found: Callable[[Found], None],
+        found: Callable[[Attention], None],
         linear: Linear | None = None,
         data: Iterable[Tensor] = (),
         used: Callable[[Tensor], None] | None = None,
@@ -118,22 +104,21 @@ class AttentionMode(TorchFunctionMode):
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             keys = args[1] if len(args) > 1 else kwargs["key"]
             hidden = self._padding(mask) and not bool(seen_by(mask).all())
-            self.found(Found("fused", keys, self._padding(mask), hidden))
+            self.found(Attention("fused", keys, self._padding(mask), hidden))
         elif func is F.multi_head_attention_forward:
-            given = dict(zip(PACKED, args, strict=False)) | kwargs
-            packed = Packed(given["key"], given["in_proj_weight"], given["in_proj_bias"], given["num_heads"])
-            masks = [mask for mask in (given.get("key_padding_mask"), given.get("attn_mask")) if self._padding(mask)]
+            packed = PACKED.bind(*args, **kwargs).arguments
+            masks = [mask for mask in map(packed.get, ("key_padding_mask", "attn_mask")) if self._padding(mask)]
             seen = [~mask if mask.dtype == torch.bool else seen_by(mask) for mask in masks]  # here true is hidden
-            self.found(Found("packed", None, bool(masks), not all(bool(part.all()) for part in seen), packed))
+            self.found(Attention("packed", None, bool(masks), not all(bool(part.all()) for part in seen), packed))
         elif product and factors[0] in self.keys_of_weights:
             keys = self.keys_of_weights[factors[0]]
             # weights know of a mask that keys know nothing of: it was added to the logits in between
             padded = factors[0] in self.flags and keys not in self.flags
-            self.found(Found("softmax", keys, padded, padded and bool((factors[0] == 0).any())))
+            self.found(Attention("softmax", keys, padded, padded and bool((factors[0] == 0).any())))
         elif product and self._all_data(factors) and sum(x in self.multiplied for x in factors) == 1:
-            self.found(Found("linear"))
+            self.found(Attention("linear"))
         elif self._scales(name, operands) and sum(x in self.summed for x in operands) == 1:
-            self.found(Found("additive"))
+            self.found(Attention("additive"))
         result = func(*args, **kwargs)
         self._taint(name, operands, result)
         if isinstance(result, Tensor):

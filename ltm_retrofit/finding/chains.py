@@ -9,6 +9,7 @@ merged tokens meet nothing that knows of the others.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -127,14 +128,11 @@ def _prove_pass(
         finally:
             busy.clear()
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(partial(leave, name), with_kwargs=True) for name in waiting
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in waiting:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_hook(partial(leave, name), with_kwargs=True))
         run(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _prove_link(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -109,15 +110,12 @@ def find_axes(model: nn.Module, example: Example, recording: Recording) -> Axes:
     for meta in (True, False):
         two: dict[str, tuple[int, ...]] = {}
         subject, inputs = on_meta(model, example) if meta else (model, example)
-        handles = [subject.get_submodule(name).register_forward_pre_hook(partial(_note, two, name)) for name in one]
-        try:
+        with ExitStack() as hooks, suppress(Exception):  # something looks at values, or it takes one image only
+            for name in one:
+                note = partial(_note, two, name)
+                hooks.enter_context(subject.get_submodule(name).register_forward_pre_hook(note))
             run(subject, repeat_batch(inputs, 2))
-        except Exception:  # something looks at values, or it takes one image only
-            continue
-        finally:
-            for handle in handles:
-                handle.remove()
-        break
+            break
     else:
         return Axes(frozenset(), frozenset())
     first = {name for name, size in two.items() if size == (2 * one[name][0], *one[name][1:])}
@@ -142,13 +140,9 @@ def same_tokens(model: nn.Module, example: Example, name: str, before: Tensor) -
         seen.append(first_tensor(args, kwargs))
         raise Reached
 
-    handle = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    watched = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+    with watched, suppress(Exception):  # reached, or whatever a model has against the image
         run(model, other_image(example))
-    except Exception:  # reached, or whatever a model has against the image
-        pass
-    finally:
-        handle.remove()
     other = seen[0] if seen else None
     if other is None or other.shape != before.shape:
         return None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -158,9 +159,7 @@ def block_graph(
 
 def _reaches(block: nn.Module, path: str) -> bool:
     """Say whether a path leads to something: FX keeps a tensor that it met elsewhere under a name of its own."""
-    owner: Any = block
-    for name in path.split("."):
-        if not hasattr(owner, name):
-            return False
-        owner = getattr(owner, name)
-    return True
+    with suppress(AttributeError):
+        attrgetter(path)(block)
+        return True
+    return False

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ltm_retrofit.errors import CountError, ExampleError
-from ltm_retrofit.finding.attention import AttentionMode, Found
+from ltm_retrofit.finding.attention import Attention, AttentionMode
 from ltm_retrofit.finding.example import Example, first_tensor, flags_of, floats_of, logits_of, run
 from ltm_retrofit.macs import counting
 from ltm_retrofit.undisturbed import undisturbed
@@ -53,7 +54,7 @@ class Call:
 class Attended:
     """One attention, with the chain of modules that it happened in, outermost first, and when it happened."""
 
-    found: Found
+    seen: Attention
     chain: tuple[str, ...]
     time: int
 
@@ -118,22 +119,17 @@ class _Stack:
         self.recording, self.open = recording, list[tuple[str, Call, int, Event]]()
         # a tensor's id is given to another one once it is gone; a serial number is not
         self.serials: Any = WeakIdKeyDictionary()
-        self.time = self.issued = 0
-
-    def tick(self) -> int:
-        self.time += 1
-        return self.time
+        self.time, self.issued = count(1), count(1)
 
     def serial(self, tensor: Tensor) -> int:
         if tensor not in self.serials:
-            self.issued += 1
-            self.serials[tensor] = self.issued
+            self.serials[tensor] = next(self.issued)
         return int(self.serials[tensor])
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = first_tensor(args, kwargs)
         call = Call(args, dict(kwargs), version=0 if tokens is None else tokens._version)
-        event = Event(name, self.tick(), None, ())
+        event = Event(name, next(self.time), None, ())
         if tokens is not None and tokens.is_floating_point():
             event.source, event.shape_in = self.serial(tokens), tuple(tokens.shape)
         self.recording.events.append(event)
@@ -142,7 +138,7 @@ class _Stack:
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         left, call, seen, event = self.open.pop()
         assert left == name, "hooks of a forward pass nest"
-        call.output, event.end = output, self.tick()
+        call.output, event.end = output, next(self.time)
         attended = len(self.recording.attended)
         if attended > seen:
             self.recording.calls.setdefault(name, []).append(call)
@@ -160,9 +156,9 @@ class _Stack:
         if tensor in self.serials and self.open:
             self.recording.used.setdefault(self.serials[tensor], set()).add(self.open[-1][0])
 
-    def attended(self, found: Found) -> None:
+    def attended(self, seen: Attention) -> None:
         chain = tuple(name for name, *_ in self.open)
-        self.recording.attended.append(Attended(found, chain, self.tick()))
+        self.recording.attended.append(Attended(seen, chain, next(self.time)))
 
 
 def record(model: nn.Module, example: Example) -> Recording:
@@ -174,12 +170,11 @@ def record(model: nn.Module, example: Example) -> Recording:
     recording = Recording()
     stack = _Stack(recording)
     mode = AttentionMode(stack.attended, data=floats_of(example), used=stack.used, flags=flags_of(example))
-    handles = []
     try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(partial(stack.enter, name), with_kwargs=True))
-            handles.append(module.register_forward_hook(partial(stack.leave, name), with_kwargs=True))
-        with undisturbed(model), torch.no_grad(), counting() as counter, mode:
+        with ExitStack() as hooks, undisturbed(model), torch.no_grad(), counting() as counter, mode:
+            for name, module in model.named_modules():
+                hooks.enter_context(module.register_forward_pre_hook(partial(stack.enter, name), with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(partial(stack.leave, name), with_kwargs=True))
             recording.output = run(model, example)
         recording.macs = int(counter.get_total_flops()) // 2
         recording.joined, recording.flagged = mode.joined, mode.flags.__contains__
@@ -192,9 +187,6 @@ def record(model: nn.Module, example: Example) -> Recording:
             f"{type(model).__name__} cannot be run on the example ({shapes}): {type(error).__name__}: {error}. "
             "Pass an example of the shape and dtype that the model expects"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     return recording
 
 

@@ -134,10 +134,6 @@ class Sites(Sequence[AttentionSite]):
         reasons = {**self.narrowed, **self.excluded}
         return next((why for name, why in reasons.items() if name == block or name.startswith(f"{block}.")), None)
 
-    def named(self, block: str) -> AttentionSite | None:
-        """Return the site of this name: the best one, where there are several scopes."""
-        return next((site for site in (*self.found, *self.alternatives) if site.block == block), None)
-
     @overload
     def __getitem__(self, index: int) -> AttentionSite: ...
     @overload

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.errors import CountError, ExampleError
+from ltm_retrofit.errors import ExampleError
 from ltm_retrofit.finding.chains import Chain, find_chains
 from ltm_retrofit.finding.example import Example, in_float, mapped, on_meta, run
 from ltm_retrofit.finding.layouts import Axes, constant_tokens, find_axes
@@ -65,20 +66,22 @@ class Walk:
                 # rounding in half precision is as large as what proofs look for; sites hold names and code, no modules
                 full, given = copy.deepcopy(model).float(), in_float(example)
             return cls(full, given, full, given, record(full, given))
-        macs = _count(model, example)
-        twin, inputs, removed = make_twin(model, example, kept=kept_of(macs) if macs > SHORTENED else None)
-        try:
-            return cls(twin, inputs, model, example, record(twin, inputs), removed, macs)
-        except ExampleError:  # something counts its blocks
-            if not removed:
-                raise
-        twin, inputs, _ = make_twin(model, example, kept=None)
-        return cls(twin, inputs, model, example, record(twin, inputs), {}, macs)
+        counted, inputs = runnable(model, example)
+        with undisturbed(counted), torch.no_grad():
+            macs = count_macs_quick(lambda: run(counted, inputs))
+        if macs > SHORTENED:
+            with suppress(ExampleError):  # something counts its blocks
+                return cls._by_twin(model, example, macs, kept_of(macs))
+        return cls._by_twin(model, example, macs, None)
+
+    @classmethod
+    def _by_twin(cls, model: nn.Module, example: Example, macs: int, kept: int | None) -> Walk:
+        twin, inputs, removed = make_twin(model, example, kept=kept)
+        return cls(twin, inputs, model, example, record(twin, inputs), removed, macs)
 
     def whole(self) -> Walk:
         """Return the same of a twin that lacks no block."""
-        twin, inputs, _ = make_twin(self.full, self.full_example, kept=None)
-        return Walk(twin, inputs, self.full, self.full_example, record(twin, inputs), {}, self.on_meta_macs)
+        return self._by_twin(self.full, self.full_example, self.on_meta_macs, None)
 
     @cached_property
     def macs(self) -> int:
@@ -88,15 +91,7 @@ class Walk:
     @cached_property
     def countable(self) -> tuple[nn.Module, Example]:
         """The full model and its example on the meta device, or where it does not run there, with values."""
-        model, example = on_meta(self.full, self.full_example)
-        try:
-            with undisturbed(model), torch.no_grad():
-                run(model, example)
-        except Exception:  # something looks at values, or a constant lives on a device
-            if is_on_meta(self.full):
-                return make_twin(self.full, self.full_example, kept=None)[:2]
-            return self.full, self.full_example
-        return model, example
+        return runnable(self.full, self.full_example)
 
     @cached_property
     def axes(self) -> Axes:
@@ -176,18 +171,14 @@ class Walk:
         return len(names)
 
 
-def _count(model: nn.Module, example: Example) -> int:
-    """Count a model on the meta device there, or where it does not run there, on a twin."""
+def runnable(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
+    """Return copies on the meta device, where counting is cheap, or where they do not run there, some with values."""
     empty, inputs = on_meta(model, example)
-    try:
-        with undisturbed(empty), torch.no_grad():
-            return count_macs_quick(lambda: run(empty, inputs))
-    except CountError:
-        raise
-    except Exception:  # something looks at values, which the meta device has none of
-        twin, numbers, _ = make_twin(model, example, kept=None)
-        with undisturbed(twin), torch.no_grad():
-            return count_macs_quick(lambda: run(twin, numbers))
+    with suppress(Exception), undisturbed(empty), torch.no_grad():
+        run(empty, inputs)
+        return empty, inputs
+    # something looks at values, or a constant lives on a device
+    return make_twin(model, example, kept=None)[:2] if is_on_meta(model) else (model, example)
 
 
 # ---------------------------------------------------------------------------------------------------------------- twin

@@ -72,7 +72,7 @@ class Candidate:
         below = self.attention.removeprefix(name).lstrip(".")
         (call,) = walk.recording.calls[name]
         self.signature = Signature.of(
-            self.module, name, call.args, call.kwargs, padded=attended.found.padded, grids=grids
+            self.module, name, call.args, call.kwargs, padded=attended.seen.padded, grids=grids
         )
         self.call: Call = call.without(self.module, self.signature.masks)
         self.cut = partial(cut_block, self.module, below, self.signature, end=end)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ltm_retrofit.errors import UnsupportedBlock
-from ltm_retrofit.finding.attention import AttentionMode, Found, Packed
+from ltm_retrofit.finding.attention import Attention, AttentionMode
 from ltm_retrofit.finding.call import Signature
 from ltm_retrofit.finding.proofs import block_graph
 from ltm_retrofit.finding.recording import Call, Reached
@@ -169,14 +170,14 @@ def find_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, i
         UnsupportedBlock: where keys come from no, or from more than one, affine map of the attention's input.
     """
     leaves: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []
-    seen: list[Found] = []
+    seen: list[Attention] = []
 
     def linear(source: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor) -> Tensor:
         leaf = result.detach().requires_grad_()
         leaves.append((source.detach(), weight, bias, leaf))
         return leaf
 
-    def found(attended: Found) -> None:
+    def found(attended: Attention) -> None:
         seen.append(attended)
         raise Reached
 
@@ -224,15 +225,14 @@ def find_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, i
     return KeySource(names[id(weight)], bias_source, torch.stack(own).cpu()), heads, len(own[0])
 
 
-def _packed_keys(packed: Packed, names: dict[int, str], inner: Tensor) -> tuple[KeySource, int, int]:
+def _packed_keys(packed: Mapping[str, Any], names: dict[int, str], inner: Tensor) -> tuple[KeySource, int, int]:
     """Read the keys of `nn.MultiheadAttention` off its one packed weight: its second third."""
-    weight = packed.weight
+    weight, bias, heads = (packed[name] for name in ("in_proj_weight", "in_proj_bias", "num_heads"))
     if weight is None or id(weight) not in names:
         raise UnsupportedBlock("its keys are projected by another weight than its queries")
-    key = packed.key if packed.key.shape == inner.shape else packed.key.transpose(0, 1)  # batch_first=True
+    key = packed["key"] if packed["key"].shape == inner.shape else packed["key"].transpose(0, 1)  # batch_first=True
     if key.shape != inner.shape or not torch.equal(key, inner):
         raise UnsupportedBlock("its keys are no affine map of the attention's input")
-    dim, width = inner.shape[-1], inner.shape[-1] // packed.heads
-    features = dim + torch.arange(dim).view(packed.heads, width)
-    bias = None if packed.bias is None else names.get(id(packed.bias))
-    return KeySource(names[id(weight)], bias, features), packed.heads, width
+    dim, width = inner.shape[-1], inner.shape[-1] // heads
+    features = dim + torch.arange(dim).view(heads, width)
+    return KeySource(names[id(weight)], None if bias is None else names.get(id(bias)), features), heads, width

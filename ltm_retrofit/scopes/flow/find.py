@@ -99,10 +99,8 @@ def _handed_on(walk: Walk, candidates: list[Candidate]) -> Sifted:
         kept.append(candidate)
     if name := _lost_in_training(walk, kept):
         place = next(place for place, candidate in enumerate(kept) if candidate.name == name)
-        why = (
-            f"while the model is trained, something before {name} makes a new tensor (dropout), and what merged tokens"
-        )
-        refused += _refuse(kept[:place], f"{why} carry is lost")
+        why = f"while the model is trained, something before {name} makes a new tensor (dropout)"
+        refused += _refuse(kept[:place], f"{why}, and what merged tokens carry is lost")
         kept = kept[place:]
     if len(kept) == 1 and kept[0].end:
         refused += _refuse(kept, "nothing that costs anything follows its attention")

@@ -48,7 +48,7 @@ def find(walk: Walk) -> Found:
             refused.append(Refused(walk.recording.attended[number].owner, "; ".join(filter(None, reasons))))
     for number, link in find_mixers(walk).items():
         beside = _side_inputs(walk, number)
-        if not walk.recording.attended[number].found.padded and not isinstance(beside, Refused):
+        if not walk.recording.attended[number].seen.padded and not isinstance(beside, Refused):
             add(number, Chain([link]), beside, True)
     return Found(sites, refused)
 
@@ -57,7 +57,7 @@ def _side_inputs(walk: Walk, number: int) -> SideInputs | Refused:
     """Return what an attention gets besides its tokens, unless that hides tokens of the example."""
     attended = walk.recording.attended[number]
     owner, call = attended.owner, walk.recording.calls[attended.owner][0]
-    if attended.found.hides:
+    if attended.seen.hides:
         return Refused(owner, f"{owner}: {PADDED}")
     free: list[str] = []
     fixed: list[tuple[str, Number]] = []
