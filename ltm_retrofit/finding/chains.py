@@ -23,7 +23,7 @@ from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.example import Example, run
 from ltm_retrofit.finding.layouts import Axes, shaped, some_tokens, spatial_of, width_of
 from ltm_retrofit.finding.proofs import bystander, close, count_weights
-from ltm_retrofit.finding.recording import Event, Recording
+from ltm_retrofit.finding.recording import Call, Recording
 from ltm_retrofit.finding.sites import Refused
 from ltm_retrofit.macs import count_macs_quick
 
@@ -34,7 +34,7 @@ ROUNDS = 5  # how deep below the outermost module behind an attention an MLP is 
 class Link:
     """One module that was proven token-wise, (b) ``m(u[idx]) = m(u)[idx]``, or an attention that is a set function."""
 
-    event: Event
+    event: Call
     order: str  # BNC, NBC, BHWC or BCHW
     cost: tuple[int, int, int]  # MACs of all sequences of N tokens: fixed + linear·N + square·N²
     weights: int  # how many weight matrices it holds
@@ -101,7 +101,7 @@ def _below(name: str, owner: str, before: str) -> bool:
     return bool(owner) and owner != before and (name == owner or name.startswith(owner + "."))
 
 
-def _outermost(events: Iterable[Event], start: int, end: int) -> Iterator[Event]:
+def _outermost(events: Iterable[Call], start: int, end: int) -> Iterator[Call]:
     """Return the calls strictly between two times that lie in no other such call."""
     last = start
     for event in events:
@@ -111,7 +111,7 @@ def _outermost(events: Iterable[Event], start: int, end: int) -> Iterator[Event]
 
 
 def _prove_pass(
-    model: nn.Module, example: Example, waiting: dict[str, tuple[int, Event]], links: list[dict[str, Link]], axes: Axes
+    model: nn.Module, example: Example, waiting: dict[str, tuple[int, Call]], links: list[dict[str, Link]], axes: Axes
 ) -> None:
     """Run the model once, and try each waiting module where it is called: there its other arguments are at hand."""
     busy: list[str] = []  # a module under proof is called again, and so are those in it
@@ -137,7 +137,7 @@ def _prove_pass(
 
 def _prove_link(
     module: nn.Module,
-    event: Event,
+    event: Call,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     output: Tensor,
@@ -162,13 +162,11 @@ def _prove_link(
             return None
         except Exception:  # another layout, or not token-wise
             continue
-        if not isinstance(outs[0], Tensor) or not close(outs[0], some_tokens(output, order, chosen)):
-            continue
-        each, left = divmod(macs, len(chosen))
-        if left:  # its MACs are no multiple of its token count: something in it is no function of a token
-            return None
-        order = "BHWC" if order == "BNC" and given.ndim > 3 else order
-        return Link(event, order, (0, each, 0), count_weights(module), child.called)
+        if isinstance(outs[0], Tensor) and close(outs[0], some_tokens(output, order, chosen)):
+            each, left = divmod(macs, len(chosen))
+            order = "BHWC" if order == "BNC" and given.ndim > 3 else order
+            # where its MACs are no multiple of its token count, something in it is no function of a token
+            return None if left else Link(event, order, (0, each, 0), count_weights(module), child.called)
     return None
 
 

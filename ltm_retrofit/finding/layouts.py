@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.finding.example import Example, first_tensor, on_meta, other_image, repeat_batch, run
-from ltm_retrofit.finding.recording import Event, Reached, Recording
+from ltm_retrofit.finding.recording import Call, Reached, Recording
 
 
 def as_tokens(x: Tensor, order: str) -> Tensor:
@@ -58,7 +58,7 @@ def some_tokens(x: Tensor, order: str, index: Tensor) -> Tensor:
     return from_tokens(as_tokens(x, order)[:, index], order, (*[1] * (ranks - 1), len(index)))
 
 
-def shaped(event: Event) -> bool:
+def shaped(event: Call) -> bool:
     """Say whether as many tokens come out as go in."""
     given, out = event.shape_in, event.shape_out
     if event.source is None or event.result is None or len(given) < 3 or len(given) != len(out):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from operator import attrgetter
@@ -155,6 +155,17 @@ def block_graph(
                 "of them, which would keep the value of now: register it, or leave the computation in a child"
             )
     return graph, read_settings(given, block, read)
+
+
+def reached(start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Return all nodes that steps from these ones lead to, themselves included."""
+    found, waiting = set[fx.Node](), list(start)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += step(node)
+    return found
 
 
 def _reaches(block: nn.Module, path: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import count
 from typing import Any
@@ -27,12 +27,22 @@ class Reached(Exception):
 
 @dataclass
 class Call:
-    """One recorded call of a module that attends somewhere inside."""
+    """One call of a module: when it began and ended, which tensor went in and which came out (serial numbers).
 
+    Arguments and output are kept only where it attends somewhere inside.
+    """
+
+    name: str
+    start: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Any = None
     version: int = 0  # of its first tensor, which a later one shows to be overwritten in place
+    source: int | None = None
+    shape_in: tuple[int, ...] = ()
+    end: int = 0
+    output: Any = None
+    result: int | None = None
+    shape_out: tuple[int, ...] = ()
 
     def stream(self) -> Tensor | None:
         """Return the token tensor ``(B, N, D)`` that goes in, where one of the same shape comes out."""
@@ -47,7 +57,7 @@ class Call:
         places = list(inspect.signature(module.forward).parameters)
         args = tuple(None if places[place] in names else value for place, value in enumerate(self.args))
         kwargs = {key: None if key in names else value for key, value in self.kwargs.items()}
-        return Call(args, kwargs, module(*args, **kwargs), self.version)
+        return replace(self, args=args, kwargs=kwargs, output=module(*args, **kwargs))
 
 
 @dataclass
@@ -65,38 +75,25 @@ class Attended:
 
 
 @dataclass
-class Event:
-    """One call of a module: when it began and ended, which tensor went in and which came out (serial numbers)."""
-
-    name: str
-    start: int
-    source: int | None
-    shape_in: tuple[int, ...]
-    end: int = 0
-    result: int | None = None
-    shape_out: tuple[int, ...] = ()
-
-
-@dataclass
 class Recording:
     """What one forward pass showed."""
 
     output: Any = None
     macs: int = 0
     attended: list[Attended] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)  # of all modules, in the order in which they began
+    events: list[Call] = field(default_factory=list)  # of all modules, in the order in which they began
     used: dict[int, set[str]] = field(default_factory=dict)  # tensor → the innermost modules that compute with it
     joined: dict[int, tuple[int, int]] = field(default_factory=dict)  # token count → constant tokens at front and end
     flagged: Callable[[Tensor], bool] = bool  # whether a tensor of the pass depends on an input that is no image
-    calls: dict[str, list[Call]] = field(default_factory=dict)
+    calls: dict[str, list[Call]] = field(default_factory=dict)  # of each module that attends somewhere inside
     maps: list[tuple[int, ...]] = field(default_factory=list)  # shapes of 4-d outputs before the first attention
     #: module, width of its (B, C) output, attentions so far
     flat: list[tuple[str, int, int]] = field(default_factory=list)
 
     @cached_property
-    def by_name(self) -> dict[str, list[Event]]:
+    def by_name(self) -> dict[str, list[Call]]:
         """The calls of each module; to be asked for when the pass is over."""
-        found: dict[str, list[Event]] = {}
+        found: dict[str, list[Call]] = {}
         for event in self.events:
             found.setdefault(event.name, []).append(event)
         return found
@@ -116,7 +113,7 @@ class _Stack:
     """The modules that a forward pass is in, and what to keep of those that it leaves."""
 
     def __init__(self, recording: Recording) -> None:
-        self.recording, self.open = recording, list[tuple[str, Call, int, Event]]()
+        self.recording, self.open = recording, list[tuple[Call, int]]()
         # a tensor's id is given to another one once it is gone; a serial number is not
         self.serials: Any = WeakIdKeyDictionary()
         self.time, self.issued = count(1), count(1)
@@ -128,23 +125,24 @@ class _Stack:
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = first_tensor(args, kwargs)
-        call = Call(args, dict(kwargs), version=0 if tokens is None else tokens._version)
-        event = Event(name, next(self.time), None, ())
+        call = Call(name, next(self.time), args, dict(kwargs), 0 if tokens is None else tokens._version)
         if tokens is not None and tokens.is_floating_point():
-            event.source, event.shape_in = self.serial(tokens), tuple(tokens.shape)
-        self.recording.events.append(event)
-        self.open.append((name, call, len(self.recording.attended), event))
+            call.source, call.shape_in = self.serial(tokens), tuple(tokens.shape)
+        self.recording.events.append(call)
+        self.open.append((call, len(self.recording.attended)))
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        left, call, seen, event = self.open.pop()
-        assert left == name, "hooks of a forward pass nest"
-        call.output, event.end = output, next(self.time)
-        attended = len(self.recording.attended)
+        call, seen = self.open.pop()
+        assert call.name == name, "hooks of a forward pass nest"
+        call.end, attended = next(self.time), len(self.recording.attended)
         if attended > seen:
+            call.output = output
             self.recording.calls.setdefault(name, []).append(call)
+        else:  # the activations of a whole pass are many
+            call.args, call.kwargs = (), {}
         if not isinstance(output, Tensor):
             return
-        event.result, event.shape_out = self.serial(output), tuple(output.shape)
+        call.result, call.shape_out = self.serial(output), tuple(output.shape)
         if output.ndim == 4 and not attended:
             self.recording.maps.append(tuple(output.shape))
         weight = getattr(module, "weight", None)
@@ -154,10 +152,10 @@ class _Stack:
 
     def used(self, tensor: Tensor) -> None:
         if tensor in self.serials and self.open:
-            self.recording.used.setdefault(self.serials[tensor], set()).add(self.open[-1][0])
+            self.recording.used.setdefault(self.serials[tensor], set()).add(self.open[-1][0].name)
 
     def attended(self, seen: Attention) -> None:
-        chain = tuple(name for name, *_ in self.open)
+        chain = tuple(call.name for call, _ in self.open)
         self.recording.attended.append(Attended(seen, chain, next(self.time)))
 
 

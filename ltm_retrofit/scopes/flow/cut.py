@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.finding.attention import Attention, AttentionMode
 from ltm_retrofit.finding.call import Signature
-from ltm_retrofit.finding.proofs import block_graph
+from ltm_retrofit.finding.proofs import block_graph, reached
 from ltm_retrofit.finding.recording import Call, Reached
 from ltm_retrofit.scopes.flow.site import Code, Halves, KeySource
 
@@ -55,18 +55,10 @@ def cut_block(
     inputs = [node for node in nodes if node.op == "placeholder"]
     tokens, bias_node, _ = inputs
     # what depends on the tokens, and of that what depends on the attention: the stream before it and the branch with it
-    stream, attended = {tokens}, set[fx.Node]()
-    first: fx.Node | None = None
-    for node in nodes:
-        sources = node.all_input_nodes
-        if any(source in stream for source in sources):
-            stream.add(node)
-        if _attends(node, attention) and node in stream:
-            first = first or node
-            attended.add(node)
-        if any(source in attended for source in sources):
-            attended.add(node)
-    if first is None:
+    stream = reached([tokens], lambda node: node.users)
+    attending = [node for node in nodes if node in stream and _attends(node, attention)]
+    attended = reached(attending, lambda node: node.users)
+    if not attending:
         raise UnsupportedBlock("its own graph does not show the attention")
     total = next((node for node in nodes if _is_residual(node, stream, attended)), None)
     if total is None:
@@ -78,9 +70,9 @@ def cut_block(
         total = output
     elif output is total:
         raise NoBack("nothing follows its attention: there is no back half to save on")
-    inner = _inner(block, first, stream, tokens, bias_node) if not attention else None
+    inner = _inner(block, attending[0], stream, tokens, bias_node) if not attention else None
     if inner is None:
-        inner = next((node for node in first.all_input_nodes if node in stream and node is not bias_node), None)
+        inner = next((node for node in attending[0].all_input_nodes if node in stream and node is not bias_node), None)
     if inner is None:
         raise UnsupportedBlock("its attention takes no tokens from the graph")
 
@@ -132,13 +124,7 @@ def _is_residual(node: fx.Node, stream: set[fx.Node], attended: set[fx.Node]) ->
 
 def _ancestors(node: fx.Node, stop: fx.Node | None = None) -> set[fx.Node]:
     """Return a node and all that it needs, not looking behind ``stop``."""
-    found, waiting = set[fx.Node](), [node]
-    while waiting:
-        current = waiting.pop()
-        if current not in found:
-            found.add(current)
-            waiting += [] if current is stop else current.all_input_nodes
-    return found
+    return reached([node], lambda current: () if current is stop else current.all_input_nodes)
 
 
 def _write(nodes: list[fx.Node], needed: set[fx.Node], inputs: list[fx.Node], result: Any) -> Code:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ltm_retrofit.finding.example import first_tensor, run, tensors_of
 from ltm_retrofit.finding.layouts import same_tokens
 from ltm_retrofit.finding.proofs import all_close, all_equal, close
-from ltm_retrofit.finding.recording import Event, Reached, replaced
+from ltm_retrofit.finding.recording import Call, Reached, replaced
 from ltm_retrofit.finding.sites import Ending, Found, Refused, TokenLayout
 from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.macs import count_macs_quick
@@ -71,32 +71,25 @@ def _candidates(walk: Walk) -> Sifted:
 def _unbroken(walk: Walk, candidates: list[Candidate]) -> Sifted:
     """Keep the last run of candidates with no other attention between them: merged tokens must not meet one."""
     names = {candidate.name: candidate for candidate in candidates}
-    kept: list[Candidate] = []
-    refused: list[Refused] = []
-    pending = ""
-    for attended in walk.recording.attended:
-        candidate = next((names[name] for name in attended.chain if name in names), None)
-        if candidate is None:
-            pending = attended.owner
-        elif candidate not in kept:
-            if pending:
-                refused += _refuse(kept, f"tokens merged here would reach {pending}, which is left out")
-                kept = []
-            pending = ""
-            kept.append(candidate)
-    return kept, refused
+    attended = walk.recording.attended
+    around = [next((names[name] for name in one.chain if name in names), None) for one in attended]
+
+    def meets(one: Candidate, other: Candidate) -> str:
+        numbers = range(around.index(one), around.index(other))
+        between = [attended[number].owner for number in numbers if around[number] is None]
+        return f"tokens merged here would reach {between[-1]}, which is left out" if between else ""
+
+    return _last_run([candidate for candidate in dict.fromkeys(around) if candidate is not None], meets)
 
 
 def _handed_on(walk: Walk, candidates: list[Candidate]) -> Sifted:
     """Keep the last run of candidates of which each gives the next its very output: what tokens carry lies on it."""
-    kept: list[Candidate] = []
-    refused: list[Refused] = []
-    for candidate in candidates:
-        if kept and not _hands_on(walk, _event(walk, kept[-1]), _event(walk, candidate)):
-            why = f"something between it and {candidate.name} makes a new tensor, and what merged tokens carry is lost"
-            refused += _refuse(kept, why)
-            kept = []
-        kept.append(candidate)
+
+    def loses(one: Candidate, other: Candidate) -> str:
+        why = f"something between it and {other.name} makes a new tensor, and what merged tokens carry is lost"
+        return "" if _hands_on(walk, _event(walk, one), _event(walk, other)) else why
+
+    kept, refused = _last_run(candidates, loses)
     if name := _lost_in_training(walk, kept):
         place = next(place for place, candidate in enumerate(kept) if candidate.name == name)
         why = f"while the model is trained, something before {name} makes a new tensor (dropout)"
@@ -108,15 +101,27 @@ def _handed_on(walk: Walk, candidates: list[Candidate]) -> Sifted:
     return kept, refused
 
 
+def _last_run(candidates: Sequence[Candidate], broken: Callable[[Candidate, Candidate], str]) -> Sifted:
+    """Keep the candidates after the last break between two of them; those before it would merge for nobody."""
+    kept: list[Candidate] = []
+    refused: list[Refused] = []
+    for candidate in candidates:
+        if kept and (why := broken(kept[-1], candidate)):
+            refused += _refuse(kept, why)
+            kept = []
+        kept.append(candidate)
+    return kept, refused
+
+
 def _refuse(candidates: list[Candidate], why: str) -> list[Refused]:
     return [Refused(candidate.name, f"{candidate.name}: {why}") for candidate in candidates]
 
 
-def _event(walk: Walk, candidate: Candidate) -> Event:
+def _event(walk: Walk, candidate: Candidate) -> Call:
     return walk.recording.by_name[candidate.name][-1]
 
 
-def _hands_on(walk: Walk, one: Event, other: Event) -> bool:
+def _hands_on(walk: Walk, one: Call, other: Call) -> bool:
     """Say whether a block's output is the next one's input, also while the model is trained (dropout between them)."""
     between = (event for event in walk.recording.events if one.end < event.start and event.end < other.start)
     altering = any(
@@ -316,15 +321,15 @@ def _prefix_only(walk: Walk, site: FlowSite, earlier: Sequence[str]) -> int | No
         return None
     last = Piece(walk.model.get_submodule(site.block), site.halves[False, False], site.signature)
 
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        out = last.back(last.front(*last.split(args, kwargs))[0]).clone()
-        out[:, prefix:] = float("nan")
-        return out
+    def count(poison: bool) -> tuple[int, Any]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            stream, _ = last.front(*last.split(args, kwargs))
+            if not poison:
+                return last.back(stream[:, :prefix])
+            out = last.back(stream).clone()
+            out[:, prefix:] = float("nan")
+            return out
 
-    def sliced(*args: Any, **kwargs: Any) -> Tensor:
-        return last.back(last.front(*last.split(args, kwargs))[0][:, :prefix])
-
-    def count(forward: Callable[..., Any]) -> tuple[int, Any]:
         outputs: list[Any] = []
         forwards: dict[nn.Module, Callable[..., Any]] = {
             walk.model.get_submodule(name): partial(_put_out, walk.recording.calls[name][0].output) for name in earlier
@@ -333,11 +338,11 @@ def _prefix_only(walk: Walk, site: FlowSite, earlier: Sequence[str]) -> int | No
             macs = count_macs_quick(lambda: outputs.append(run(walk.model, walk.example)))
         return macs, outputs[0]
 
-    whole, output = count(poisoned)
+    whole, output = count(poison=True)
     if not all_equal(output, walk.recording.output):
         return None
     try:
-        rest, output = count(sliced)
+        rest, output = count(poison=False)
     except Exception:  # something wants the tokens there, though not their values
         return None
     return whole - rest if all_close(output, walk.recording.output) else None

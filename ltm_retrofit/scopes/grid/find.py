@@ -7,7 +7,7 @@ from one such point to the next: whatever is merged before, a stretch costs the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from fractions import Fraction
@@ -20,7 +20,7 @@ from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.example import Example, run, tensors_of
 from ltm_retrofit.finding.layouts import key_width, spatial_of, width_of
 from ltm_retrofit.finding.proofs import CONTAINERS
-from ltm_retrofit.finding.recording import Attended, Event, replaced
+from ltm_retrofit.finding.recording import Attended, Call, replaced
 from ltm_retrofit.finding.sites import Found, Refused, Scope, TokenLayout
 from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.macs import count_macs_quick, counting
@@ -54,7 +54,7 @@ def find(walk: Walk) -> Found:
 
 def passes_maps(walk: Walk) -> bool:
     """Say whether any attention lies in a module that passes a map on."""
-    return bool(_points_at(walk, 0, {}))
+    return bool(next(_levels(walk, {})))
 
 
 def _points(walk: Walk) -> dict[int, GridSite] | Refused:
@@ -62,7 +62,7 @@ def _points(walk: Walk) -> dict[int, GridSite] | Refused:
     inside = {
         number: chains[0].links[0].event.end for number, chains in walk.chains.items() if isinstance(chains, list)
     }
-    levels = [_points_at(walk, level, inside) for level in range(LEVELS + BEFORE)]
+    levels = list(_levels(walk, inside))
     if not any(levels):
         return Refused("", "no module around it passes a map (B, C, H, W) on")
     tried: list[list[str]] = [[]]
@@ -88,62 +88,66 @@ def _points(walk: Walk) -> dict[int, GridSite] | Refused:
 # --------------------------------------------------------------------------------------------------- where a map passes
 
 
-def _points_at(walk: Walk, level: int, inside: Mapping[int, int]) -> dict[int, GridSite]:
-    """Take the module around each attention that keeps its map: the innermost at level 0, else one further out.
+def _levels(walk: Walk, inside: Mapping[int, int]) -> Iterator[dict[int, GridSite]]:
+    """Go through sets of points, by the number of the first attention that each serves.
+
+    First the innermost module around each attention that keeps its map, then those further out, then the output of a
+    module before it, the last one first.
 
     Args:
         walk: the search.
-        level: from `LEVELS` on, the output of a module before it: the last one first.
         inside: when the first module of the MLP behind an attention ends, by number.
     """
-    found: dict[int, GridSite] = {}
-    nearest = ""
+    numbers = range(len(walk.recording.attended))
+    around = {number: sites for number in numbers if (sites := _around(walk, number, inside.get(number)))}
+    for level in range(LEVELS):
+        yield _distinct({number: sites[min(level, len(sites) - 1)] for number, sites in around.items()})
+    before: dict[int, list[Call]] = {}
     for number, attended in enumerate(walk.recording.attended):
-        if level < LEVELS:
-            site = _around(walk, number, attended, inside.get(number), level)
-        else:
-            maps = _maps_before(walk, attended)
-            if not maps or maps[-1].name == nearest or level - LEVELS >= len(maps):
-                continue  # the same map as for the attention before
-            nearest = maps[-1].name
-            event = maps[LEVELS - level - 1]
-            site = _site(walk, event, number, "output") if _may_host(walk, event.name) else None
-            site = site if site is not None and min(site.grid) >= SMALLEST else None
-        if site is not None and site.block not in {other.block for other in found.values()}:
-            found[number] = site
-    return found
+        maps = _maps_before(walk, attended)
+        if maps and maps[-1:] not in [other[-1:] for other in list(before.values())[-1:]]:
+            before[number] = maps  # not the same map as for the attention before
+    for back in range(1, BEFORE + 1):
+        calls = {number: maps[-back] for number, maps in before.items() if back <= len(maps)}
+        yield _distinct(
+            {number: _site(walk, call, number, "output") for number, call in calls.items() if _may_host(walk, call)}
+        )
 
 
-def _around(walk: Walk, number: int, attended: Attended, inside: int | None, level: int) -> GridSite | None:
-    found: GridSite | None = None
-    for name in reversed(attended.chain):
-        if not name or not _may_host(walk, name):
-            continue
-        (event,) = walk.recording.by_name[name]
-        if len(event.shape_in) != 4 or event.shape_in != event.shape_out:
+def _distinct(points: Mapping[int, GridSite | None]) -> dict[int, GridSite]:
+    """Leave out what is no site or too small, and all but the first of the same module."""
+    found: dict[str, tuple[int, GridSite]] = {}
+    for number, site in points.items():
+        if site is not None and min(site.grid) >= SMALLEST:
+            found.setdefault(site.block, (number, site))
+    return dict(found.values())
+
+
+def _around(walk: Walk, number: int, inside: int | None) -> list[GridSite]:
+    """Return the modules around an attention that keep its map, innermost first, up to the first that is too small."""
+    found: list[GridSite] = []
+    for name in reversed(walk.recording.attended[number].chain):
+        call = walk.recording.by_name[name][0]
+        if not name or not _may_host(walk, call) or len(call.shape_in) != 4 or call.shape_in != call.shape_out:
             continue
         # a module that holds the MLP, too, saves on that only where its input is merged
-        where = "input" if inside is not None and inside <= event.end else "output"
-        site = _site(walk, event, number, where)
-        if site is None:
-            continue
-        if min(site.grid) < SMALLEST:
-            return None
-        found = site
-        if level == 0:
-            break
-        level -= 1
+        where = "input" if inside is not None and inside <= call.end else "output"
+        if site := _site(walk, call, number, where):
+            found.append(site)
+            if min(site.grid) < SMALLEST or len(found) == LEVELS:
+                break
     return found
 
 
-def _may_host(walk: Walk, name: str) -> bool:
+def _may_host(walk: Walk, call: Call) -> bool:
     """Say whether a mask may be registered on a module: it is called once, and does not call its children in turn."""
-    return len(walk.recording.by_name[name]) == 1 and not isinstance(walk.model.get_submodule(name), CONTAINERS)
+    once = len(walk.recording.by_name[call.name]) == 1
+    return once and not isinstance(walk.model.get_submodule(call.name), CONTAINERS)
 
 
-def _maps_before(walk: Walk, attended: Attended) -> list[Event]:
+def _maps_before(walk: Walk, attended: Attended) -> list[Call]:
     """Return the calls that put out a map before an attention, those within others left out."""
-    maps: list[Event] = []
+    maps: list[Call] = []
     for event in walk.recording.events:
         if event.end < attended.time and len(event.shape_out) == 4 and event.result is not None:
             if not (maps and event.end < maps[-1].end):
@@ -151,7 +155,7 @@ def _maps_before(walk: Walk, attended: Attended) -> list[Event]:
     return maps
 
 
-def _site(walk: Walk, event: Event, number: int, where: str) -> GridSite | None:
+def _site(walk: Walk, event: Call, number: int, where: str) -> GridSite | None:
     """Make the site of a call that puts out a map, its costs left open; None where nothing reads the map."""
     reader = _reader(walk, event, where)
     if reader is None:
@@ -174,7 +178,7 @@ def _site(walk: Walk, event: Event, number: int, where: str) -> GridSite | None:
     )
 
 
-def _reader(walk: Walk, event: Event, where: str) -> tuple[str, str] | None:
+def _reader(walk: Walk, event: Call, where: str) -> tuple[str, str] | None:
     """Find the weight that reads the map, within the module or behind it, and how the map lies."""
     start = event.start if where == "input" else event.end
     for other in walk.recording.events:
