@@ -18,7 +18,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from zoo import ZOO, randomise
+from zoo import randomise
 
 import ltm_retrofit as ltm
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.finding.sites import Sites
+from ltm_retrofit.finding.sites import Ending, Found, Sites
+from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.merging.methods import Keys, Scope
 from ltm_retrofit.merging.tokens import Step, accumulated
 from ltm_retrofit.scopes.base import (
@@ -26,6 +27,7 @@ from ltm_retrofit.scopes.base import (
     title_of,
 )
 from ltm_retrofit.scopes.flow.budget import FlowBudget, place_of
+from ltm_retrofit.scopes.flow.find import find, find_ending
 from ltm_retrofit.scopes.flow.forward import FlowForward
 
 
@@ -34,6 +36,14 @@ class FlowRules(ScopeRules):
 
     name = Scope.FLOW
     stays = True
+
+    def find(self, walk: Walk) -> Found:
+        """Look for blocks that can be cut, from the first on behind which nothing stops merged tokens."""
+        return find(walk)
+
+    def ending(self, walk: Walk, found: Found) -> Ending:
+        """Find out who reads the tokens after the last block."""
+        return find_ending(walk, found)
 
     def budget(self, sites: Sites, config: LTMConfig) -> FlowBudget | None:
         """Count what every block behind a site saves."""

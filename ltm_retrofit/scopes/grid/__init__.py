@@ -9,12 +9,15 @@ from torch import nn
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.finding.sites import Sites
+from ltm_retrofit.finding.layouts import principal_keys
+from ltm_retrofit.finding.sites import Found, Sites
+from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.merging.methods import Keys, Scope
 from ltm_retrofit.merging.slice import CropGrid
 from ltm_retrofit.merging.tokens import Step
 from ltm_retrofit.scopes.base import Interceptor, Panel, Parts, Planned, Row, ScopeRules, make_mask, names_of
 from ltm_retrofit.scopes.grid.budget import GridBudget, place_of
+from ltm_retrofit.scopes.grid.find import find, passes_maps
 from ltm_retrofit.scopes.grid.forward import GridForward
 
 
@@ -23,14 +26,20 @@ class GridRules(ScopeRules):
 
     name = Scope.GRID
 
+    def find(self, walk: Walk) -> Found:
+        """Look for modules around attentions that pass a token map on."""
+        return find(walk)
+
+    def needs_whole(self, walk: Walk) -> bool:
+        """Maps are merged in whole models only."""
+        return passes_maps(walk)
+
     def budget(self, sites: Sites, config: LTMConfig) -> GridBudget | None:
         """Count what the network saves on the smaller maps that were proven."""
         return GridBudget(sites, config) if self.serves(sites.grid, config) else None
 
     def build(self, model: nn.Module, sites: Sites, plan: Planned) -> Parts:
         """Intercept the modules of the rows."""
-        from ltm_retrofit.scopes.local.find import principal_keys
-
         rows, forwards, masks = self.rows(plan), list[Interceptor](), dict[nn.Module, nn.Module]()
         for site in sites.grid:
             if (row := rows.get(site.block)) is None:

@@ -1,8 +1,15 @@
-"""The MLP behind an attention, where a block cannot be cut: modules that treat every token alone (scope LOCAL)."""
+"""The modules behind each attention that treat every token alone: an MLP, found without cutting its block.
+
+Between one attention and the next, the outermost modules are tried first: each is run on some of its tokens and must
+put out the same for those, (b) ``m(u[idx]) = m(u)[idx]``. Where one fails, its children are tried in the next round.
+What holds is a link; links of which one hands its result to the next, and to nobody else, are a chain. Within a chain
+merged tokens meet nothing that knows of the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -12,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.errors import CountError, UnsupportedBlock
-from ltm_retrofit.finding.bystander import bystander
+from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.example import Example, run
 from ltm_retrofit.finding.layouts import Axes, shaped, some_tokens, spatial_of, width_of
-from ltm_retrofit.finding.proofs import close
-from ltm_retrofit.finding.recording import Event, Recording
+from ltm_retrofit.finding.proofs import bystander, close, count_weights
+from ltm_retrofit.finding.recording import Call, Recording
+from ltm_retrofit.finding.sites import Refused
 from ltm_retrofit.macs import count_macs_quick
 
 ROUNDS = 5  # how deep below the outermost module behind an attention an MLP is looked for
@@ -27,7 +34,7 @@ ROUNDS = 5  # how deep below the outermost module behind an attention an MLP is 
 class Link:
     """One module that was proven token-wise, (b) ``m(u[idx]) = m(u)[idx]``, or an attention that is a set function."""
 
-    event: Event
+    event: Call
     order: str  # BNC, NBC, BHWC or BCHW
     cost: tuple[int, int, int]  # MACs of all sequences of N tokens: fixed + linear·N + square·N²
     weights: int  # how many weight matrices it holds
@@ -51,44 +58,42 @@ class Chain:
         return tuple(link.event.name for link in self.links)
 
 
-def find_chains(model: nn.Module, example: Example, recording: Recording, axes: Axes) -> dict[int, list[Chain] | str]:
-    """Find the MLP behind each attention, by number; a string says why there is none.
+def find_chains(
+    model: nn.Module, example: Example, recording: Recording, axes: Axes
+) -> dict[int, list[Chain] | Refused]:
+    """Find the MLP behind each attention, by number, or why there is none. Runs the model a few times.
 
     Where a convolution inside an MLP mixes tokens, the weight matrices before and behind it are chains of their own.
-
-    Runs the model a few times, proving (b) for what lies between one attention and the next.
     """
-    calls: dict[str, int] = {}
-    for event in recording.events:
-        calls[event.name] = calls.get(event.name, 0) + 1
     times = [attended.time for attended in recording.attended]
-    owners = [attended.chain[-1] for attended in recording.attended]
+    owners = [attended.owner for attended in recording.attended]
     windows = [
         list(_outermost((e for e in recording.events if not _below(e.name, following, own)), start, end))
         for start, end, own, following in zip(times, [*times[1:], 1 << 62], owners, [*owners[1:], ""], strict=True)
     ]
-    links: dict[int, dict[str, Link]] = {index: {} for index in range(len(windows))}
+    links: list[dict[str, Link]] = [{} for _ in windows]
     for _ in range(ROUNDS):
         waiting = {
             event.name: (index, event)
             for index, window in enumerate(windows)
             for event in window
-            if calls[event.name] == 1 and event.name not in {*links[index], *axes.folded} and shaped(event)
+            # a module that is called twice would need a mask for each call
+            if len(recording.by_name[event.name]) == 1
+            and event.name not in {*links[index], *axes.folded}
+            and shaped(event)
         }
         if not waiting:
             break
-        _prove_pass(model, example, waiting, links, axes.sequence_first)
+        _prove_pass(model, example, waiting, links, axes)
         windows = [
             [
                 inner
                 for event in window
-                for inner in (
-                    _outermost(recording.events, event.start, event.end) if event.name not in links[index] else [event]
-                )
+                for inner in ([event] if event.name in held else _outermost(recording.events, event.start, event.end))
             ]
-            for index, window in enumerate(windows)
+            for window, held in zip(windows, links, strict=True)
         ]
-    return {index: _choose(links[index], recording, index, model) for index in range(len(recording.attended))}
+    return {index: _choose(held, recording, index, model) for index, held in enumerate(links)}
 
 
 def _below(name: str, owner: str, before: str) -> bool:
@@ -96,7 +101,7 @@ def _below(name: str, owner: str, before: str) -> bool:
     return bool(owner) and owner != before and (name == owner or name.startswith(owner + "."))
 
 
-def _outermost(events: Iterable[Event], start: int, end: int) -> Iterator[Event]:
+def _outermost(events: Iterable[Call], start: int, end: int) -> Iterator[Call]:
     """Return the calls strictly between two times that lie in no other such call."""
     last = start
     for event in events:
@@ -106,85 +111,69 @@ def _outermost(events: Iterable[Event], start: int, end: int) -> Iterator[Event]
 
 
 def _prove_pass(
-    model: nn.Module,
-    example: Example,
-    waiting: dict[str, tuple[int, Event]],
-    links: dict[int, dict[str, Link]],
-    sequence_first: Container[str],
+    model: nn.Module, example: Example, waiting: dict[str, tuple[int, Call]], links: list[dict[str, Link]], axes: Axes
 ) -> None:
-    busy: list[str] = []
+    """Run the model once, and try each waiting module where it is called: there its other arguments are at hand."""
+    busy: list[str] = []  # a module under proof is called again, and so are those in it
 
     def leave(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if busy:
             return
         busy.append(name)
+        index, event = waiting[name]
+        orders = ("NBC",) if name in axes.sequence_first else ("BNC", "BCHW")
         try:
-            index, event = waiting[name]
-            links[index][name] = _prove_link(module, event, args, kwargs, output, name in sequence_first)
-        except UnsupportedBlock:  # its children are tried next
-            pass
+            if link := _prove_link(module, event, args, kwargs, output, orders):
+                links[index][name] = link
         finally:
             busy.clear()
 
-    handles = [
-        model.get_submodule(name).register_forward_hook(partial(leave, name), with_kwargs=True) for name in waiting
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in waiting:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_hook(partial(leave, name), with_kwargs=True))
         run(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _prove_link(
     module: nn.Module,
-    event: Event,
+    event: Call,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     output: Tensor,
-    sequence_first: bool,
-) -> Link:
+    orders: tuple[str, ...],
+) -> Link | None:
+    """(b) for one module, in whichever order its tokens lie; None where it mixes them: its children are tried next."""
     given = only_tensor(args, kwargs)
-    orders = [order for order in (("NBC",) if sequence_first else ("BNC", "BCHW")) if _fits(given, output, order)]
+    if given is None:
+        return None
     for order in orders:
+        if not _fits(given, output, order):
+            continue
         count = prod(spatial_of(tuple(given.shape), order))
+        # two thirds, shuffled: a module that minds places or neighbours puts out something else
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: max(1, count * 2 // 3)]
-        part = some_tokens(given, order, chosen.to(given.device))
-        outs: list[Any] = []
+        chosen = chosen.to(given.device)
+        part, outs = some_tokens(given, order, chosen), list[Any]()
         try:
             with bystander(module) as child:
-                fewer = count_macs_quick(lambda part=part, outs=outs: outs.append(module(part, *args[1:], **kwargs)))  # type: ignore[misc]
-        except CountError as error:
-            raise UnsupportedBlock(str(error)) from error
+                macs = count_macs_quick(lambda part=part, outs=outs: outs.append(module(part, *args[1:], **kwargs)))  # type: ignore[misc]
+        except CountError:
+            return None
         except Exception:  # another layout, or not token-wise
             continue
-        out = outs[0]
-        if not isinstance(out, Tensor) or not close(out, some_tokens(output, order, chosen.to(given.device))):
-            continue
-        per_token, fixed = divmod(fewer, len(chosen))
-        if fixed:
-            raise UnsupportedBlock("its MACs are no multiple of its token count")
-        order = "BHWC" if order == "BNC" and given.ndim > 3 else order
-        return Link(event, order, (0, per_token, 0), count_weights(module), child.called)
-    raise UnsupportedBlock("mixes tokens")
+        if isinstance(outs[0], Tensor) and close(outs[0], some_tokens(output, order, chosen)):
+            each, left = divmod(macs, len(chosen))
+            order = "BHWC" if order == "BNC" and given.ndim > 3 else order
+            # where its MACs are no multiple of its token count, something in it is no function of a token
+            return None if left else Link(event, order, (0, each, 0), count_weights(module), child.called)
+    return None
 
 
-def only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the tensor that a module is called with, where it is the first argument and there is no other.
-
-    Raises:
-        UnsupportedBlock: where there are others.
-    """
+def only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the tensor that a module is called with, where it is the first argument and there is no other."""
     tensors: list[Tensor] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if len(tensors) != 1 or not args or args[0] is not tensors[0]:
-        raise UnsupportedBlock("takes more than one tensor")
-    (given,) = tensors
-    return given
-
-
-def count_weights(module: nn.Module) -> int:
-    """Count a module's weight matrices; tables that only scale or shift are none."""
-    return sum(p.ndim >= 2 and p.numel() > p.shape[0] and p.numel() > p.shape[1] for p in module.parameters())
+    return tensors[0] if len(tensors) == 1 and args and args[0] is tensors[0] else None
 
 
 def _fits(given: Tensor, output: Tensor, order: str) -> bool:
@@ -193,7 +182,7 @@ def _fits(given: Tensor, output: Tensor, order: str) -> bool:
     return given.shape[:-1] == output.shape[:-1]
 
 
-def _choose(links: dict[str, Link], recording: Recording, index: int, model: nn.Module) -> list[Chain] | str:
+def _choose(links: dict[str, Link], recording: Recording, index: int, model: nn.Module) -> list[Chain] | Refused:
     """Join the links behind one attention to chains; take the first that holds an MLP, else all outside of it."""
     chains: list[Chain] = []
     for link in sorted(links.values(), key=lambda link: link.event.start):
@@ -207,15 +196,15 @@ def _choose(links: dict[str, Link], recording: Recording, index: int, model: nn.
             chain.links.pop(0)
         while chain.links and not chain.links[-1].weights:
             chain.links.pop()
-    owner = recording.attended[index].chain[-1]
-    whole = [chain for chain in chains if chain.links and chain.weights >= 2]
+    owner = recording.attended[index].owner
     single = [chain for chain in chains if chain.links]
+    whole = [chain for chain in single if chain.weights >= 2]
     outside = [chain for chain in single if not chain.names[0].startswith(owner + ".")]
-    found = whole[:1] or outside or _couple(single)
-    if not found:
-        kind = type(model.get_submodule(owner)).__name__
-        return f"{owner or 'the model'} ({kind}): no module behind its attention is an MLP that treats each token alone"
-    return found
+    if found := whole[:1] or outside or _couple(single):
+        return found
+    kind = type(model.get_submodule(owner)).__name__
+    why = f"{owner or 'the model'} ({kind}): no module behind its attention is an MLP that treats each token alone"
+    return Refused(owner, why)
 
 
 def _couple(chains: list[Chain]) -> list[Chain]:
