@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from coverage_page import write
+from coverage_rehearsal import rehearse
 from coverage_runner import KEPT, RUNS, latest, read, run
 from coverage_zoo import Row, zoo
 from torch import Tensor
@@ -30,7 +31,6 @@ PROOFS = {"FLOW": "abcde", "GRID": "cde", "LOCAL": "bde"}  # what a block of tha
 def walk(row: Row, record: dict[str, Any]) -> None:
     """Find, prove and plan; put what is learnt into ``record`` as it is learnt. Whatever it raises is recorded."""
     import ltm_retrofit as ltm
-    from ltm_retrofit.rehearsal import rehearse
 
     model = row.build()
     example = row.example(model)

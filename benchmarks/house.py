@@ -10,40 +10,44 @@ from __future__ import annotations
 import ast
 import io
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).parent.parent / "ltm_retrofit"
 METHODS = ("ltm", "tome", "pool", "slice")
 SCOPES = ("FLOW", "GRID", "LOCAL")
-#: where a method's name belongs: its own file and the default of the user's settings
+#: where a method's name belongs: the registry and the file of each
 REGISTRY = ("merging/methods.py", "merging/mask.py", "merging/tome.py", "merging/pool.py", "merging/slice.py")
 LONG = 400
+#: what the docstring of a longer file says, with the reason
+REASON = "over 400 lines"
 
 
 def files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def docstrings(tree: ast.AST) -> Iterator[ast.Expr]:
+def named(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
     """Return the nodes of all docstrings."""
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
             first = node.body[0]
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                yield first
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and type(first.value.value) is str:
+                yield first.value
 
 
 def lines_of(file: Path) -> tuple[set[int], set[int]]:
     """Return the numbers of the lines that hold code, and of those that hold a comment."""
-    source = file.read_text()
+    source = file.read_text(encoding="utf-8")
     told = {line for node in docstrings(ast.parse(source)) for line in range(node.lineno, (node.end_lineno or 0) + 1)}
     code, comments = set[int](), set[int]()
-    silent = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.ENCODING)
+    silent = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments.add(token.start[0])
@@ -52,72 +56,90 @@ def lines_of(file: Path) -> tuple[set[int], set[int]]:
     return code - told, comments
 
 
-def compared_with(names: tuple[str, ...]) -> list[str]:
-    """Return the places where something is compared with one of these names."""
+def places(wanted: Callable[[ast.AST, set[int]], bool]) -> list[str]:
+    """Return file and line of every node that is wanted; it is also told which constants are docstrings."""
     found = []
     for file in files():
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Compare):
-                sides = [part for side in (node.left, *node.comparators) for part in ast.walk(side)]
-                if any(isinstance(side, ast.Constant) and side.value in names for side in sides):
-                    found.append(f"{file.relative_to(PACKAGE)}:{node.lineno}")
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        told = {id(node) for node in docstrings(tree)}
+        found += [f"{named(file)}:{node.lineno}" for node in ast.walk(tree) if wanted(node, told)]  # type: ignore[attr-defined]
     return found
+
+
+def compared_with(names: tuple[str, ...]) -> list[str]:
+    """Return the places where something is compared with one of these names."""
+
+    def wanted(node: ast.AST, _: set[int]) -> bool:
+        return isinstance(node, ast.Compare) and any(
+            isinstance(part, ast.Constant) and part.value in names for part in ast.walk(node)
+        )
+
+    return places(wanted)
 
 
 def literals(names: tuple[str, ...]) -> list[str]:
     """Return the places where one of these names is written out, docstrings left aside."""
-    found = []
-    for file in files():
-        tree = ast.parse(file.read_text())
-        told = {id(node.value) for node in docstrings(tree)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and node.value in names and id(node) not in told:
-                found.append(f"{file.relative_to(PACKAGE)}:{node.lineno}")
-    return found
+    return places(lambda node, told: isinstance(node, ast.Constant) and node.value in names and id(node) not in told)
 
 
-def circles() -> list[str]:
-    """Return the modules that import each other, type-checking imports counted."""
+def circle() -> list[str]:
+    """Return modules that import each other in a circle, type-checking imports counted; none where there is none."""
     import grimp
 
     graph = grimp.build_graph("ltm_retrofit")
-    waiting = {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
-    while free := [module for module, imports in waiting.items() if not imports & waiting.keys()]:
-        for module in free:
-            del waiting[module]
-    return sorted(waiting)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
-def examples() -> tuple[int, int]:
-    """Return how many of the public functions and classes show an example in their docstring, and of how many."""
+def untold() -> list[str]:
+    """Return the public functions and classes that show no example in their docstring; errors need none."""
     import ltm_retrofit as ltm
 
-    public = [getattr(ltm, name) for name in ltm.__all__ if not name.startswith("_")]
-    public = [value for value in public if not (isinstance(value, type) and issubclass(value, Exception))]
-    return sum(">>>" in (value.__doc__ or "") for value in public), len(public)
+    public = {name: getattr(ltm, name) for name in ltm.__all__ if not name.startswith("_")}
+    errors = [name for name, value in public.items() if isinstance(value, type) and issubclass(value, Exception)]
+    return [name for name, value in public.items() if name not in errors and ">>>" not in (value.__doc__ or "")]
 
 
-def measure() -> dict[str, object]:
-    counted = {file: lines_of(file) for file in files()}
-    code = sum(len(lines) for lines, _ in counted.values())
-    comments = sum(len(lines) for _, lines in counted.values())
-    outside = [place for place in compared_with(METHODS) if place.partition(":")[0] not in REGISTRY]
-    shown, public = examples()
+def long_files() -> list[str]:
+    """Return the files that are long without a word on why."""
+    found = []
+    for file in files():
+        source = file.read_text(encoding="utf-8")
+        told = ast.get_docstring(ast.parse(source)) or ""
+        if len(source.splitlines()) > LONG and REASON not in told.lower():
+            found.append(named(file))
+    return found
+
+
+def measure() -> dict[str, Any]:
+    counted = [lines_of(file) for file in files()]
+    code = sum(len(lines) for lines, _ in counted)
+    comments = sum(len(lines) for _, lines in counted)
     return {
         "files": len(counted),
         "code lines": code,
         "comment lines": comments,
         "comments, % of code and comments": round(100 * comments / (code + comments), 1),
-        "modules in a circle of imports": circles(),
-        "comparisons with a method's name outside the registry": outside,
-        "a scope's name written out": len(literals(SCOPES)),
-        "public names with an example, of": [shown, public],
-        "files over 400 lines": [
-            str(f.relative_to(PACKAGE)) for f in files() if len(f.read_text().splitlines()) > LONG
+        "modules in a circle of imports": circle(),
+        "comparisons with a method's name outside the registry": [
+            place for place in compared_with(METHODS) if place.partition(":")[0] not in REGISTRY
         ],
+        "a scope's name written out": literals(SCOPES),
+        "public names without an example": untold(),
+        f"files over {LONG} lines that do not say why": long_files(),
     }
 
 
-if __name__ == "__main__":
+def show() -> None:
     for name, value in measure().items():
-        print(f"{name}: {value}")
+        print(f"{name}: {value if isinstance(value, int | float) else len(value)}")
+        for entry in [] if isinstance(value, int | float) else value:
+            print(f"    {entry}")
+
+
+if __name__ == "__main__":
+    show()

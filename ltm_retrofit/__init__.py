@@ -1,112 +1,15 @@
 """Retrofit pretrained vision transformers with learnable token merging.
 
 >>> import ltm_retrofit as ltm
->>> model = ltm.retrofit(model, ltm.LTMConfig(flops=0.7))
+>>> model = ltm.retrofit(model, ltm.LTMConfig(flops=0.7))  # doctest: +SKIP
 
-Nothing heavy is imported until it is used.
+These names are the public surface; every other one is private. Nothing heavy is imported until it is used: the names
+and their homes stand in `__init__.pyi`.
 """
 
-from __future__ import annotations
-
-import importlib
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
 
-from ltm_retrofit.config import LTMConfig
-from ltm_retrofit.errors import (
-    AlreadyRetrofitted,
-    BaseMismatch,
-    BudgetError,
-    CheckpointError,
-    CountError,
-    DataError,
-    ExampleError,
-    NoAttentionError,
-    NotRetrofitted,
-    RecipeError,
-    RetrofitError,
-    TrainingError,
-    UnsupportedBlock,
-)
-
-if TYPE_CHECKING:
-    from ltm_retrofit.convert import restore, retrofit
-    from ltm_retrofit.converted.record import disabled, get_plan, is_retrofitted
-    from ltm_retrofit.find import find_sites
-    from ltm_retrofit.plan import MergePlan, make_plan
-    from ltm_retrofit.reporting.pictures import show_merges
-    from ltm_retrofit.reporting.report import Report, measure
-    from ltm_retrofit.saving.hub import from_pretrained, save_pretrained
-    from ltm_retrofit.tracing import MergeTrace, bound_loss, learn_from, trace
-    from ltm_retrofit.tuning.history import History
-    from ltm_retrofit.tuning.settings import TrainConfig
-    from ltm_retrofit.tuning.train import finetune
+import lazy_loader
 
 __version__ = version("ltm-retrofit")
-
-_HOMES = {
-    "find": ("find_sites",),
-    "plan": ("MergePlan", "make_plan"),
-    "convert": ("restore", "retrofit"),
-    "converted.record": ("disabled", "get_plan", "is_retrofitted"),
-    "tracing": ("MergeTrace", "bound_loss", "learn_from", "trace"),
-    "tuning.history": ("History",),
-    "tuning.settings": ("TrainConfig",),
-    "tuning.train": ("finetune",),
-    "reporting.report": ("Report", "measure"),
-    "reporting.pictures": ("show_merges",),
-    "saving.hub": ("from_pretrained", "save_pretrained"),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = [
-    "AlreadyRetrofitted",
-    "BaseMismatch",
-    "BudgetError",
-    "CheckpointError",
-    "CountError",
-    "DataError",
-    "ExampleError",
-    "History",
-    "LTMConfig",
-    "MergePlan",
-    "MergeTrace",
-    "NoAttentionError",
-    "NotRetrofitted",
-    "RecipeError",
-    "Report",
-    "RetrofitError",
-    "TrainConfig",
-    "TrainingError",
-    "UnsupportedBlock",
-    "__version__",
-    "bound_loss",
-    "disabled",
-    "find_sites",
-    "finetune",
-    "from_pretrained",
-    "get_plan",
-    "is_retrofitted",
-    "learn_from",
-    "make_plan",
-    "measure",
-    "restore",
-    "retrofit",
-    "save_pretrained",
-    "show_merges",
-    "trace",
-]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name where it is first used."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    """Show the public names."""
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

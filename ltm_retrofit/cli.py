@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from ltm_retrofit.config import OUTPUT_TOKENS, LTMConfig
-from ltm_retrofit.errors import RecipeError, RetrofitError
+from ltm_retrofit.errors import NotRetrofitted, RecipeError, RetrofitError
+from ltm_retrofit.folders import check_ours
 from ltm_retrofit.merging.methods import method_names
 
 EXAMPLES = {
@@ -24,7 +29,7 @@ EXAMPLES = {
     "run": "ltm-retrofit run recipes/quickstart.yaml\n"
     "  ltm-retrofit run recipes/quickstart.yaml --model ./my_checkpoint --out runs/mine",
 }
-MODEL = "digits_vit (embedded), a folder, a timm name, or a Hub id, tried in this order"
+MODEL = "a folder, digits_vit (embedded), a timm name, or a Hub id, tried in this order"
 RESUME = "go on where an earlier run to the same folder was interrupted"
 DATA = "digits (embedded), a folder (parquet files or class folders), or a Hub id"
 
@@ -40,15 +45,14 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog="examples:\n  " + EXAMPLES[name],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        epilog, raw = "examples:\n  " + EXAMPLES[name], argparse.RawDescriptionHelpFormatter
+        sub = commands.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=raw)
         sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return sub
+
+    def written(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--out", type=Path, required=True, help="folder to write")
+        sub.add_argument("--overwrite", action="store_true", help="replace a folder that this tool wrote")
 
     sub = command("inspect", "Show where a model attends, which blocks can be cut, and why others are left out.")
     sub.add_argument("model", help=MODEL)
@@ -61,14 +65,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", choices=method_names(), default="ltm", help="default ltm")
     sub.add_argument("--sites", nargs="+", help="blocks to choose from, instead of the schedule")
     sub.add_argument("--output-tokens", choices=OUTPUT_TOKENS, default="auto", help="default auto")
-    sub.add_argument("--out", type=Path, required=True, help="folder to write")
-    sub.add_argument("--overwrite", action="store_true", help="replace a folder that this tool wrote")
+    written(sub)
 
-    sub = command("finetune", "Fine-tune a model, converted or not, with the information-bottleneck bound.")
+    sub = command("finetune", "Fine-tune a converted model with the information-bottleneck bound.")
     sub.add_argument("model", help="a folder that convert or run wrote")
     sub.add_argument("--data", default="digits", help=DATA)
-    sub.add_argument("--out", type=Path, required=True, help="folder to write")
-    sub.add_argument("--overwrite", action="store_true", help="replace a folder that this tool wrote")
+    written(sub)
     sub.add_argument("--epochs", type=int)
     sub.add_argument("--lr", type=float)
     sub.add_argument("--batch-size", type=int)
@@ -111,40 +113,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _be_quiet() -> None:
     """Keep other libraries' progress bars and warnings out of our output."""
-    import logging
-    import os
-    import warnings
-
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module=r"(torch|timm|transformers|accelerate|datasets)(\..*)?")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
-def _main_process() -> bool:
+def _print(text: str, file: Any = None) -> None:
+    """Print in the first process of several; in the others nothing."""
     from ltm_retrofit.tuning.processes import is_main
 
-    return is_main()
+    if is_main():
+        print(text, file=file, flush=True)
 
 
 def _say(arguments: argparse.Namespace, text: str) -> None:
-    if not _main_process():
-        return
-    print(text, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    """Tell what is going on; with ``--json`` not on stdout, which holds the JSON and nothing else."""
+    _print(text, sys.stderr if arguments.json else sys.stdout)
 
 
 def _show(arguments: argparse.Namespace, text: str, values: Any) -> None:
-    if not _main_process():
-        return
-    print(json.dumps(values, indent=2, ensure_ascii=False) if arguments.json else text)
+    """Print a command's result."""
+    _print(json.dumps(values, indent=2, ensure_ascii=False) if arguments.json else text)
+
+
+def _settings(kind: Any, arguments: argparse.Namespace) -> Any:
+    """Build settings from the options of the same names; what was not given keeps its default."""
+    given = {field.name: getattr(arguments, field.name, None) for field in fields(kind)}
+    return kind(**{name: value for name, value in given.items() if value is not None})
 
 
 def _load(arguments: argparse.Namespace) -> Any:
-    from ltm_retrofit.saving.load import load_model
+    from ltm_retrofit.saving.load import find_model
 
-    loaded = load_model(arguments.model)
-    _say(arguments, f"model    {arguments.model}: {loaded.origin}")
-    return loaded.model
+    model, origin = find_model(arguments.model)
+    _say(arguments, f"model    {arguments.model}: {origin}")
+    return model
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -154,23 +158,18 @@ def _inspect(arguments: argparse.Namespace) -> None:
     values = {"macs": sites.total_macs, "sites": sites.rows(), "excluded": sites.excluded, "narrowed": sites.narrowed}
     narrowed = "".join(f"\nno better scope: {name}: {reason}" for name, reason in sites.narrowed.items())
     ending = "prefix tokens only, so the last block may drop the others" if sites.ending.prefix_only else "all tokens"
-    _show(arguments, f"{sites}{narrowed}\n{sites.total_macs / 1e9:.3f} GMACs; the head reads {ending}", values)
+    _show(arguments, f"{sites}{narrowed}\n{sites.total_macs / 1e9:.3f} GMACs; the classifier reads {ending}", values)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.convert import retrofit
     from ltm_retrofit.converted.record import get_plan
-    from ltm_retrofit.saving.hub import check_target, save_pretrained
+    from ltm_retrofit.saving.save import CONFIG, save_pretrained
 
-    check_target(arguments.out, arguments.overwrite)
-    flops = 0.7 if arguments.flops is None and arguments.tokens is None else arguments.flops
-    config = LTMConfig(
-        flops=flops,
-        tokens=arguments.tokens,
-        method=arguments.method,
-        sites=arguments.sites,
-        output_tokens=arguments.output_tokens,
-    )
+    check_ours(arguments.out, CONFIG, overwrite=arguments.overwrite)
+    if arguments.flops is None and arguments.tokens is None:
+        arguments.flops = 0.7
+    config = _settings(LTMConfig, arguments)
     model = retrofit(_load(arguments), config)
     save_pretrained(model, arguments.out, overwrite=arguments.overwrite)
     plan = get_plan(model)
@@ -179,20 +178,17 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _finetune(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.converted.record import is_retrofitted
-    from ltm_retrofit.errors import NotRetrofitted
     from ltm_retrofit.reporting.report import measure
-    from ltm_retrofit.saving.hub import check_target, save_pretrained
+    from ltm_retrofit.saving.save import CONFIG, save_pretrained
     from ltm_retrofit.tuning.data import check_same_classes
     from ltm_retrofit.tuning.evaluate import check_data, count_classes
-    from ltm_retrofit.tuning.processes import checkpoints_beside
+    from ltm_retrofit.tuning.processes import checkpoints_beside, is_main
     from ltm_retrofit.tuning.settings import TrainConfig
     from ltm_retrofit.tuning.sources import DataSection, load_split
     from ltm_retrofit.tuning.train import finetune
 
-    check_target(arguments.out, arguments.overwrite)
-    names = ("epochs", "lr", "batch_size", "bound", "bound_weight", "distill", "train", "seed")
-    given = {key: getattr(arguments, key) for key in (*names, "workers", "checkpoint_every")}
-    config = TrainConfig(**{key: value for key, value in given.items() if value is not None})
+    check_ours(arguments.out, CONFIG, overwrite=arguments.overwrite)
+    config = _settings(TrainConfig, arguments)
     model = _load(arguments)
     if not is_retrofitted(model):
         raise NotRetrofitted(f"{arguments.model} is not converted: run `ltm-retrofit convert` on it first")
@@ -202,16 +198,13 @@ def _finetune(arguments: argparse.Namespace) -> None:
     check_same_classes(train, test)
     check_data(model, test, "test", count_classes(model))
     history = finetune(model, train, config=config, checkpoints_to=kept, resume=True)
-    if not _main_process():
+    if not is_main():
         return
     report = measure(model, data=test, batches=())
     save_pretrained(model, arguments.out, overwrite=arguments.overwrite, report=report)
     shutil.rmtree(kept)
-    _show(
-        arguments,
-        f"{report}\n\n{history}\nwritten to {arguments.out}/",
-        {**report.to_dict(), "history": history.to_dict()},
-    )
+    values = {**report.to_dict(), "history": history.to_dict()}
+    _show(arguments, f"{report}\n\n{history}\nwritten to {arguments.out}/", values)
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -221,28 +214,23 @@ def _report(arguments: argparse.Namespace) -> None:
     if min(arguments.batches) < 1:
         raise RecipeError(f"batches are whole numbers from 1 on, got {arguments.batches}")
     model = _load(arguments)
-    data = None
-    if arguments.data is not None:
-        section = DataSection(name=arguments.data)
-        data = load_split(section, section.test_split)
+    section = None if arguments.data is None else DataSection(name=arguments.data)
+    data = section and load_split(section, section.test_split)
     report = measure(model, data=data, batches=tuple(arguments.batches))
     _show(arguments, str(report), report.to_dict())
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    import dataclasses
-
-    from ltm_retrofit.recipe import ModelSection, Recipe, run_recipe
+    from ltm_retrofit.recipe import Recipe, run_recipe
 
     recipe = Recipe.read(arguments.recipe)
-    if arguments.model is not None:
-        recipe = dataclasses.replace(recipe, model=ModelSection(arguments.model))
-    if arguments.data is not None:
-        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, name=arguments.data))
+    for section in ("model", "data"):
+        if (name := getattr(arguments, section)) is not None:
+            recipe = replace(recipe, **{section: replace(getattr(recipe, section), name=name)})
     out = arguments.out or Path("runs") / arguments.recipe.stem
     report = run_recipe(recipe, out, say=lambda text: _say(arguments, text), resume=arguments.resume)
-    if arguments.json and _main_process():
-        print(report.to_json())
+    if arguments.json:
+        _print(report.to_json())
 
 
 COMMANDS = {"inspect": _inspect, "convert": _convert, "finetune": _finetune, "report": _report, "run": _run}

@@ -82,9 +82,7 @@ class LTMConfig(Strict):
             raise RecipeError(
                 f"give exactly one of flops and tokens, got flops={self.flops!r} and tokens={self.tokens!r}"
             )
-        if self.flops is not None and not (
-            isinstance(self.flops, (int, float)) and not isinstance(self.flops, bool) and 0 < self.flops < 1
-        ):
+        if self.flops is not None and not (isinstance(self.flops, (int, float)) and 0 < self.flops < 1):
             raise RecipeError(f"flops is the share of MACs to keep, between 0 and 1, got {self.flops!r}")
         for name in ("tokens", "sites"):
             if (value := getattr(self, name)) is not None:
@@ -92,7 +90,7 @@ class LTMConfig(Strict):
                     raise RecipeError(f"{name} must be a sequence with something in it, got {value!r}")
                 object.__setattr__(self, name, tuple(value))
         if self.tokens is not None:
-            if not self.tokens or not all(type(count) is int and count > 0 for count in self.tokens):
+            if not all(type(count) is int and count > 0 for count in self.tokens):
                 raise RecipeError(f"tokens must be positive whole numbers, one for each site, got {self.tokens!r}")
             if list(self.tokens) != sorted(self.tokens, reverse=True):
                 raise RecipeError(f"token counts cannot grow from site to site, got {self.tokens!r}")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,11 +20,12 @@ from ltm_retrofit.converted.record import get_plan
 from ltm_retrofit.errors import CheckpointError, DataError, RecipeError
 from ltm_retrofit.finding.example import prepare_example, run
 from ltm_retrofit.finding.proofs import all_equal
+from ltm_retrofit.folders import OURS, check_ours, written_whole
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.reporting.pictures import show_merges
 from ltm_retrofit.reporting.report import Report, measure
-from ltm_retrofit.saving.hub import from_pretrained, save_pretrained, swap
-from ltm_retrofit.saving.load import load_model
+from ltm_retrofit.saving.load import find_model, from_pretrained
+from ltm_retrofit.saving.save import save_pretrained
 from ltm_retrofit.tuning.data import check_same_classes, classes_in
 from ltm_retrofit.tuning.evaluate import evaluate
 from ltm_retrofit.tuning.heads import set_classes
@@ -64,21 +63,15 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build from nested mappings; unknown sections and keys are `RecipeError`s that suggest the nearest one."""
-        kinds: dict[str, type[Strict]] = {
-            "model": ModelSection,
-            "ltm": LTMConfig,
-            "data": DataSection,
-            "train": TrainConfig,
-        }
         if not isinstance(values, Mapping):
-            raise RecipeError(f"a recipe has the sections {', '.join(kinds)}, got {type(values).__name__}")
-        check_keys(values, kinds, "recipe")
+            raise RecipeError(f"a recipe has the sections {', '.join(SECTIONS)}, got {type(values).__name__}")
+        check_keys(values, SECTIONS, "recipe")
         sections: dict[str, Any] = {}
         for name, section in values.items():
             if not isinstance(section, Mapping):
                 raise RecipeError(f"section {name!r} holds keys and values, got {section!r}")
             try:
-                sections[name] = kinds[name].from_dict(section)
+                sections[name] = SECTIONS[name].from_dict(section)
             except RecipeError as error:
                 raise RecipeError(f"section {name!r}: {error}") from None
         return cls(**sections)
@@ -87,33 +80,29 @@ class Recipe:
     def read(cls, path: str | Path) -> Self:
         """Read a YAML file, by safe loading only."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            values = yaml.safe_load(text)
-        except OSError as error:
-            raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"cannot read the recipe {path}: it is no UTF-8 text") from error
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            return cls.from_dict({} if values is None else values)
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", "it is no UTF-8 text")
+            raise RecipeError(f"cannot read the recipe {path}: {reason}") from error
         except yaml.YAMLError as error:
             raise RecipeError(f"{path} is not YAML: {error}") from error
-        try:
-            return cls.from_dict({} if values is None else values)
         except RecipeError as error:
             raise RecipeError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, all defaults said."""
-        return {name: getattr(self, name).to_dict() for name in ("model", "ltm", "data", "train")}
+        return {name: getattr(self, name).to_dict() for name in SECTIONS}
+
+
+SECTIONS: dict[str, type[Strict]] = {"model": ModelSection, "ltm": LTMConfig, "data": DataSection, "train": TrainConfig}
 
 
 def sliced_config(plan: MergePlan) -> LTMConfig:
     """Return the config that slices to the same token counts at the same sites."""
     rows = [row for row in plan.rows if row.action == "merge"]
-    return LTMConfig(
-        tokens=tuple(row.tokens_out for row in rows),
-        sites=tuple(row.site for row in rows),
-        method="slice",
-        output_tokens=plan.config.output_tokens,
-    )
+    tokens, sites = tuple(row.tokens_out for row in rows), tuple(row.site for row in rows)
+    return LTMConfig(tokens=tokens, sites=sites, method="slice", output_tokens=plan.config.output_tokens)
 
 
 def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = print, resume: bool = False) -> Report:
@@ -129,28 +118,11 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
         CheckpointError: the folder cannot be written, or holds files that no run wrote.
     """
     out = Path(out).resolve()
-    check_folder(out)
+    check_ours(out, MARK)
     kept = checkpoints_beside(out, resume)
-    loaded = load_model(recipe.model.name)
-    model = loaded.model
-    say(f"model    {recipe.model.name}: {loaded.origin}")
-    train, test = (load_split(recipe.data, split) for split in (recipe.data.train_split, recipe.data.test_split))
-    known = train if recipe.data.labelled and not recipe.data.streaming else test
-    names = classes_in(known, "training" if known is train else "test")
-    classes = names if isinstance(names, int) else len(names)
-    check_same_classes(train, test)
-    many = "a stream of" if recipe.data.streaming else len(train)
-    say(f"data     {recipe.data.name}: {many} training and {len(test)} test images, {classes} classes")
-    head = set_classes(model, names)
-    if head == "by name":
-        say(f"head     the pretrained one's rows for these {classes} classes, found by name")
-    elif head is not None:
-        if not recipe.data.labelled:
-            raise DataError(
-                f"{recipe.model.name} has another number of classes than the data's {classes}, and without labels "
-                "no new head can be learned: take a model that knows these classes, or labelled: true"
-            )
-        say(f"head     new, for {classes} classes: the pretrained one has another number, so it starts untrained")
+    model, origin = find_model(recipe.model.name)
+    say(f"model    {recipe.model.name}: {origin}")
+    train, test = _prepare(model, recipe, say)
     original = copy.deepcopy(model)
 
     accuracies = {"original": evaluate(model, test)}
@@ -178,76 +150,54 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     report = replace(report, extra={"recipe": recipe.to_dict(), "history": history.to_dict(), "test_images": len(test)})
     if not is_main():  # of several processes, the first one writes
         return report
-    with _WrittenWhole(out) as folder:
-        save_pretrained(model, folder / "model", report=report, recipe=recipe.to_dict())
-        if not others:
-            save_pretrained(model, folder / "adapter", adapter=True, report=report, recipe=recipe.to_dict())
-        same = _reloads_equal(model, folder / "model")
-        report = replace(report, extra={**report.extra, "reloaded_equal": same})
-        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-        (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
-        for index in range(min(4, len(test))):
-            show_merges(model, test[index]["image"]).savefig(folder / f"merges_{index}.png", dpi=100)
-        files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-        (folder / MARK).write_text(json.dumps({"written_by": "ltm_retrofit", "files": [*files, MARK]}, indent=2))
+    pictures = [test[index]["image"] for index in range(min(4, len(test)))]
+    report = _write(model, recipe, report, pictures, out)
     shutil.rmtree(kept, ignore_errors=True)
+    same = report.extra["reloaded_equal"]
     say(f"\n{report}\n\nreloaded model gives the same logits: {'yes' if same else 'NO'}\nwritten to {out}/")
     if not same:
         raise CheckpointError(f"the model reloaded from {out / 'model'} gives other logits than the one saved")
     return report
 
 
-def _reloads_equal(model: nn.Module, folder: Path) -> bool:
-    example = prepare_example(model, None)
-    with undisturbed(model):
-        return all_equal(run(from_pretrained(folder), example), run(model, example))
+def _prepare(model: nn.Module, recipe: Recipe, say: Callable[[str], None]) -> tuple[Any, Any]:
+    """Read training and test images, and give the model a classifier of their classes."""
+    data = recipe.data
+    train, test = load_split(data, data.train_split), load_split(data, data.test_split)
+    known = train if data.labelled and not data.streaming else test
+    names = classes_in(known, "training" if known is train else "test")
+    classes = names if isinstance(names, int) else len(names)
+    check_same_classes(train, test)
+    many = "a stream of" if data.streaming else len(train)
+    say(f"data     {data.name}: {many} training and {len(test)} test images, {classes} classes")
+    new = set_classes(model, names)
+    if new == "by name":
+        say(f"classes  {classes}, found by name: the pretrained classifier keeps their rows")
+    elif new is not None:
+        if not data.labelled:
+            raise DataError(
+                f"{recipe.model.name} has another number of classes than the data's {classes}, and without labels "
+                "no new classifier can be learned: take a model that knows these classes, or labelled: true"
+            )
+        say(f"classes  {classes}: the pretrained classifier has another number, so a new one starts untrained")
+    return train, test
 
 
-def check_folder(out: Path) -> None:
-    """Check before any work that a run may write here.
-
-    Raises:
-        CheckpointError: naming what is in the way.
-    """
-    parent = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(f"cannot write to {out}: {parent} is not a folder that can be written")
-    entries = list(out.rglob("*")) if out.exists() else []
-    present = {  # links, and folders that hold nothing, are somebody's too
-        str(entry.relative_to(out))
-        for entry in entries
-        if entry.is_symlink() or not entry.is_dir() or not any(entry.iterdir())
-    }
-    if not present:
-        return
-    try:
-        ours = set(json.loads((out / MARK).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = set()
-    if foreign := sorted(present - ours):
-        raise CheckpointError(
-            f"{out} holds files that no run of ltm-retrofit wrote: {', '.join(foreign[:5])}: choose another --out, or "
-            "move them away"
-        )
-
-
-class _WrittenWhole:
-    """A temporary folder that takes the place of ``out`` when everything was written, and vanishes otherwise."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-
-    def __enter__(self) -> Path:
-        self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.out.name}-", dir=self.out.absolute().parent))
-        return self.temporary
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            return
-        self.temporary.chmod(0o755)
-        if self.out.exists():
-            check_folder(self.out)
-        swap(self.temporary, self.out)
+def _write(model: nn.Module, recipe: Recipe, report: Report, pictures: list[Any], out: Path) -> Report:
+    """Write a run's folder whole; return the report, which now says whether the saved model gives the same logits."""
+    with written_whole(out, MARK) as folder:
+        save_pretrained(model, folder / "model", report=report, recipe=recipe.to_dict())
+        if recipe.train.train.startswith("masks"):
+            save_pretrained(model, folder / "adapter", adapter=True, report=report, recipe=recipe.to_dict())
+        example = prepare_example(model, None)
+        with undisturbed(model):
+            same = all_equal(run(from_pretrained(folder / "model"), example), run(model, example))
+        report = replace(report, extra={**report.extra, "reloaded_equal": same})
+        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+        (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+        for index, picture in enumerate(pictures):
+            show_merges(model, picture).savefig(folder / f"merges_{index}.png", dpi=100)
+        files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        (folder / MARK).write_text(json.dumps({"written_by": OURS, "files": [*files, MARK]}, indent=2))
+    return report

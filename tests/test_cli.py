@@ -113,7 +113,7 @@ def test_inspect_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["inspect", str(folder)]) == 0
     out, err = capsys.readouterr()
     assert all(f"blocks.{index}" in out for index in range(6))
-    assert "GMACs; the head reads prefix tokens only" in out and err == ""
+    assert "GMACs; the classifier reads prefix tokens only" in out and err == ""
 
 
 def test_inspect_gives_the_reason_of_what_is_left_out(monkeypatch, build, capsys) -> None:
@@ -127,11 +127,7 @@ def test_inspect_gives_the_reason_of_what_is_left_out(monkeypatch, build, capsys
     sites = ltm.find_sites(model)
     assert any(name.startswith("blocks.3") and "has no FX graph" in why for name, why in sites.narrowed.items())
 
-    class Loaded:
-        origin = "made here"
-
-    Loaded.model = model
-    monkeypatch.setattr("ltm_retrofit.saving.load.load_model", lambda name: Loaded)
+    monkeypatch.setattr("ltm_retrofit.saving.load.find_model", lambda name: (model, "made here"))
     assert cli.main(["inspect", "odd"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown and reason in shown for name, reason in sites.narrowed.items())

@@ -25,12 +25,10 @@ from ltm_retrofit.recipe import (
     DataSection,
     ModelSection,
     Recipe,
-    check_folder,
     load_split,
     run_recipe,
     sliced_config,
 )
-from ltm_retrofit.saving.load import load_model
 from ltm_retrofit.tuning import sources
 from ltm_retrofit.tuning.data import is_stream
 from ltm_retrofit.tuning.digits import load_canvases
@@ -250,35 +248,6 @@ def test_train_and_test_split_cannot_be_one() -> None:
         load_split(DataSection("digits", train_split="train", test_split="train", test_per_digit=1), "train")
 
 
-# ---------------------------------------------------------------------------------------------------------- the folder
-
-
-def test_check_folder(tmp_path: Path) -> None:
-    check_folder(tmp_path / "new" / "deep")
-    (tmp_path / "empty").mkdir()
-    check_folder(tmp_path / "empty")
-    ours = tmp_path / "ours"
-    (ours / "model").mkdir(parents=True)
-    (ours / "model" / "weights").write_text("x")
-    (ours / MARK).write_text(json.dumps({"files": ["model/weights", MARK]}))
-    check_folder(ours)
-    (ours / "model" / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"holds files that no run of ltm-retrofit wrote: model/notes\.txt:"):
-        check_folder(ours)
-    file = written(tmp_path / "file", "x")
-    for below in (file, file / "out", file / "deep" / "out"):
-        with pytest.raises(CheckpointError, match="is not a folder that can be written"):
-            check_folder(below)
-
-
-@pytest.mark.parametrize("mark", ["", "no json", "[]", "{}", '{"files": 5}', '{"files": null}'])
-def test_a_broken_mark_protects_the_files(mark: str, tmp_path: Path) -> None:
-    (tmp_path / MARK).write_text(mark)
-    (tmp_path / "thesis.txt").write_text("x")
-    with pytest.raises(CheckpointError, match=r"thesis\.txt"):
-        check_folder(tmp_path)
-
-
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
@@ -348,7 +317,7 @@ def test_a_run_of_masks_alone_leaves_an_adapter_and_tunes_nothing_else(train: st
     accuracy = found.to_dict()["accuracy"]
     assert {name for name, value in accuracy.items() if value is None} == {"original_finetuned", "sliced_finetuned"}
     whole = ltm.from_pretrained(tmp_path / "run" / "model")
-    attached = ltm.from_pretrained(tmp_path / "run" / "adapter", base=load_model(str(folder)).model)
+    attached = ltm.from_pretrained(tmp_path / "run" / "adapter", base=ltm.load_model(str(folder)))
     assert all(torch.equal(value, attached.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
@@ -366,7 +335,7 @@ def test_a_run_without_labels_never_reads_them(folder_of, tmp_path: Path, monkey
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, labelled=False))
     found = run_recipe(recipe, tmp_path / "run", say=lambda text: None)
     assert seen == [["image"]] * 3 and found.extra["history"]["epochs"][0]["task"] == 0
-    with pytest.raises(DataError, match="without labels no new head can be learned"):
+    with pytest.raises(DataError, match="without labels no new classifier can be learned"):
         recipe = dataclasses.replace(recipe, model=ModelSection(str(folder_of("timm-vit", 5))))
         run_recipe(recipe, tmp_path / "other", say=lambda text: None)
 
@@ -395,8 +364,8 @@ def test_a_whole_run_and_a_second_over_it(family: str, classes: int, folder_of, 
     assert sorted(marked) == sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
     assert not [path for path in out.parent.iterdir() if path != out], "a temporary folder stayed"
 
-    head = [line for line in said if line.startswith("head")]
-    assert bool(head) == (classes != 10)
+    said_of_them = [line for line in said if line.startswith("classes")]
+    assert bool(said_of_them) == (classes != 10)
     assert any("reloaded model gives the same logits: yes" in line for line in said)
 
     model = ltm.from_pretrained(out / "model")
@@ -440,7 +409,7 @@ def test_a_failure_midway_leaves_the_old_folder(where: str, folder_of, tmp_path:
     out = tmp_path / "runs" / "one"
     (out / "model").mkdir(parents=True)
     (out / "model" / "weights").write_text("old")
-    (out / MARK).write_text(json.dumps({"files": ["model/weights", MARK]}))
+    (out / MARK).write_text(json.dumps({"written_by": "ltm_retrofit", "files": ["model/weights", MARK]}))
 
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("power cut")
@@ -485,7 +454,7 @@ def test_an_interrupted_run_goes_on_where_it_was(folder_of, tmp_path: Path, monk
 
 
 def test_a_folder_with_foreign_files_is_refused_before_any_work(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(recipes, "load_model", lambda name: pytest.fail("work was begun"))
+    monkeypatch.setattr(recipes, "find_model", lambda name: pytest.fail("work was begun"))
     written(tmp_path / "thesis.txt", "x")
     with pytest.raises(CheckpointError, match=r"thesis\.txt"):
         run_recipe(Recipe(), tmp_path, say=lambda _: None)

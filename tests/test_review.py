@@ -15,7 +15,6 @@ import ltm_retrofit as ltm
 from ltm_retrofit.cli import main
 from ltm_retrofit.errors import (
     AlreadyRetrofitted,
-    CheckpointError,
     DataError,
     ExampleError,
     RecipeError,
@@ -23,7 +22,6 @@ from ltm_retrofit.errors import (
     TrainingError,
     UnsupportedBlock,
 )
-from ltm_retrofit.recipe import check_folder
 from ltm_retrofit.tuning.preprocessing import Preprocessing, make_transform, preprocessing_of
 
 CONFIG = ltm.LTMConfig(flops=0.7)
@@ -75,8 +73,6 @@ def test_labels_in_the_example_are_no_input(build, tmp_path: Path) -> None:
 
 
 def test_an_image_processors_normalisation_survives_saving(build, tmp_path: Path) -> None:
-    from ltm_retrofit.saving.load import load_model
-
     build("hf-vit").save_pretrained(tmp_path / "host")
     processor = {
         "image_processor_type": "ViTImageProcessor",
@@ -86,7 +82,7 @@ def test_an_image_processors_normalisation_survives_saving(build, tmp_path: Path
         "image_std": [0.2, 0.2, 0.3],
     }
     (tmp_path / "host" / "preprocessor_config.json").write_text(json.dumps(processor))
-    model = load_model(str(tmp_path / "host")).model
+    model = ltm.load_model(str(tmp_path / "host"))
     wanted = preprocessing_of(model)
     assert wanted == Preprocessing((32, 32), (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), "bilinear", 1.0, crop_mode="squash")
     ltm.save_pretrained(ltm.retrofit(model, CONFIG), tmp_path / "saved")
@@ -126,18 +122,11 @@ def test_an_altered_plan_is_refused(build, tmp_path: Path) -> None:
 
 
 def test_finetune_looks_at_its_folder_first(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("ltm_retrofit.saving.load.load_model", lambda name: pytest.fail("work was begun"))
+    monkeypatch.setattr("ltm_retrofit.saving.load.find_model", lambda name: pytest.fail("work was begun"))
     (tmp_path / "mine.txt").write_text("keep me")
     for command in (["finetune", "anything", "--out", str(tmp_path)], ["convert", "anything", "--out", str(tmp_path)]):
         assert main(command) == 2
         assert "mine.txt" in capsys.readouterr().err
-
-
-def test_links_and_empty_folders_are_foreign(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "dead").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="dead, empty"):
-        check_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def paired_latency(model: nn.Module, example: Example, *, rounds: int = 10, warm
     device = home(model)[0]
 
     def timed() -> float:
-        if device.type == "cuda":
+        if device.type == "cuda":  # its kernels run on after the call has come back
             torch.cuda.synchronize(device)
         began = time.perf_counter()
         run(model, example)
@@ -45,6 +45,7 @@ def paired_latency(model: nn.Module, example: Example, *, rounds: int = 10, warm
     converted = is_retrofitted(model)
     pairs: list[tuple[float, float]] = []
     with undisturbed(model), torch.inference_mode():
+        # in alternation, because a shared machine drifts by more from minute to minute than merging saves
         for index in range(warmup + rounds):
             with disabled(model) if converted else nullcontext():
                 before = timed()
@@ -55,6 +56,7 @@ def paired_latency(model: nn.Module, example: Example, *, rounds: int = 10, warm
     original = median(before for before, _ in pairs)
     if not converted:
         return Paired(original)
+    # of ratios, not of times: both passes of a pair saw the same machine
     ratios = [after / before for before, after in pairs]
     low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return Paired(original, median(after for _, after in pairs), (middle, low, high), merging)

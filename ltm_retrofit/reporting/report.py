@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import platform
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,7 +30,16 @@ ACCURACIES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured. What was not is None, never zero. Accuracies in percent, latencies in milliseconds."""
+    """What was measured. What was not is None, never zero. Accuracies in percent, latencies in milliseconds.
+
+    Example:
+        >>> import timm
+        >>> import ltm_retrofit as ltm
+        >>> tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
+        >>> report = ltm.measure(timm.create_model("vit_tiny_patch16_224", **tiny), batches=())
+        >>> report.macs["original"], report.macs["converted"], report.accuracy["original"]
+        (2138832, None, None)
+    """
 
     model: str
     hardware: str
@@ -47,68 +55,61 @@ class Report:
 
     def with_accuracy(self, **entries: float) -> Report:
         """Return the same report with more accuracies, each measured in its time."""
-        return dataclasses.replace(self, accuracy={**self.accuracy, **entries})
+        return replace(self, accuracy={**self.accuracy, **entries})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; ``extra`` (a recipe's run puts its recipe there) stands beside the rest."""
-        values = dataclasses.asdict(self)
+        values = asdict(self)
         return {**values.pop("extra"), **values}
 
     def to_json(self) -> str:
         """Return `to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
-    def _rows(self) -> list[list[str]]:
-        original, converted = self.macs["original"], self.macs["converted"]
-        assert original is not None
-        share = "" if converted is None else f"×{converted / original:.3f}"
-        rows = [["GMACs, one image", f"{original / 1e9:.4g}", _shown(converted, 1e9), share]]
-        before, after = self.params["original"], self.params["converted"]
-        rows.append(["parameters, M", _shown(before, 1e6), _shown(after, 1e6), ""])
-        ours = self.latency_ms["converted"]
-        for batch, time in (self.latency_ms["original"] or {}).items():
-            ratio = (
-                "" if self.latency_ratio is None else "×{:.2f} ({:.2f} to {:.2f})".format(*self.latency_ratio[batch])
-            )
-            rows.append(
-                [f"latency, batch {batch}, ms", f"{time:.1f}", "—" if ours is None else f"{ours[batch]:.1f}", ratio]
-            )
-        return rows
-
-    def _accuracies(self) -> list[list[str]]:
-        best = max(
-            (self.accuracy[key] for key in ("original", "original_finetuned") if self.accuracy[key] is not None),
-            default=None,
-        )  # type: ignore[type-var]
-        rows = []
-        for key, label in ACCURACIES.items():
-            value = self.accuracy[key]
-            if value is not None:
-                gap = "" if best is None or key.startswith("original") else f"{value - best:+.2f}"
-                rows.append([label, f"{value:.2f} %", gap])
-        return rows
-
     def __str__(self) -> str:
-        """Return the table."""
-        lines = [f"{self.model} on {self.hardware}", ""]
-        lines += _columns([["", "original", "converted", "ratio (quartiles)"], *self._rows()])
-        if accuracies := self._accuracies():
-            lines += ["", *_columns([["accuracy", "top-1", "to the better original"], *accuracies])]
-        return "\n".join(lines)
+        """Return the tables as text."""
+        return "\n\n".join([f"{self.model} on {self.hardware}", *map(_columns, self._tables())])
 
     def to_markdown(self) -> str:
-        """Return the tables in Markdown."""
-        lines = [f"{self.model} on {self.hardware}", ""]
-        lines += _markdown([["", "original", "converted", "ratio (quartiles)"], *self._rows()])
-        if accuracies := self._accuracies():
-            lines += ["", *_markdown([["accuracy", "top-1", "to the better original"], *accuracies])]
+        """Return the tables in Markdown, that of the plan included."""
+        tables = self._tables()
         if self.plan is not None:
-            rows = [
-                [row["site"], row["scope"], f"{row['tokens_in']} → {row['tokens_out']}", row["action"]]
-                for row in self.plan["rows"]
-            ]
-            lines += ["", *_markdown([["site", "scope", "tokens", "action"], *rows])]
-        return "\n".join(lines) + "\n"
+            rows = self.plan["rows"]
+            shown = [[r["site"], r["scope"], f"{r['tokens_in']} → {r['tokens_out']}", r["action"]] for r in rows]
+            tables.append([["site", "scope", "tokens", "action"], *shown])
+        return "\n\n".join([f"{self.model} on {self.hardware}", *map(_markdown, tables)]) + "\n"
+
+    def _tables(self) -> list[list[list[str]]]:
+        """Return what was measured as tables of text, the first line of each its columns' names."""
+        tables = [[["", "original", "converted", "ratio (quartiles)"], *self._costs()]]
+        if accuracies := self._accuracies():
+            tables.append([["accuracy", "top-1", "to the better original"], *accuracies])
+        return tables
+
+    def _costs(self) -> list[list[str]]:
+        original, converted = self.macs["original"], self.macs["converted"]
+        share = "" if converted is None or original is None else f"×{converted / original:.3f}"
+        before, after = self.params["original"], self.params["converted"]
+        lines = [
+            ["GMACs, one image", _shown(original, 1e9), _shown(converted, 1e9), share],
+            ["parameters, M", _shown(before, 1e6), _shown(after, 1e6), ""],
+        ]
+        ours = self.latency_ms["converted"]
+        for batch, time in (self.latency_ms["original"] or {}).items():
+            ratio = "" if not self.latency_ratio else "×{:.2f} ({:.2f} to {:.2f})".format(*self.latency_ratio[batch])
+            lines.append([f"latency, batch {batch}, ms", f"{time:.1f}", f"{ours[batch]:.1f}" if ours else "—", ratio])
+        return lines
+
+    def _accuracies(self) -> list[list[str]]:
+        measured = {key: value for key, value in self.accuracy.items() if value is not None}
+        # the fair comparison: fine-tuning alone may have made the original better, or worse
+        best = max((measured[key] for key in ("original", "original_finetuned") if key in measured), default=None)
+        lines = []
+        for key, label in ACCURACIES.items():
+            if key in measured:
+                gap = "" if best is None or key.startswith("original") else f"{measured[key] - best:+.2f}"
+                lines.append([label, f"{measured[key]:.2f} %", gap])
+        return lines
 
 
 def measure(
@@ -130,6 +131,15 @@ def measure(
 
     Raises:
         CountError: where two counters disagree, or the counted MACs are not the planned ones.
+
+    Example:
+        >>> import timm
+        >>> import ltm_retrofit as ltm
+        >>> tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
+        >>> model = ltm.retrofit(timm.create_model("vit_tiny_patch16_224", **tiny), ltm.LTMConfig(flops=0.8))
+        >>> report = ltm.measure(model, batches=(1,), rounds=3)
+        >>> 0.78 <= report.macs["converted"] / report.macs["original"] <= 0.8
+        True
     """
     example = prepare_example(model, example)
     converted = is_retrofitted(model)
@@ -145,9 +155,9 @@ def measure(
     accuracy: dict[str, float | None] = dict.fromkeys(ACCURACIES)
     if data is not None:
         accuracy[_entry(model)] = evaluate(model, data)
-    names = {name for name, _ in model.named_parameters() if CHILD in name.split(".")} if converted else set()
-    every = sum(parameter.numel() for parameter in model.parameters())
-    ours = sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    every = sum(sizes.values())
+    ours = sum(size for name, size in sizes.items() if converted and CHILD in name.split("."))
     return Report(
         model=_describe(model),
         hardware=_hardware(model),
@@ -194,17 +204,16 @@ def _shown(value: int | None, unit: float) -> str:
     return "—" if value is None else f"{value / unit:.4g}"
 
 
-def _columns(table: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
+def _columns(table: list[list[str]]) -> str:
+    """Lay a table out in columns, the first one to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for first, *rest in table:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
-def _markdown(table: list[list[str]]) -> list[str]:
-    head, *rows = ["| " + " | ".join(row) + " |" for row in table]
-    return [head, "|" + "---|" * len(table[0]), *rows]
+def _markdown(table: list[list[str]]) -> str:
+    names, *lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    return "\n".join([names, "|" + "---|" * len(table[0]), *lines])

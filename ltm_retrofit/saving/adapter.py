@@ -24,7 +24,7 @@ MOST = 0.5
 def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return what an adapter file holds, and what its config says of the base.
 
-    Masks, statistics, a head that is new, and every entry of the host that changed since the conversion.
+    Masks, statistics, a classifier that is new, and every entry of the host that changed since the conversion.
 
     Raises:
         CheckpointError: where most of the host was trained, so that there is no base left to attach to.
@@ -40,10 +40,9 @@ def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"this {type(model).__name__} has lost {', '.join(gone[:3])} since it was converted, which its base has: "
             "save it whole (adapter=False)"
         )
-    # set before the conversion, or another one since
-    fresh = {*model.__dict__.get(NEW_HEAD, ())} | {
-        k for k, v in host.items() if k in before and before[k][0] != v.shape
-    }
+    # a classifier that was new before the conversion, or one of another shape since
+    fresh = set(model.__dict__.get(NEW_HEAD, ()))
+    fresh |= {key for key in before if before[key][0] != host[key].shape}
     carried = [key for key, value in host.items() if key in fresh or before.get(key) != fingerprint(value)]
     weight = sum(host[key].numel() for key in carried if key not in fresh)
     whole = sum(value.numel() for value in host.values())
@@ -52,9 +51,9 @@ def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{weight:,} of the {whole:,} numbers of this {type(model).__name__} changed since it was converted, so "
             "there is no base that an adapter could be attached to: save it whole (adapter=False), or train masks only"
         )
-    ours = {key: value for key, value in model.state_dict().items() if is_ours(key) or key in carried}
+    state = {key: value for key, value in model.state_dict().items() if is_ours(key) or key in carried}
     rest = {key: value for key, value in host.items() if key not in carried}
-    return ours, {"carried": carried, "new_head": sorted(fresh & set(carried)), "sha256": digest_of(rest)}
+    return state, {"carried": carried, "new_head": sorted(fresh & set(carried)), "sha256": digest_of(rest)}
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:
@@ -77,17 +76,24 @@ def labels_of(model: nn.Module) -> list[str]:
 
 
 def attach(
-    base: nn.Module, record: Mapping[str, Any], plan: MergePlan, state: Mapping[str, Tensor], labels: list[str]
+    base: nn.Module, said: Mapping[str, Any], plan: MergePlan, state: Mapping[str, Tensor], labels: list[str]
 ) -> nn.Module:
-    """Convert a base in place as an adapter says, and give it the adapter's entries.
+    """Convert a base in place, and give it the adapter's entries.
+
+    Args:
+        base: the checkpoint that the adapter was trained on.
+        said: what the adapter's config says of it.
+        plan: the adapter's.
+        state: the adapter's entries.
+        labels: names of the classes, where they are known.
 
     Raises:
         BaseMismatch: where this is not the base that the adapter was trained on; nothing was changed then.
         CheckpointError: where entries do not fit.
     """
-    carried = set(record["carried"])
+    carried = set(said["carried"])
     own = base.state_dict()
-    if digest_of({key: value for key, value in own.items() if key not in carried}) != record["sha256"]:
+    if digest_of({key: value for key, value in own.items() if key not in carried}) != said["sha256"]:
         raise BaseMismatch(
             f"this {type(base).__name__} is not the base that the adapter was trained on, or has other weights: load "
             "the same checkpoint, untouched"
@@ -95,21 +101,22 @@ def attach(
     held = {key: own[key].clone() for key in carried if key in own}
     put_back = remembered(base)
     try:
-        if record["new_head"]:
+        if said["new_head"]:
             set_classes(base, labels or plan.classes)
-        given = {key: state[key] for key in carried}
-        if differences := differing(given, {key: value for key, value in base.state_dict().items() if key in carried}):
-            raise BaseMismatch(f"the adapter's entries do not fit this base: {'; '.join(differences[:5])}")
+        given, present = {key: state[key] for key in carried}, base.state_dict()
+        if differences := differing(given, {key: value for key, value in present.items() if key in carried}):
+            raise BaseMismatch(f"the adapter's entries do not fit this base: {differences}")
         base.load_state_dict(given, strict=False)
         retrofit(base.eval(), plan=plan, example=example_of(plan, base))
-        if differences := differing(state, {key: v for key, v in base.state_dict().items() if key in state}):
+        present = base.state_dict()
+        if differences := differing(state, {key: value for key, value in present.items() if key in state}):
             restore(base)
-            raise CheckpointError(f"the adapter does not fit its plan: {'; '.join(differences[:5])}")
+            raise CheckpointError(f"the adapter does not fit its plan: {differences}")
     except BaseException:
         put_back()
         base.load_state_dict(held, strict=False)
         raise
     load_exactly(base, {**base.state_dict(), **state})
-    # what changed is known from here on, too: an adapter of an adapter is one for the same base
+    # what changed stays known as changed: an adapter of an adapter is one for the same base
     get_retrofit(base).pretrained.update({key: ((), "", 0) for key in carried})
     return base.eval()

@@ -1,45 +1,39 @@
-"""What a base model can be rebuilt from, and the proof that it can: no name is ever imported because a file says so."""
+"""The base of a saved model: what it can be rebuilt from, and the proof that it can.
+
+No name is ever imported because a file says so: only timm's registry and transformers' public classes are built.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.converted.record import CHILD, disabled, get_plan, is_retrofitted, load_state
+from ltm_retrofit.converted.record import disabled, get_plan, is_retrofitted
+from ltm_retrofit.converted.record import CHILD, load_state
 from ltm_retrofit.converted.resizing import present_example
 from ltm_retrofit.errors import CheckpointError, DataError, RetrofitError
 from ltm_retrofit.finding.example import home, prepare_example, run
 from ltm_retrofit.finding.proofs import all_equal
-from ltm_retrofit.saving.arguments import LOADING, timm_arguments
-from ltm_retrofit.tuning.preprocessing import RECORDED, REFUSED, preprocessing_of
+from ltm_retrofit.tuning.preprocessing import RECORDED, REFUSED, Preprocessing, preprocessing_of
 from ltm_retrofit.undisturbed import undisturbed
 
-#: of timm's ``pretrained_cfg``: what says how to feed the model; nothing that names a place to load from
-_SPOKEN_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "reverse", REFUSED)
-_DATA_KEYS = (
-    "tag",
-    "input_size",
-    "test_input_size",
-    "min_input_size",
-    "fixed_input_size",
-    "interpolation",
-    "crop_pct",
-    "test_crop_pct",
-    "crop_mode",
-    "mean",
-    "std",
-    "num_classes",
-    "pool_size",
-    "first_conv",
-    "classifier",
-    "license",
-    "label_names",
-    "label_descriptions",
+#: of timm's ``pretrained_cfg``: what says how to feed the model, nothing that names a place to load from
+_DATA_KEYS = set(
+    "tag input_size test_input_size min_input_size fixed_input_size interpolation crop_pct test_crop_pct crop_mode "
+    "mean std num_classes pool_size first_conv classifier license label_names label_descriptions".split()
+)
+#: the same of a transformers model, as its image processor says it
+_SPOKEN_KEYS = {field.name for field in fields(Preprocessing)} - {"size"} | {REFUSED}
+#: arguments of ``timm.create_model`` that read files or the network
+_LOADING = set(
+    "pretrained pretrained_cfg pretrained_cfg_overlay pretrained_strict pretrained_filter_fn pretrained_model_args "
+    "checkpoint_path cache_dir model_name".split()
 )
 #: arguments that leave the architecture's own checkpoint recognisable
 _MILD = {"num_classes", "img_size", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "dynamic_img_size"}
@@ -47,64 +41,62 @@ _MILD = {"num_classes", "img_size", "in_chans", "global_pool", "drop_rate", "dro
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
-def record_base(model: nn.Module) -> dict[str, Any]:
-    """Say what a base model, converted or not, can be rebuilt from; read off the live model."""
-    return examine_base(model)[0]
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """Say what a base model, converted or not, is made from; read off the live model, and not tried."""
+    return next(_descriptions(model))
 
 
-def examine_base(model: nn.Module) -> tuple[dict[str, Any], str | None]:
-    """Return the narrowest record that rebuilds the model and None, or the first record and why it does not."""
-    first: tuple[dict[str, Any], str | None] | None = None
-    for record in _records(model):
-        reason = verify_base(model, record)
-        if reason is None:
-            return record, None
-        first = first or (record, reason)
-    assert first is not None
-    return first
+def proven_base(model: nn.Module) -> tuple[dict[str, Any], str | None]:
+    """Return the narrowest description that rebuilds the model and None; else the first one, and why it does not."""
+    tried = []
+    for description in _descriptions(model):
+        tried.append((description, verify_base(model, description)))
+        if tried[-1][1] is None:
+            return tried[-1]
+    return tried[0]
 
 
-def rebuild_base(record: Mapping[str, Any]) -> nn.Module:
-    """Build a recorded architecture, randomly initialised; the global random state stays as it is.
+def rebuild_base(description: Mapping[str, Any]) -> nn.Module:
+    """Build a described architecture, randomly initialised; the global random state stays as it is.
 
     Raises:
-        CheckpointError: where the record names nothing that timm's registry or transformers' public classes have.
+        CheckpointError: where it names nothing that timm's registry or transformers' public classes have.
     """
-    library = record.get("library")
+    library = description.get("library")
     with torch.random.fork_rng(devices=[]):
         try:
-            if library == "timm" and "architecture" in record:
-                model = _rebuild_timm(record)
-            elif library == "transformers" and "config" in record:
-                model = _rebuild_transformers(record)
+            if library == "timm" and "architecture" in description:
+                model = _rebuild_timm(description)
+            elif library == "transformers" and "config" in description:
+                model = _rebuild_transformers(description)
             else:
                 raise CheckpointError(
-                    f"{record.get('class')!r} of {library!r} is neither in timm's registry nor a class of transformers"
+                    f"{description.get('class')!r} of {library!r} is neither a class of transformers nor made by "
+                    "timm.create_model, which keeps the arguments"
                 )
         except CheckpointError:
             raise
-        except Exception as error:  # the record is foreign input: whatever its values do to a constructor
-            raise CheckpointError(f"the recorded base cannot be built: {type(error).__name__}: {error}") from error
-    for name, dtype in record.get("buffers", {}).items():
-        owner, _, leaf = name.rpartition(".")
+        except Exception as error:  # a file is foreign input: whatever its values do to a constructor
+            raise CheckpointError(f"the base cannot be built: {type(error).__name__}: {error}") from error
+    for name, dtype in description.get("buffers", {}).items():
         try:
-            buffers = model.get_submodule(owner)._buffers
-            buffers[leaf] = buffers[leaf].to(getattr(torch, dtype))  # type: ignore[union-attr]
-        except (AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"the recorded base has no buffer {name!r} of dtype {dtype!r}") from error
+            buffer = model.get_buffer(name)
+            buffer.data = buffer.to(getattr(torch, dtype))
+        except (AttributeError, TypeError) as error:
+            raise CheckpointError(f"the base has no buffer {name!r} of dtype {dtype!r}") from error
     return model.eval()
 
 
-def verify_base(model: nn.Module, record: Mapping[str, Any]) -> str | None:
+def verify_base(model: nn.Module, description: Mapping[str, Any]) -> str | None:
     """Rebuild, load the model's own weights, compare outputs bit for bit. None where all holds, else the reason.
 
     The model may be converted; it is left as it was.
     """
     try:
-        rebuilt = rebuild_base(record)
+        rebuilt = rebuild_base(description)
         state = base_state(model)
         if differences := differing(state, rebuilt.state_dict()):
-            return "rebuilt from its record it has other weights: " + "; ".join(differences[:5])
+            return f"rebuilt from its description it has other weights: {differences}"
         load_exactly(rebuilt, state)
         rebuilt.to(home(model)[0])
         converted = is_retrofitted(model)
@@ -116,8 +108,8 @@ def verify_base(model: nn.Module, record: Mapping[str, Any]) -> str | None:
     except RetrofitError as error:
         return str(error)
     except Exception as error:  # a rebuilt model that is another one may fail in any way
-        return f"rebuilt from its record it does not run: {type(error).__name__}: {error}"
-    return None if all_equal(given, expected) else "rebuilt from its record, with the same weights, its outputs differ"
+        return f"rebuilt from its description it does not run: {type(error).__name__}: {error}"
+    return None if all_equal(given, expected) else "rebuilt with the same weights, its outputs differ"
 
 
 def is_ours(key: str) -> bool:
@@ -127,14 +119,11 @@ def is_ours(key: str) -> bool:
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of the base itself."""
-    state: dict[str, Tensor] = model.state_dict()
-    if not is_retrofitted(model):
-        return state
-    return {key: value for key, value in state.items() if not is_ours(key)}
+    return {key: value for key, value in model.state_dict().items() if not is_ours(key)}
 
 
-def differing(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """List keys and shapes in which two state dicts differ."""
+def differing(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """Say in which keys and shapes two state dicts differ; an empty text where they do not."""
     lines = [f"{key} is missing" for key in expected if key not in given]
     lines += [f"{key} is unexpected" for key in given if key not in expected]
     lines += [
@@ -142,20 +131,16 @@ def differing(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> li
         for key, value in expected.items()
         if key in given and given[key].shape != value.shape
     ]
-    return lines
+    return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
 
 
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load strictly, dtypes included; parameters stay the same objects, so that ties and ``requires_grad`` hold."""
-    for prefix, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            stored = state.get(f"{prefix}.{name}" if prefix else name)
-            if tensor is None or stored is None or stored.dtype == tensor.dtype:
-                continue
-            if isinstance(tensor, nn.Parameter):
-                tensor.data = tensor.data.to(stored.dtype)
-            else:
-                module._buffers[name] = tensor.to(stored.dtype)
+    """Load strictly, dtypes included; tensors stay the same objects, so that ties and ``requires_grad`` hold."""
+    # by every name that a tensor has: the file has them all
+    for named in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in named:
+            if name in state and state[name].dtype != tensor.dtype:
+                tensor.data = tensor.data.to(state[name].dtype)
     load_state(model, state)
 
 
@@ -174,29 +159,46 @@ def public_class(name: object) -> Any:
     return kind
 
 
-def _records(model: nn.Module) -> Iterator[dict[str, Any]]:
+def create_timm(name: object, arguments: Mapping[str, Any], where: str, source: str = "", **options: Any) -> nn.Module:
+    """Call ``timm.create_model`` with what a file says.
+
+    Args:
+        name: the architecture that the file names.
+        arguments: of ``timm.create_model``, as JSON holds them.
+        where: the file, for messages.
+        source: what to create, where it is not the architecture by its name.
+        options: further arguments, of ours.
+
+    Raises:
+        CheckpointError: where timm has no such architecture, or an argument would read files or the network.
+    """
+    import timm
+
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise CheckpointError(f"timm {timm.__version__} has no architecture {name!r}")
+    _refuse(_LOADING & arguments.keys(), f"the arguments of {where}")
+    model: nn.Module = timm.create_model(source or name, **options, **_tuples(arguments))
+    return model
+
+
+def _descriptions(model: nn.Module) -> Iterator[dict[str, Any]]:
     """Go through what the model may be rebuilt from, the narrowest first."""
     library = type(model).__module__.partition(".")[0]
-    record: dict[str, Any] = {"library": library, "class": type(model).__name__, "id": None, "revision": None}
+    description: dict[str, Any] = {"library": library, "class": type(model).__name__, "id": None, "revision": None}
+    stored = model.state_dict().keys()
     floats = {
         name: str(buffer.dtype).removeprefix("torch.")
         for name, buffer in model.named_buffers()
-        if buffer.is_floating_point() and buffer.dtype != torch.float32 and not _persistent(model, name)
+        if buffer.is_floating_point() and buffer.dtype != torch.float32 and name not in stored
     }
     if floats:
-        record["buffers"] = floats
-    declared = getattr(model, "pretrained_cfg", None)
-    if library == "timm" and isinstance(declared, Mapping) and declared.get("architecture"):
-        data = {key: declared[key] for key in _DATA_KEYS if declared.get(key) is not None}
-        for arguments in timm_arguments(model):
-            named = {"id": None, "revision": None}
-            if set(arguments) <= _MILD and declared.get("hf_hub_id"):  # otherwise those weights cannot be in it
-                named = {"id": declared["hf_hub_id"], "revision": declared.get("hf_hub_revision")}
-            yield {**record, **named, "architecture": declared["architecture"], "arguments": arguments, "data": data}
+        description["buffers"] = floats
+    if library == "timm":
+        yield description | _describe_timm(model)
     elif library == "transformers" and hasattr(model, "config"):
         config: Any = model.config
         values = json.loads(config.to_json_string(use_diff=False))
-        record |= {
+        description |= {
             "id": getattr(config, "_name_or_path", None) or None,
             "revision": getattr(config, "_commit_hash", None),
             "model_type": config.model_type,
@@ -204,43 +206,60 @@ def _records(model: nn.Module) -> Iterator[dict[str, Any]]:
             "config": _public(values),
             "data": _spoken(model),
         }
-        yield record
+        yield description
         classes = get_plan(model).classes if is_retrofitted(model) else len(values["id2label"])
         if classes != len(values["id2label"]):  # a classifier was replaced by hand, and the configuration was not told
-            names = [f"LABEL_{index}" for index in range(classes)]
-            labels = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
-            yield {**record, "config": {**record["config"], **labels}}
+            names = {index: f"LABEL_{index}" for index in range(classes)}
+            labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+            yield {**description, "config": {**description["config"], **labels}}
     else:
-        yield record
+        yield description
 
 
-def _persistent(model: nn.Module, name: str) -> bool:
-    owner, _, leaf = name.rpartition(".")
-    return leaf not in model.get_submodule(owner)._non_persistent_buffers_set
+def _describe_timm(model: Any) -> dict[str, Any]:
+    """Read what ``timm.create_model`` keeps in a model, and what was changed since by methods of timm's.
+
+    A model that was not made by it keeps nothing: a constructor's arguments cannot be told from its result.
+    """
+    from timm.models import get_model_args
+
+    declared, kept = getattr(model, "pretrained_cfg", None), getattr(model, "_model_args", None)
+    if not isinstance(declared, Mapping) or not declared.get("architecture") or kept is None:
+        return {}
+    # timm leaves drop rates out of what it exports, but a training that goes on needs them
+    kept = {**kept, **get_model_args(model)}
+    arguments = {name: value for name, value in kept.items() if _plain(value) and name not in _LOADING}
+    data = {key: value for key, value in declared.items() if key in _DATA_KEYS and value is not None}
+    description = {"architecture": declared["architecture"], "arguments": arguments, "data": data}
+    if set(arguments) <= _MILD and declared.get("hf_hub_id"):  # otherwise those weights cannot be in it
+        description |= {"id": declared["hf_hub_id"], "revision": declared.get("hf_hub_revision")}
+    return description
+
+
+def _plain(value: object) -> bool:
+    """Say whether JSON can hold a value."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _refuse(given: Iterable[str], allowed: Iterable[str] | None, forbidden: Iterable[str], where: str) -> None:
-    bad = [key for key in given if key in set(forbidden) or (allowed is not None and key not in set(allowed))]
-    if bad:
+def _refuse(keys: Iterable[str], where: str) -> None:
+    if bad := sorted(keys):
         raise CheckpointError(f"{where} may not hold {', '.join(map(repr, bad))}")
 
 
-def _rebuild_timm(record: Mapping[str, Any]) -> nn.Module:
-    import timm
-
-    name, arguments, data = record["architecture"], record.get("arguments", {}), record.get("data", {})
-    if not isinstance(name, str) or not timm.is_model(name):
-        raise CheckpointError(f"timm {timm.__version__} has no architecture {name!r}")
-    _refuse(arguments, None, LOADING, "the arguments of a recorded timm model")
-    _refuse(data, _DATA_KEYS, (), "the data settings of a recorded timm model")
-    built: nn.Module = timm.create_model(
-        name, pretrained=False, pretrained_cfg_overlay=_tuples(data) or None, **_tuples(arguments)
-    )
-    return built
+def _rebuild_timm(description: Mapping[str, Any]) -> nn.Module:
+    data = description.get("data", {})
+    _refuse(data.keys() - _DATA_KEYS, "the data settings of a timm base")
+    overlay = _tuples(data) or None
+    arguments = description.get("arguments", {})
+    return create_timm(description["architecture"], arguments, "a timm base", pretrained_cfg_overlay=overlay)
 
 
 def _public(values: Any) -> Any:
@@ -254,24 +273,24 @@ def _public(values: Any) -> Any:
     return [_public(value) for value in values] if isinstance(values, list) else values
 
 
-def _rebuild_transformers(record: Mapping[str, Any]) -> nn.Module:
+def _rebuild_transformers(description: Mapping[str, Any]) -> nn.Module:
     import transformers
 
-    kind, model_type, attention = public_class(record.get("class")), record.get("model_type"), None
+    kind, model_type = public_class(description.get("class")), description.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(f"transformers {transformers.__version__} has no model type {model_type!r}")
-    config = transformers.CONFIG_MAPPING[model_type].from_dict(_public(record["config"]))
+    config = transformers.CONFIG_MAPPING[model_type].from_dict(_public(description["config"]))
     if not isinstance(config, kind.config_class):
         raise CheckpointError(f"{kind.__name__} takes a {kind.config_class.__name__}, not one of {model_type!r}")
-    if (attention := record.get("attn_implementation")) is not None:
+    if (attention := description.get("attn_implementation")) is not None:
         if attention not in _ATTENTION:
             raise CheckpointError(f"attn_implementation must be one of {', '.join(_ATTENTION)}, got {attention!r}")
         config._attn_implementation = attention
     dtype, config.dtype = config.dtype, None  # built in float32: stored weights bring their own dtype
     model: nn.Module = kind(config)
     model.config.dtype = dtype
-    if data := record.get("data"):
-        _refuse(data, _SPOKEN_KEYS, (), "the data settings of a recorded transformers model")
+    if data := description.get("data"):
+        _refuse(data.keys() - _SPOKEN_KEYS, "the data settings of a transformers base")
         model.__dict__[RECORDED] = _tuples(data)
     return model
 
@@ -279,14 +298,8 @@ def _rebuild_transformers(record: Mapping[str, Any]) -> nn.Module:
 def _spoken(model: nn.Module) -> dict[str, Any]:
     """What a transformers model's image processor says, which no config.json of ours would bring back."""
     try:
-        wanted = preprocessing_of(model)
+        wanted = asdict(preprocessing_of(model))
     except DataError as error:
         return {REFUSED: str(error)}
-    return {
-        "mean": list(wanted.mean),
-        "std": list(wanted.std),
-        "interpolation": wanted.interpolation,
-        "crop_pct": wanted.crop_pct,
-        "crop_mode": wanted.crop_mode,
-        **({"reverse": True} if wanted.reverse else {}),
-    }
+    del wanted["size"]  # the live model's own
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in wanted.items()}

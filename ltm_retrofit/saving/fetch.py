@@ -10,10 +10,15 @@ from ltm_retrofit.errors import CheckpointError
 #: seconds until the Hub counts as unreachable
 PATIENCE = 6.0
 #: never a pickle, never code
-_WANTED = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
+_WANTED = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 
 
-def fetch(repo: str, revision: str | None = None) -> Path:
+def is_repository(name: str) -> bool:
+    """Say whether a name can be an id on the Hub, ``organisation/name``, and not a path."""
+    return name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
+
+
+def fetch(repository: str) -> Path:
     """Download a model's configuration and safetensors, or find them in the cache; return the folder.
 
     Raises:
@@ -21,26 +26,22 @@ def fetch(repo: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    reason = _unreachable(repo, revision)  # asked once and briefly: the client's own retries add up to a minute
+    reason = _unreachable(repository)  # asked once and briefly: the client's own retries add up to a minute
     try:
         return Path(
             snapshot_download(
-                repo,
-                revision=revision,
-                allow_patterns=list(_WANTED),
-                local_files_only=reason is not None,
-                etag_timeout=PATIENCE,
+                repository, allow_patterns=_WANTED, local_files_only=reason is not None, etag_timeout=PATIENCE
             )
         )
     except Exception as error:  # httpx, huggingface_hub and the file system each have their own
-        why = reason or f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise CheckpointError(
-            f"{repo!r} cannot be fetched from the Hugging Face Hub, and the cache does not hold it: {why}. Give a "
-            "local folder, or check the name and the connection (HF_HUB_OFFLINE, HF_ENDPOINT)"
+            f"{repository!r} cannot be fetched from the Hugging Face Hub, and the cache does not hold it: "
+            f"{reason or _in_short(error)}. Give a local folder, or check the name and the connection "
+            "(HF_HUB_OFFLINE, HF_ENDPOINT)"
         ) from error
 
 
-def _unreachable(repo: str, revision: str | None) -> str | None:
+def _unreachable(repository: str) -> str | None:
     """Ask the Hub for a repository; return why not, or None. In a thread, for name resolution has no time limit."""
     from huggingface_hub import HfApi, constants
 
@@ -50,12 +51,16 @@ def _unreachable(repo: str, revision: str | None) -> str | None:
 
     def ask() -> None:
         try:
-            HfApi().model_info(repo, revision=revision, timeout=PATIENCE)
+            HfApi().model_info(repository, timeout=PATIENCE)
             answer.append(None)
         except Exception as error:
-            answer.append(f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}")
+            answer.append(_in_short(error))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PATIENCE + 1)
     return answer[0] if answer else f"no answer within {PATIENCE + 1:g} s"
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"

@@ -1,22 +1,34 @@
-"""``--model``: what a name stands for, in words."""
+"""What does a name stand for, and how is it read? Folders of ours, of timm and of transformers; names; Hub ids."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ltm_retrofit.errors import CheckpointError
-from ltm_retrofit.saving.base import public_class
-from ltm_retrofit.saving.fetch import fetch
-from ltm_retrofit.saving.hub import FORMAT, WEIGHTS, from_pretrained
+from ltm_retrofit.config import check_keys
+from ltm_retrofit.convert import restore, retrofit
+from ltm_retrofit.converted.record import is_retrofitted
+from ltm_retrofit.converted.resizing import example_of, planned_size, set_size, size_from
+from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError
+from ltm_retrofit.folders import OURS
+from ltm_retrofit.plan import MergePlan
+from ltm_retrofit.saving.adapter import attach
+from ltm_retrofit.saving.base import create_timm, differing, is_ours, load_exactly, public_class, rebuild_base
+from ltm_retrofit.saving.fetch import fetch, is_repository
+from ltm_retrofit.saving.save import CONFIG, FORMAT_VERSION, WEIGHTS, digest
 
 #: the model that comes with the package
 EMBEDDED = "digits_vit"
 _ASSETS = Path(__file__).parent.parent / "assets"
+_KEYS = ("format", "format_version", "versions", "base", "rebuildable", "reason", "plan", "dtypes", "sha256", "files")
+_OPTIONAL = ("adapter", "labels", "resized")
 
 
 class LoadedModel(NamedTuple):
@@ -26,12 +38,83 @@ class LoadedModel(NamedTuple):
     origin: str
 
 
-def load_model(name: str) -> LoadedModel:
-    """Load a pretrained model by a folder, the embedded model's name, a timm name or a Hub id, in this order.
+def from_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None) -> nn.Module:
+    """Load what `save_pretrained` wrote: a converted model in eval mode, its logits equal bit for bit.
+
+    Args:
+        path: the folder, or the id of one on the Hugging Face Hub.
+        base: the original model, changed in place and returned, where it is of a class that cannot be rebuilt from a
+            file: its weights do not matter, all come from the folder. For an adapter the checkpoint it was trained on.
+
+    Raises:
+        CheckpointError: where the folder is missing, altered or truncated, or ``base`` is needed.
+        BaseMismatch: where ``base`` is another architecture, or not the adapter's.
+        AlreadyRetrofitted: where ``base`` is converted.
+
+    Example:
+        >>> import timm, torch
+        >>> import ltm_retrofit as ltm
+        >>> tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
+        >>> model = ltm.retrofit(timm.create_model("vit_tiny_patch16_224", **tiny).eval())
+        >>> ltm.save_pretrained(model, "tiny")
+        >>> again, images = ltm.from_pretrained("tiny"), torch.randn(2, 3, 32, 32)
+        >>> torch.equal(again(images), model(images))
+        True
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists() and is_repository(str(path)):
+        folder = fetch(str(path))
+    config, plan = _read_config(folder)
+    size = size_from(config.get("resized"))
+    if base is not None and is_retrofitted(base):
+        raise AlreadyRetrofitted(f"base, a {type(base).__name__}, is converted: call ltm_retrofit.restore(base) first")
+    if base is None and not config["rebuildable"]:
+        raise CheckpointError(
+            f"{folder} was made from a {config['base'].get('class')} that cannot be rebuilt from it "
+            f"({config['reason']}): pass from_pretrained(path, base=<that model, as it was before conversion>)"
+        )
+    state = _read_weights(folder, config["sha256"])
+    model = rebuild_base(config["base"]) if base is None else base
+    if (adapter := config.get("adapter")) is not None:
+        return attach(model, adapter, plan, state, config.get("labels") or [])
+    own = {key: value for key, value in state.items() if not is_ours(key)}
+    if differences := differing(own, model.state_dict()):
+        raise BaseMismatch(f"{type(model).__name__} is not the base that {folder} was made from: {differences}")
+    # before the conversion, whose proofs run on these weights
+    load_exactly(model, own)
+    model.eval()
+    try:
+        set_size(model, size and planned_size(plan))  # the masks are built for the size of the plan
+        retrofit(model, plan=plan, example=example_of(plan, model))
+    finally:
+        set_size(model, size)
+    if differences := differing(state, model.state_dict()):
+        restore(model)
+        raise CheckpointError(f"{folder}: the weights do not fit its plan: {differences}")
+    load_exactly(model, state)
+    return model.eval()
+
+
+def load_model(name: str) -> nn.Module:
+    """Load a pretrained model, converted or not, in eval mode.
+
+    Args:
+        name: a folder (saved by this package, timm or transformers), ``"digits_vit"`` (comes with the package), a name
+            of timm's, or an id on the Hugging Face Hub; tried in this order.
 
     Raises:
         CheckpointError: where the name is none of these, or what it stands for cannot be loaded.
+
+    Example:
+        >>> import ltm_retrofit as ltm
+        >>> ltm.load_model("digits_vit").num_classes
+        10
     """
+    return find_model(name).model
+
+
+def find_model(name: str) -> LoadedModel:
+    """Load as `load_model` does, and say where the model came from."""
     import timm
 
     name = str(name)
@@ -41,58 +124,78 @@ def load_model(name: str) -> LoadedModel:
         if not (_ASSETS / EMBEDDED).is_dir():
             raise CheckpointError(f"this installation lacks the embedded model {EMBEDDED!r} ({_ASSETS / EMBEDDED})")
         return _load_folder(_ASSETS / EMBEDDED, f"the embedded model {EMBEDDED}")
-    architecture = name.partition(".")[0]
-    if "/" not in name and timm.is_model(architecture):
-        return _load_timm_name(name)
-    if name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "/", "~")):
+    if "/" not in name and timm.is_model(name.partition(".")[0]):
+        # asked for here, and not by timm, whose download has no time limit and may be a pickle
+        known = timm.models.is_model_pretrained(name)
+        repository = timm.get_pretrained_cfg(name, allow_unregistered=False).hf_hub_id if known else None
+        if not repository:
+            tags = ", ".join(timm.list_pretrained(name.partition(".")[0] + "*")[:5]) or "none"
+            raise CheckpointError(f"timm has no pretrained weights on the Hub for {name!r}; there are: {tags}")
+        return _load_folder(fetch(repository), f"{name} of timm (pretrained, from {repository})")
+    if is_repository(name):
         return _load_folder(fetch(name), f"{name} on the Hugging Face Hub")
+    close = get_close_matches(name, timm.list_models(), n=1)
     raise CheckpointError(
-        f"{name!r} is no model: expected an existing folder, {EMBEDDED!r}, a name of timm "
-        f"(e.g. 'vit_tiny_patch16_224'{_similar(name)}), or a Hub id 'organisation/name'"
+        f"{name!r} is no model: expected an existing folder, {EMBEDDED!r}, a name of timm (e.g. 'vit_tiny_patch16_224'"
+        f"{f'; did you mean {close[0]!r}?' if close else ''}), or a Hub id 'organisation/name'"
     )
 
 
-def _similar(name: str) -> str:
-    from difflib import get_close_matches
+def _read_config(folder: Path) -> tuple[dict[str, Any], MergePlan]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder: expected one that save_pretrained wrote")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} has no readable {CONFIG}: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != OURS:
+        raise CheckpointError(f"{folder / CONFIG} was not written by ltm_retrofit.save_pretrained")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {config.get('format_version')!r}, this ltm_retrofit reads {FORMAT_VERSION}: "
+            f"load it with the version that wrote it ({(config.get('versions') or {}).get('ltm-retrofit', 'unknown')})"
+        )
+    try:
+        check_keys(config, (*_KEYS, *_OPTIONAL), str(folder / CONFIG))
+    except RecipeError as error:
+        raise CheckpointError(str(error)) from error
+    if missing := [key for key in _KEYS if key not in config]:
+        raise CheckpointError(f"{folder / CONFIG} lacks {', '.join(missing)}")
+    if not isinstance(config["base"], dict) or not isinstance(config["plan"], dict):
+        raise CheckpointError(f"{folder / CONFIG}: base and plan must be mappings")
+    try:
+        return config, MergePlan.from_dict(config["plan"])
+    except (RecipeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG}: the plan cannot be read: {error}") from error
 
-    import timm
 
-    close = get_close_matches(name, timm.list_models(), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _read_weights(folder: Path, expected: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-
-def _load_timm_name(name: str) -> LoadedModel:
-    import timm
-
-    declared = timm.get_pretrained_cfg(name, allow_unregistered=False) if _has_tag(name) else None
-    repo = declared.hf_hub_id if declared is not None else None
-    if not repo:
-        tags = ", ".join(timm.list_pretrained(name.partition(".")[0] + "*")[:5]) or "none"
-        raise CheckpointError(f"timm has no pretrained weights on the Hub for {name!r}; there are: {tags}")
-    if repo.endswith("/"):
-        repo += name
-    loaded = _load_folder(fetch(repo), f"{name} of timm (pretrained, from {repo})")
-    return loaded
-
-
-def _has_tag(name: str) -> bool:
-    import timm
-
-    architecture, _, tag = name.partition(".")
-    return not tag or name in timm.list_pretrained(f"{architecture}.*")
+    file = folder / WEIGHTS
+    try:
+        if (found := digest(file)) != expected:
+            raise CheckpointError(
+                f"{file} is not what was saved: its SHA-256 is {found[:12]}…, {CONFIG} says {str(expected)[:12]}…. It "
+                "was truncated or altered; copy it again"
+            )
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def _load_folder(folder: Path, origin: str) -> LoadedModel:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not a mapping")
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{origin} has no readable config.json ({error}): expected a folder saved by ltm_retrofit, timm or "
+            f"{origin} has no readable {CONFIG} ({error}): expected a folder saved by ltm_retrofit, timm or "
             "transformers"
         ) from error
-    if config.get("format") == FORMAT:
+    if config.get("format") == OURS:
         return LoadedModel(from_pretrained(folder), f"{origin}, converted by ltm_retrofit")
     if not list(folder.glob("*.safetensors")):
         raise CheckpointError(f"{origin} holds no safetensors: other formats can run code and are not read")
@@ -106,33 +209,21 @@ def _load_folder(folder: Path, origin: str) -> LoadedModel:
             raise
         except Exception as error:  # whatever a foreign file does to a loader
             raise CheckpointError(f"{origin} cannot be loaded: {type(error).__name__}: {error}") from error
-    raise CheckpointError(
-        f"{origin}: its config.json names neither a timm 'architecture' nor a transformers 'model_type'"
-    )
+    raise CheckpointError(f"{origin}: its {CONFIG} names neither a timm 'architecture' nor a transformers 'model_type'")
 
 
-def _load_timm(folder: Path, config: dict[str, object]) -> nn.Module:
-    import timm
-
-    if not isinstance(config["architecture"], str) or not timm.is_model(config["architecture"]):
-        raise CheckpointError(f"timm {timm.__version__} has no architecture {config['architecture']!r}")
+def _load_timm(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     if not (folder / WEIGHTS).is_file():  # timm would look for others, pickles among them
         raise CheckpointError(f"{folder} has no {WEIGHTS}")
-    settings = config.get("model_args")
-    given = settings if isinstance(settings, dict) else {}
-    if refused := [key for key in given if key.startswith("pretrained") or key in ("checkpoint_path", "cache_dir")]:
-        raise CheckpointError(f"{folder}: model_args may not hold {', '.join(map(repr, refused))}")
+    arguments = dict(config.get("model_args") or {})
     # `num_classes` stands beside `model_args`, and timm up to 1.0.30 writes it there only
     if isinstance(config.get("num_classes"), int):
-        given = {"num_classes": config["num_classes"], **given}
-    arguments: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
-    }
-    model: nn.Module = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True, **arguments)
-    return model.eval()
+        arguments.setdefault("num_classes", config["num_classes"])
+    source = f"local-dir:{folder.resolve()}"
+    return create_timm(config["architecture"], arguments, f"{folder}", source, pretrained=True).eval()
 
 
-def _load_transformers(folder: Path, config: dict[str, object]) -> nn.Module:
+def _load_transformers(folder: Path, config: Mapping[str, Any]) -> nn.Module:
     import transformers
 
     named = config.get("architectures")

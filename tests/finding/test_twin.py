@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -13,8 +16,9 @@ from ltm_retrofit import find
 from ltm_retrofit.finding import walk
 from ltm_retrofit.finding.example import prepare_example
 from ltm_retrofit.macs import count_macs
-from ltm_retrofit.rehearsal import rehearse
 
+ROOT = Path(__file__).parents[2]
+rehearse = runpy.run_path(str(ROOT / "benchmarks" / "coverage_rehearsal.py"))["rehearse"]
 torch.set_num_threads(1)
 DEEP = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 9, "num_heads": 3, "num_classes": 7}
 SWIN = {"img_size": 64, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 6), "num_heads": (1, 2)}

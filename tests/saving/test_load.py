@@ -12,7 +12,7 @@ from torch import nn
 
 import ltm_retrofit as ltm
 from ltm_retrofit.saving import load
-from ltm_retrofit.saving.load import load_model
+from ltm_retrofit.saving.load import find_model
 
 Build = Callable[..., nn.Module]
 ARGUMENTS = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3}
@@ -36,13 +36,13 @@ def timm_folder(tmp_path: Path) -> tuple[nn.Module, Path]:
 def test_timm_folder(timm_folder: tuple[nn.Module, Path], images: torch.Tensor, tmp_path: Path) -> None:
     model, folder = timm_folder
     state = torch.random.get_rng_state()
-    loaded, origin = load_model(str(folder))
+    loaded, origin = find_model(str(folder))
     assert torch.equal(state, torch.random.get_rng_state())
     assert "timm" in origin and str(folder) in origin
     assert torch.equal(loaded(images), model(images)) and not loaded.training
     assert loaded.pretrained_cfg["mean"][0] == 0.25 and loaded.pretrained_cfg["label_names"][0] == "a"
     ltm.save_pretrained(ltm.retrofit(loaded), tmp_path / "saved")
-    again, origin = load_model(str(tmp_path / "saved"))
+    again, origin = find_model(str(tmp_path / "saved"))
     assert "converted by ltm_retrofit" in origin and torch.equal(again(images), loaded(images))
     settings = [timm.data.resolve_model_data_config(one) for one in (again, loaded)]
     assert json.dumps(settings[0]) == json.dumps(settings[1])  # tuples and lists alike
@@ -55,9 +55,9 @@ def test_embedded_model(
     model, folder = timm_folder
     monkeypatch.setattr(load, "_ASSETS", folder.parent)
     with pytest.raises(ltm.CheckpointError, match="lacks the embedded model"):
-        load_model("digits_vit")
+        ltm.load_model("digits_vit")
     folder.rename(folder.parent / "digits_vit")
-    loaded, origin = load_model("digits_vit")
+    loaded, origin = find_model("digits_vit")
     assert origin.startswith("the embedded model") and torch.equal(loaded(images), model(images))
 
 
@@ -73,7 +73,7 @@ def test_timm_folder_that_does_not_fit(timm_folder: tuple[nn.Module, Path]) -> N
     ]:
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(ltm.CheckpointError, match=message):
-            load_model(str(folder))
+            ltm.load_model(str(folder))
 
 
 def test_no_pickles(timm_folder: tuple[nn.Module, Path]) -> None:
@@ -81,14 +81,14 @@ def test_no_pickles(timm_folder: tuple[nn.Module, Path]) -> None:
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ltm.CheckpointError, match="safetensors"):
-        load_model(str(folder))
+        ltm.load_model(str(folder))
 
 
 @pytest.mark.parametrize("family", ["hf-deit-teacher", "hf-dinov2", "hf-clip"])
 def test_transformers_folder(family: str, build: Build, images: torch.Tensor, tmp_path: Path) -> None:
     model = build(family)
     model.save_pretrained(tmp_path / "saved")
-    loaded, origin = load_model(str(tmp_path / "saved"))
+    loaded, origin = find_model(str(tmp_path / "saved"))
     assert type(loaded) is type(model) and "transformers" in origin
     with torch.no_grad():
         assert torch.equal(loaded(images)[0], model(images)[0])
@@ -101,7 +101,7 @@ def test_transformers_folder_with_weights_missing(build: Build, tmp_path: Path) 
     file = tmp_path / "model.safetensors"
     save_file({key: value for key, value in load_file(file).items() if "classifier" not in key}, file, {"format": "pt"})
     with pytest.raises(ltm.CheckpointError, match=r"missing keys.*classifier"):
-        load_model(str(tmp_path))
+        ltm.load_model(str(tmp_path))
 
 
 def test_transformers_folder_with_another_class(build: Build, tmp_path: Path) -> None:
@@ -109,22 +109,22 @@ def test_transformers_folder_with_another_class(build: Build, tmp_path: Path) ->
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["os.system"]}))
     with pytest.raises(ltm.CheckpointError, match="no model class"):
-        load_model(str(tmp_path))
+        ltm.load_model(str(tmp_path))
 
 
 def test_unknown(tmp_path: Path) -> None:
     with pytest.raises(ltm.CheckpointError, match="did you mean 'vit_tiny_patch16_224'"):
-        load_model("vit_tiny_patch16_225")
+        ltm.load_model("vit_tiny_patch16_225")
     with pytest.raises(ltm.CheckpointError, match="expected an existing folder"):
-        load_model("./no/such/folder")
+        ltm.load_model("./no/such/folder")
     with pytest.raises(ltm.CheckpointError, match=r"config\.json"):
-        load_model(str(tmp_path))
+        ltm.load_model(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ltm.CheckpointError, match="neither"):
-        load_model(str(tmp_path))
+        ltm.load_model(str(tmp_path))
     with pytest.raises(ltm.CheckpointError, match="no pretrained weights"):
-        load_model("vit_tiny_patch16_224.no_such_tag")
+        ltm.load_model("vit_tiny_patch16_224.no_such_tag")
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k", "nobody/nothing"])
@@ -132,7 +132,7 @@ def test_offline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ltm.CheckpointError, match="HF_HUB_OFFLINE is set"):
-        load_model(name)
+        ltm.load_model(name)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "nobody/nothing"])
@@ -142,7 +142,7 @@ def test_unreachable_hub_is_one_quick_error(name: str, tmp_path: Path, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     began = time.perf_counter()
     with pytest.raises(ltm.CheckpointError, match=r"cannot be fetched.*Connect"):
-        load_model(name)
+        ltm.load_model(name)
     assert time.perf_counter() - began < 10
 
 
@@ -153,5 +153,10 @@ def test_a_hub_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: time.sleep(3))
     began = time.perf_counter()
     with pytest.raises(ltm.CheckpointError, match="no answer"):
-        load_model("nobody/nothing")
+        ltm.load_model("nobody/nothing")
     assert time.perf_counter() - began < 2.5
+
+
+def test_the_public_call_gives_the_model_itself(timm_folder: tuple[nn.Module, Path], images: torch.Tensor) -> None:
+    model, folder = timm_folder
+    assert torch.equal(ltm.load_model(str(folder))(images), model(images))

@@ -1,4 +1,4 @@
-"""What a conversion would cost and whether it holds, for a model without numbers: nothing of it is touched."""
+"""What a conversion costs and whether it holds, for a model on the meta device: a twin is converted in its place."""
 
 from __future__ import annotations
 

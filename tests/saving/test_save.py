@@ -20,8 +20,9 @@ from pieces import Own
 from torch import nn
 
 import ltm_retrofit as ltm
-from ltm_retrofit.saving import hub
-from ltm_retrofit.saving.base import rebuild_base, record_base, verify_base
+from ltm_retrofit import folders
+from ltm_retrofit.saving import save
+from ltm_retrofit.saving.base import describe_base, rebuild_base, verify_base
 
 Build = Callable[..., nn.Module]
 ONE = ltm.LTMConfig(tokens=(40, 20), sites=("blocks.1", "blocks.3"))
@@ -170,20 +171,47 @@ def test_overrides_and_data_settings_come_back(tmp_path: Path) -> None:
     assert loaded.pretrained_cfg["tag"] == "mine"
 
 
-def test_without_what_newer_timm_remembers(build: Build, family: str) -> None:
-    if not family.startswith("timm"):
-        pytest.skip("timm only")
-    model = build(family)
-    del model._model_args  # timm up to 1.0.30
-    record = record_base(model)
-    assert verify_base(model, record) is None
-    assert record["arguments"]["depth"] == 6
+@pytest.mark.parametrize("family", ["timm-vit", "timm-deit", "timm-dinov2"])
+def test_what_timm_keeps_of_a_model_rebuilds_it(build: Build, family: str) -> None:
+    description = describe_base(build(family))
+    assert verify_base(build(family), description) is None
+    assert description["arguments"]["depth"] == 6
+
+
+def by_hand() -> nn.Module:
+    return timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=3, num_classes=7, global_pool="token"
+    )
+
+
+def by_its_entrypoint() -> nn.Module:
+    return timm.models.vit_tiny_patch16_224(img_size=32, patch_size=8, depth=4, num_classes=7)
+
+
+@pytest.mark.parametrize("made", [by_hand, by_its_entrypoint])
+def test_a_timm_model_that_create_model_did_not_make_needs_base(made, images: torch.Tensor, tmp_path: Path) -> None:
+    model = shake(ltm.retrofit(made().eval()))
+    with pytest.warns(UserWarning, match=r"VisionTransformer cannot be rebuilt .*nor made by timm\.create_model.*base="):
+        ltm.save_pretrained(model, tmp_path / "saved")
+    with pytest.raises(ltm.CheckpointError, match=r"VisionTransformer .*nor made by timm\.create_model.*base="):
+        ltm.from_pretrained(tmp_path / "saved")
+    loaded = ltm.from_pretrained(tmp_path / "saved", base=made())
+    assert same(outputs(loaded, images), outputs(model, images))
+
+
+def test_what_no_file_can_hold_is_left_out_where_it_changes_nothing(tmp_path: Path) -> None:
+    tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
+    plain = timm.create_model("vit_tiny_patch16_224", act_layer=nn.GELU, **tiny)  # what it has anyway
+    description = describe_base(plain)
+    assert "act_layer" not in description["arguments"] and verify_base(plain, description) is None
+    other = timm.create_model("vit_tiny_patch16_224", act_layer=nn.ReLU, **tiny)
+    assert verify_base(other, describe_base(other)) == "rebuilt with the same weights, its outputs differ"
 
 
 def test_a_stock_architecture_names_its_checkpoint() -> None:
-    record = record_base(timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32))
-    assert record["id"] == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-    assert set(record["arguments"]) == {"num_classes", "in_chans", "img_size", "global_pool"}
+    description = describe_base(timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32))
+    assert description["id"] == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    assert set(description["arguments"]) == {"num_classes", "in_chans", "img_size", "global_pool"}
 
 
 @pytest.mark.parametrize("family", ["timm-vit", "hf-vit"])
@@ -333,24 +361,24 @@ def test_altered_config(saved: Path) -> None:
 
 @pytest.mark.parametrize("name", ["os.system", "PreTrainedModel", "pipeline", "AutoModel", "ViTConfig", "__class__", 3])
 def test_only_public_model_classes_are_built(name: object, build: Build) -> None:
-    record = record_base(build("hf-vit"))
+    description = describe_base(build("hf-vit"))
     with pytest.raises(ltm.CheckpointError, match="no model class of transformers"):
-        rebuild_base({**record, "class": name})
+        rebuild_base({**description, "class": name})
 
 
 def test_no_foreign_code_through_the_config(build: Build) -> None:
-    record = record_base(build("hf-vit"))
+    description = describe_base(build("hf-vit"))
     with pytest.raises(ltm.CheckpointError, match="attn_implementation"):
-        rebuild_base({**record, "attn_implementation": "someone/kernel"})
+        rebuild_base({**description, "attn_implementation": "someone/kernel"})
     with pytest.raises(ltm.CheckpointError, match="model type"):
-        rebuild_base({**record, "model_type": "nothing"})
+        rebuild_base({**description, "model_type": "nothing"})
     with pytest.raises(ltm.CheckpointError, match="ViTConfig"):
-        rebuild_base({**record, "model_type": "swin"})
-    hidden = {**record["config"], "_attn_implementation": "someone/kernel", "attn_implementation": "someone/kernel"}
-    assert rebuild_base({**record, "config": hidden}).config._attn_implementation == "sdpa"
+        rebuild_base({**description, "model_type": "swin"})
+    hidden = {**description["config"], "_attn_implementation": "someone/kernel", "attn_implementation": "someone/kernel"}
+    assert rebuild_base({**description, "config": hidden}).config._attn_implementation == "sdpa"
     with pytest.raises(ltm.CheckpointError, match="neither"):
         rebuild_base({"library": "os", "class": "system"})
-    assert isinstance(rebuild_base(record), transformers.ViTForImageClassification)
+    assert isinstance(rebuild_base(description), transformers.ViTForImageClassification)
 
 
 def test_unwritable(build: Build, tmp_path: Path) -> None:
@@ -358,7 +386,7 @@ def test_unwritable(build: Build, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ltm.CheckpointError, match="cannot be written"):
         ltm.save_pretrained(model, tmp_path / "file" / "below")
-    with pytest.raises(ltm.CheckpointError, match="is a file"):
+    with pytest.raises(ltm.CheckpointError, match=r"file is not a folder that can be written"):
         ltm.save_pretrained(model, tmp_path / "file")
 
 
@@ -385,9 +413,9 @@ def test_a_failure_leaves_what_was_there(build: Build, saved: Path, monkeypatch:
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    for step in ("_write_weights", "swap"):
+    for room, step in ((save, "_write_weights"), (folders, "swap")):
         with monkeypatch.context() as patch:
-            patch.setattr(hub, step, full)
+            patch.setattr(room, step, full)
             with pytest.raises(ltm.CheckpointError, match="no space left"):
                 ltm.save_pretrained(model, saved, overwrite=True)
             with pytest.raises(ltm.CheckpointError, match="no space left"):
