@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from ltm_retrofit.reporting.report import Report, measure
     from ltm_retrofit.saving.hub import from_pretrained, save_pretrained
     from ltm_retrofit.tracing import MergeTrace, bound_loss, trace
-    from ltm_retrofit.tuning.history import History
+    from ltm_retrofit.tuning.classes import evaluate
+    from ltm_retrofit.tuning.loop import History
     from ltm_retrofit.tuning.settings import TrainConfig
+    from ltm_retrofit.tuning.sources import load_digits
     from ltm_retrofit.tuning.train import finetune
 
 __version__ = version("ltm-retrofit")
@@ -48,8 +50,10 @@ _HOMES = {
     "plan": ("MergePlan", "make_plan"),
     "convert": ("disabled", "get_plan", "is_retrofitted", "restore", "retrofit"),
     "tracing": ("MergeTrace", "bound_loss", "trace"),
-    "tuning.history": ("History",),
+    "tuning.classes": ("evaluate",),
+    "tuning.loop": ("History",),
     "tuning.settings": ("TrainConfig",),
+    "tuning.sources": ("load_digits",),
     "tuning.train": ("finetune",),
     "reporting.report": ("Report", "measure"),
     "reporting.pictures": ("show_merges",),
@@ -80,11 +84,13 @@ __all__ = [
     "__version__",
     "bound_loss",
     "disabled",
+    "evaluate",
     "find_sites",
     "finetune",
     "from_pretrained",
     "get_plan",
     "is_retrofitted",
+    "load_digits",
     "make_plan",
     "measure",
     "restore",

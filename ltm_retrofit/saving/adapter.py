@@ -15,7 +15,7 @@ from ltm_retrofit.errors import BaseMismatch, CheckpointError
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.base import base_state, differing, is_ours, load_exactly
 from ltm_retrofit.saving.sizes import example_of, resized
-from ltm_retrofit.tuning.heads import NEW_HEAD, set_classes
+from ltm_retrofit.tuning.classes import NEW_CLASSIFIER, set_classes
 from ltm_retrofit.undisturbed import remembered
 
 #: an adapter that carries more than this share of the host's numbers is no adapter
@@ -42,7 +42,7 @@ def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "save it whole (adapter=False)"
         )
     # set before the conversion, or another one since
-    fresh = {*model.__dict__.get(NEW_HEAD, ())} | {
+    fresh = {*model.__dict__.get(NEW_CLASSIFIER, ())} | {
         k for k, v in host.items() if k in before and before[k][0] != v.shape
     }
     carried = [key for key, value in host.items() if key in fresh or before.get(key) != fingerprint(value)]

@@ -13,9 +13,8 @@ from torch import nn
 
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import DataError
-from ltm_retrofit.tuning.data import is_stream, is_table
-from ltm_retrofit.tuning.evaluate import evaluate
-from ltm_retrofit.tuning.images import make_loader, seed_of
+from ltm_retrofit.tuning.classes import evaluate
+from ltm_retrofit.tuning.data import is_stream, is_table, make_loader, seed_of
 
 
 def test_a_loader_passes_through_untouched() -> None:
