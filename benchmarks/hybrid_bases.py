@@ -24,7 +24,7 @@ from timm.models.mobilevit import _inverted_residual_block, _mobilevit_block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltm_retrofit.tuning.digits import draw_split, source_digits
+from ltm_retrofit.tuning.sources import draw_split, source_digits
 
 RUNS = Path(__file__).parent.parent / "runs" / "hybrids"
 PER_DIGIT, PER_EPOCH, BATCH = 20, 4, 64  # canvases drawn of each source digit; of them in an epoch; in a step

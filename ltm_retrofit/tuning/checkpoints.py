@@ -29,7 +29,7 @@ from ltm_retrofit.tuning.settings import TrainConfig
 NAME = "checkpoint.safetensors"
 #: the one before, until the weights of the latest have given a finite loss
 BEFORE = "before.safetensors"
-FORMAT = 3
+FORMAT = 4
 #: entries above which a list of floats is kept as a tensor: the text of a file has room for some millions
 LONG = 64
 #: settings that a run may change when it goes on

@@ -21,6 +21,7 @@ from ltm_retrofit.finding.recording import record
 from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.tuning.data import Data, batches_on, columns_of, is_stream, is_table, make_loader
 from ltm_retrofit.tuning.processes import Accelerator
+from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.undisturbed import undisturbed
 
 #: names on the model the parameters and buffers of a classifier that is new
@@ -369,7 +370,9 @@ def predictions(
     try:
         classes = count_classes(model) if is_table(data) else 0  # of a loader, what the first logits say
         class_of = check_data(model, data, "evaluation", classes) if is_table(data) else None
-        loader = make_loader(model, data, batch_size=batch_size, shuffle=False, class_of=class_of)
+        # no image to evaluate on may be missing
+        config = TrainConfig(batch_size=batch_size, unreadable=0.0)
+        loader = make_loader(model, data, config, shuffle=False, class_of=class_of)
         shared: Accelerator | None = None
         if accelerator is not None and accelerator.num_processes > 1 and isinstance(loader, DataLoader):
             shared, loader = accelerator, accelerator.prepare_data_loader(loader)

@@ -21,9 +21,11 @@ from ltm_retrofit.finding.example import home
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.preprocessing import make_transform, preprocessing_of
 from ltm_retrofit.tuning.processes import Accelerator, shared
+from ltm_retrofit.tuning.settings import TrainConfig
 
 Data = Any  # a `datasets` data set with columns image and label, or an iterable of batches
 Transform = Callable[[Any], Tensor]
+ClassOf = Sequence[int] | None  # the model's class of each label, where they differ
 
 #: stands for a label where a data set has none
 UNLABELLED = -1
@@ -98,7 +100,7 @@ class Images(Dataset[tuple[Tensor, int]]):
         DataError: where a transform of the data set's own leaves no image.
     """
 
-    def __init__(self, data: Any, transform: Transform, limit: float, class_of: Sequence[int] | None = None) -> None:
+    def __init__(self, data: Any, transform: Transform, limit: float, class_of: ClassOf = None) -> None:
         self.data, self.decode = undecoded(data)
         if self.data.format["type"] is not None and "image" not in (first := self.data[0]):
             raise DataError(
@@ -133,11 +135,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     def _count(self, index: int, error: Exception) -> None:
         self.unreadable[index] = True
         if (found := int(self.unreadable.sum())) > self.limit * len(self) or found == len(self):
-            raise DataError(
-                f"{found} of {len(self)} images cannot be read, the last one found is row {index} "
-                f"({type(error).__name__}: {error}); accepted is a share of {self.limit:g}: remove them, or raise "
-                "TrainConfig.unreadable for training"
-            ) from error
+            raise too_many(f"{found} of {len(self)} images", f"row {index}", self.limit, error) from error
 
     def damaged(self) -> list[int]:
         """Return which images this process could not read so far."""
@@ -167,27 +165,17 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
     Args:
         data: the data set.
         transform: of an image.
-        limit: share of the images so far, or of as many as the buffer holds, that may be unreadable; they are left out.
+        config: seed, workers, of which each counts what it cannot read, and the share of the images so far, or of as
+            many as the buffer holds, that may be unreadable; they are left out.
         class_of: the model's class of each label, where they differ.
         shuffle: whether to.
-        seed: of order and augmentation.
-        workers: of the loader, each of which counts what it cannot read.
     """
 
-    def __init__(
-        self,
-        data: Any,
-        transform: Transform,
-        limit: float,
-        class_of: Sequence[int] | None,
-        *,
-        shuffle: bool,
-        seed: int,
-        workers: int,
-    ) -> None:
-        self.data, self.decode = undecoded(data.shuffle(seed=seed, buffer_size=BUFFER) if shuffle else data)
-        self.transform, self.limit, self.class_of, self.seed = transform, limit, class_of, seed
-        self.unreadable = torch.zeros(max(1, workers), dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call]
+    def __init__(self, data: Any, transform: Transform, config: TrainConfig, class_of: ClassOf, shuffle: bool) -> None:
+        self.data, self.decode = undecoded(data.shuffle(seed=config.seed, buffer_size=BUFFER) if shuffle else data)
+        self.transform, self.class_of, self.seed, self.limit = transform, class_of, config.seed, config.unreadable
+        found = torch.zeros(max(1, config.workers), dtype=torch.long)
+        self.unreadable = found.share_memory_()  # type: ignore[no-untyped-call]
         self.begin(0)
 
     def begin(self, turn: int) -> None:
@@ -210,11 +198,8 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
                 # the most of any pass: workers may have begun the next one while this one is still being learned
                 self.unreadable[worker] = max(found, int(self.unreadable[worker]))
                 if found > self.limit * max(place + 1, BUFFER):
-                    raise DataError(
-                        f"{found} of the stream's first {place + 1} images cannot be read, the last one found is image "
-                        f"{place} ({type(error).__name__}: {error}); accepted is a share of {self.limit:g}: remove "
-                        "them, or raise TrainConfig.unreadable"
-                    ) from error
+                    some = f"{found} of the stream's first {place + 1} images"
+                    raise too_many(some, f"image {place}", self.limit, error) from error
                 continue
             seed = seed_of(self.seed, self.turn, worker, place)
             yield seeded(self.transform, image, seed), label_of(entry, self.class_of)
@@ -228,7 +213,15 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
         return ""
 
 
-def label_of(entry: Mapping[str, Any], class_of: Sequence[int] | None) -> int:
+def too_many(some: str, last: str, limit: float, error: Exception) -> DataError:
+    """Return what to raise where more images cannot be read than are accepted."""
+    return DataError(
+        f"{some} cannot be read, the last one found is {last} ({type(error).__name__}: {error}); accepted is a share "
+        f"of {limit:g}: remove them, or raise TrainConfig.unreadable for training"
+    )
+
+
+def label_of(entry: Mapping[str, Any], class_of: ClassOf) -> int:
     """Return the model's class of an image; `UNLABELLED` where the data has none.
 
     Raises:
@@ -267,36 +260,26 @@ def seeded(transform: Transform, image: Any, seed: int) -> Tensor:
 
 
 def make_loader(
-    model: nn.Module,
-    data: Data,
-    *,
-    batch_size: int,
-    shuffle: bool,
-    augment: str = "none",
-    seed: int = 0,
-    workers: int = 0,
-    unreadable: float = 0.0,
-    class_of: Sequence[int] | None = None,
+    model: nn.Module, data: Data, config: TrainConfig, *, shuffle: bool, class_of: ClassOf = None
 ) -> Iterable[Any]:
     """Return batches ``(images, labels)`` of a data set as the model wants them; a loader is returned unchanged."""
     if not is_table(data):
         return data  # type: ignore[no-any-return]
-    transform = make_transform(preprocessing_of(model), augment, home(model)[1])
+    transform = make_transform(preprocessing_of(model), config.augment, home(model)[1])
     dataset: Images | Stream
     if is_stream(data):
-        dataset = Stream(data, transform, unreadable, class_of, shuffle=shuffle, seed=seed, workers=workers)
-        order = None
+        dataset, order = Stream(data, transform, config, class_of, shuffle), None
     else:
-        dataset, order = Images(data, transform, unreadable, class_of), Order(len(data), shuffle, seed)
+        dataset, order = Images(data, transform, config.unreadable, class_of), Order(len(data), shuffle, config.seed)
     return DataLoader(
         dataset,
-        batch_size=batch_size,
+        batch_size=config.batch_size,
         sampler=order,
         # its own: workers' base seeds would come out of the random numbers of dropout otherwise
-        generator=torch.Generator().manual_seed(seed),
-        num_workers=workers,
+        generator=torch.Generator().manual_seed(config.seed),
+        num_workers=config.workers,
         pin_memory=torch.cuda.is_available(),
-        drop_last=shuffle and (order is None or len(order) >= batch_size),
+        drop_last=shuffle and (order is None or len(order) >= config.batch_size),
     )
 
 
@@ -337,17 +320,17 @@ class Passes:
             raise DataError("the training loader has no batch: it needs at least one")
         self.length = length or self.known or 0
         #: which pass this is, batches drawn of it, and the random numbers that it began with
-        self.turn, self.within, self.random = 0, 0, dict[str, Any]()
-        self.flow: Iterator[Any] | None = None
+        self.turn, self.within, self.start = 0, 0, dict[str, Any]()
+        self.batches = self._go()
 
     def state(self) -> dict[str, Any]:
-        """Return where the passes are."""
-        return {"turn": self.turn, "within": self.within, "random": self.random, "loader": self._generator_states()}
+        """Return where the passes are, and what this process draws next."""
+        return {"turn": self.turn, "within": self.within, "start": self.start, "now": self._random_state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self.turn, self.within, self.random = state["turn"], state["within"], state["random"]
-        self._set_generators(state["loader"])
+        self.turn, self.within, self.start = state["turn"], state["within"], state["start"]
+        self._set_random_state(state["now"])
 
     def damaged(self) -> list[int]:
         """Return which images of a data set could not be read so far, by this process; of a stream, in one pass."""
@@ -365,21 +348,28 @@ class Passes:
             DataError: where the loader has no batch.
         """
         for _ in range(self.length - done):
-            yield self._next()
-        if self.within == self.known:
-            self._finish()
+            while (batch := next(self.batches)) is END:
+                pass
+            yield batch
+        if self.within == self.known:  # now, so that a checkpoint between two epochs begins with the next pass
+            next(self.batches)
 
-    def _next(self) -> Any:
-        if self.within == self.known:
-            self._finish()
-        while (batch := next(self._flow(), END)) is END:
+    def _go(self) -> Iterator[Any]:
+        """Go through pass after pass, with `END` after each."""
+        while True:
+            flow = self._from_here()
+            while self.within != self.known and (batch := next(flow, END)) is not END:
+                self.within += 1
+                yield batch
+            said = f"the training loader says that it has {self.known} batches, and"
             if not self.within:
                 raise self._empty()
-            if self.known is not None and self.within < self.known:
-                self._warn(f"ends after {self.within}: it starts over there")
-            self._turn_over()
-        self.within += 1
-        return batch
+            if self.within != self.known and self.known is not None:
+                warnings.warn(f"{said} ends after {self.within}: it starts over there", stacklevel=2)
+            if self.within == self.known and next(flow, END) is not END:
+                warnings.warn(f"{said} goes on after them: the rest of its batches is left out", stacklevel=2)
+            self.turn, self.within = self.turn + 1, 0
+            yield END
 
     def _empty(self) -> DataError:
         if self.turn:
@@ -393,20 +383,8 @@ class Passes:
             )
         return DataError("the training loader has no batch: it needs at least one")
 
-    def _finish(self) -> None:
-        """End a pass that has come to its length; what lies behind is never seen."""
-        if next(self._flow(), END) is not END:
-            self._warn("goes on after them: the rest of its batches is left out")
-        self._turn_over()
-
-    def _turn_over(self) -> None:
-        self.turn, self.within, self.flow = self.turn + 1, 0, None
-
-    def _warn(self, what: str) -> None:
-        warnings.warn(f"the training loader says that it has {self.known} batches, and {what}", stacklevel=2)
-
-    def _flow(self) -> Iterator[Any]:
-        """Return the pass that is under way, from its next batch on.
+    def _from_here(self) -> Iterator[Any]:
+        """Begin a pass, or go on with it.
 
         The order of a data set's own loader is sent to the place at once. Any other loader, and a stream, is drawn
         from up to there, with the random numbers that the pass began with: the same batches come wherever they follow
@@ -416,21 +394,17 @@ class Passes:
         Raises:
             CheckpointError: where there are not as many.
         """
-        if self.flow is not None:
-            return self.flow
         if self.order is not None:
             self.order.begin(self.turn, self.within * self.images)
-        elif isinstance(self.data, Stream):
+            return iter(self.loader)
+        if isinstance(self.data, Stream):
             self.data.begin(self.turn)
         if not self.within:
-            self.random = {"process": checkpoints.random_state(), "loader": self._generator_states()}
-        if not self.within or self.order is not None:
-            self.flow = iter(self.loader)
-            return self.flow
+            self.start = self._random_state()
+            return iter(self.loader)
         now = checkpoints.random_state()
-        checkpoints.set_random_state(self.random["process"])
-        self._set_generators(self.random["loader"])
-        self.flow = flow = iter(self.loader)
+        self._set_random_state(self.start)
+        flow = iter(self.loader)
         for at in range(self.within):
             if next(flow, END) is END:
                 raise CheckpointError(
@@ -447,12 +421,14 @@ class Passes:
         found = [getattr(owner, name, None) for owner in owners for name in ("generator", "synchronized_generator")]
         return [one for one in found if isinstance(one, torch.Generator)]
 
-    def _generator_states(self) -> list[Tensor]:
-        return [generator.get_state() for generator in self._generators()]
+    def _random_state(self) -> dict[str, Any]:
+        states = [generator.get_state() for generator in self._generators()]
+        return {"process": checkpoints.random_state(), "loader": states}
 
-    def _set_generators(self, states: list[Tensor]) -> None:
-        for generator, state in zip(self._generators(), states, strict=True):
-            generator.set_state(state)
+    def _set_random_state(self, state: Mapping[str, Any]) -> None:
+        checkpoints.set_random_state(state["process"])
+        for generator, own in zip(self._generators(), state["loader"], strict=True):
+            generator.set_state(own)
 
 
 # ------------------------------------------------------------------------------------------------------ a batch

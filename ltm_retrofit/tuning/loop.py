@@ -389,7 +389,6 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Return all that the run goes on from; all processes have to call it, for each draws numbers of its own."""
         own = {
-            "now": checkpoints.random_state(),
             "passes": self.passes.state(),
             "unreadable": self.passes.damaged(),
             "information": [memory.state() for memory in self._own_memory()],
@@ -421,7 +420,6 @@ class Run:
             module.memory.set_state(state["memories"][name], device)
         self.progress, self.history = Progress(**state["progress"]), History(**state["history"])
         own = state["random"][self.accelerator.process_index]
-        checkpoints.set_random_state(own["now"])
         self.passes.load_state(own["passes"])
         if isinstance(self.passes.data, Images):
             self.passes.data.unreadable[own["unreadable"]] = True

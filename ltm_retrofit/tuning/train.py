@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -83,8 +84,7 @@ def finetune(
 
         def train_with(images: int) -> History:
             """Make the run with so many images at once, and take it to its end."""
-            settings = {key: getattr(config, key) for key in ("augment", "seed", "workers", "unreadable")}
-            loader = make_loader(model, train, batch_size=images, shuffle=True, class_of=class_of, **settings)
+            loader = make_loader(model, train, replace(config, batch_size=images), shuffle=True, class_of=class_of)
             length = config.steps and config.steps * (config.accumulate * config.batch_size // images)
             passes = Passes(loader, length=length, images=images, accelerator=accelerator)
             with (

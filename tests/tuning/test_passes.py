@@ -86,7 +86,7 @@ def test_a_loader_without_a_batch_is_refused(loader: Any, length: int | None) ->
 def test_the_epochs_of_a_stream_have_other_images(pictures, build) -> None:
     """A stream of one shard is shuffled within a buffer only: its passes would all begin with the same images."""
     stream = pictures(28).to_iterable_dataset()
-    loader = make_loader(build("timm-vit"), stream, batch_size=7, shuffle=True)
+    loader = make_loader(build("timm-vit"), stream, ltm.TrainConfig(batch_size=7), shuffle=True)
     passes = Passes(loader, length=2, images=7)
     first, second, third = (torch.cat([images for images, _ in passes.draw(0)]) for _ in range(3))
     assert len(torch.unique(torch.cat([first, second]), dim=0)) == 28, "all of them in two epochs"
