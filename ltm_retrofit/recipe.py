@@ -26,10 +26,9 @@ from ltm_retrofit.reporting.pictures import show_merges
 from ltm_retrofit.reporting.report import Report, measure
 from ltm_retrofit.saving.load import find_model, from_pretrained
 from ltm_retrofit.saving.save import save_pretrained
-from ltm_retrofit.tuning.data import check_same_classes, classes_in
-from ltm_retrofit.tuning.evaluate import evaluate
-from ltm_retrofit.tuning.heads import set_classes
-from ltm_retrofit.tuning.processes import checkpoints_beside, is_main
+from ltm_retrofit.tuning.checkpoints import checkpoints_beside
+from ltm_retrofit.tuning.classes import check_same_classes, classes_in, evaluate, set_classes
+from ltm_retrofit.tuning.processes import is_main
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.tuning.sources import DataSection, load_split
 from ltm_retrofit.tuning.train import finetune

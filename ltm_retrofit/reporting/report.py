@@ -16,8 +16,8 @@ from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.example import Example, home, prepare_example
 from ltm_retrofit.macs import MacCount, count_macs
 from ltm_retrofit.reporting.bench import batch_latencies
+from ltm_retrofit.tuning.classes import evaluate
 from ltm_retrofit.tuning.data import Data
-from ltm_retrofit.tuning.evaluate import evaluate
 
 ACCURACIES = {
     "original": "original",

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from torch import Tensor, nn
 
-from ltm_retrofit.converted.record import get_plan
 from ltm_retrofit.converted.classifier import follow_classifier
+from ltm_retrofit.converted.record import get_plan
 from ltm_retrofit.converted.resizing import resized
 from ltm_retrofit.folders import OURS, check_ours, written_whole
 from ltm_retrofit.plan import MergePlan

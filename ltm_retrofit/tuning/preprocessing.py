@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import DataError
 from ltm_retrofit.finding.example import input_size
 
-AUGMENTS = ("none", "crop")
 #: attribute under which a reloaded Hugging Face model keeps what its image processor said
 RECORDED = "ltm_preprocessing"
 #: stands there for all else where it was an image processor that does more than we do, with what is said of it

@@ -126,7 +126,7 @@ def test_accuracy_goes_into_the_one_entry_that_the_model_is(convert, finetuned, 
     data = pictures(14)
     accuracy = ltm.measure(model, data=data, batches=()).accuracy
     assert set(accuracy) == set(ACCURACIES)
-    assert accuracy.pop(entry) == ltm.tuning.evaluate.evaluate(model, data)
+    assert accuracy.pop(entry) == ltm.evaluate(model, data)
     assert set(accuracy.values()) == {None}
 
 

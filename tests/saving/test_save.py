@@ -191,7 +191,9 @@ def by_its_entrypoint() -> nn.Module:
 @pytest.mark.parametrize("made", [by_hand, by_its_entrypoint])
 def test_a_timm_model_that_create_model_did_not_make_needs_base(made, images: torch.Tensor, tmp_path: Path) -> None:
     model = shake(ltm.retrofit(made().eval()))
-    with pytest.warns(UserWarning, match=r"VisionTransformer cannot be rebuilt .*nor made by timm\.create_model.*base="):
+    with pytest.warns(
+        UserWarning, match=r"VisionTransformer cannot be rebuilt .*nor made by timm\.create_model.*base="
+    ):
         ltm.save_pretrained(model, tmp_path / "saved")
     with pytest.raises(ltm.CheckpointError, match=r"VisionTransformer .*nor made by timm\.create_model.*base="):
         ltm.from_pretrained(tmp_path / "saved")
@@ -374,7 +376,11 @@ def test_no_foreign_code_through_the_config(build: Build) -> None:
         rebuild_base({**description, "model_type": "nothing"})
     with pytest.raises(ltm.CheckpointError, match="ViTConfig"):
         rebuild_base({**description, "model_type": "swin"})
-    hidden = {**description["config"], "_attn_implementation": "someone/kernel", "attn_implementation": "someone/kernel"}
+    hidden = {
+        **description["config"],
+        "_attn_implementation": "someone/kernel",
+        "attn_implementation": "someone/kernel",
+    }
     assert rebuild_base({**description, "config": hidden}).config._attn_implementation == "sdpa"
     with pytest.raises(ltm.CheckpointError, match="neither"):
         rebuild_base({"library": "os", "class": "system"})
