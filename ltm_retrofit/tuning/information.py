@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.converted.record import get_retrofit, masks_of
 from ltm_retrofit.merging import ib
-from ltm_retrofit.merging.memory import Memory
-from ltm_retrofit.merging.statistics import of_all_ranks
+from ltm_retrofit.merging.statistics import Memory, of_all_ranks
 from ltm_retrofit.tracing import MergeTrace
 
 #: samples that an estimate is made of

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ltm_retrofit.converted.record import load_state, mark_finetuned
-from ltm_retrofit.merging.memory import Memory
+from ltm_retrofit.merging.statistics import Memory
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.history import History, Progress, check_same
 
