@@ -20,7 +20,9 @@ import ltm_retrofit as ltm
 from ltm_retrofit.converted.record import forwards_of, masks_of
 from ltm_retrofit.finding.call import gather_entries
 from ltm_retrofit.macs import count_macs
-from ltm_retrofit.merging.grid import CropGrid, GridMask, PoolGrid
+from ltm_retrofit.merging.mask import GridMask
+from ltm_retrofit.merging.pool import PoolGrid
+from ltm_retrofit.merging.slice import CropGrid
 from ltm_retrofit.scopes.flow.forward import FlowForward
 from ltm_retrofit.scopes.grid.forward import GridForward
 from ltm_retrofit.scopes.local.forward import LocalForward

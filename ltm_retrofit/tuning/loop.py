@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from ltm_retrofit.converted.record import CHILD, learns, load_state, mark_finetuned
 from ltm_retrofit.errors import TrainingError
-from ltm_retrofit.merging.grid import GridMask
-from ltm_retrofit.merging.mask import MaskModule
+
+from ltm_retrofit.merging.mask import GridMask, MaskModule
 from ltm_retrofit.merging.statistics import Memory, Statistics
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.classes import evaluate
