@@ -32,7 +32,8 @@ class Information:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         site, mask = next(iter(masks_of(model).items()))
-        self.entrances, self.dim = entrances_of(model, site), mask.dim
+        statistics: Any = mask.statistics
+        self.entrances, self.dim = entrances_of(model, site), statistics.centroids.shape[1]
         self.memory = Memory(SAMPLES)  # of inputs, features and soft labels
         self.latest: dict[str, Tensor] = {}
 

@@ -15,12 +15,13 @@ from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ltm_retrofit.converted.record import CHILD, learns, load_state, mark_finetuned
+from ltm_retrofit.converted.record import learns, load_state, mark_finetuned
 from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.merging.grid import GridMask
 from ltm_retrofit.merging.mask import MaskModule
 from ltm_retrofit.merging.matching import SimilarityMask
 from ltm_retrofit.merging.statistics import Statistics
+from ltm_retrofit.scopes.base import CHILD
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.data import Data, batches_on, size_of
 from ltm_retrofit.tuning.evaluate import evaluate_in_memory
@@ -278,7 +279,7 @@ class Run:
         """Return what each mask has learned: η and the temperature of its softmax."""
         return {
             name.removesuffix(CHILD).rstrip("."): {
-                "eta": module.eta.item(),
+                **({"eta": module.eta.item()} if hasattr(module, "eta") else {}),
                 **({"temperature": math.exp(-module.log_scale.item())} if isinstance(module, MaskModule) else {}),
                 **({"alpha": module.alpha.item()} if isinstance(module, GridMask) else {}),
             }
