@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
 from ltm_retrofit.errors import RecipeError, check_choice
@@ -29,8 +29,16 @@ class Strict:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a mapping; an unknown key is a `RecipeError`."""
-        check_keys(values, [f.name for f in fields(cls)], cls.__name__)  # type: ignore[arg-type]
+        """Build from a mapping.
+
+        Raises:
+            RecipeError: where a key is unknown, or missing and without a default.
+        """
+        known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+        check_keys(values, known, cls.__name__)
+        needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+        if missing := [name for name in needed if name not in values]:
+            raise RecipeError(f"{cls.__name__} lacks {', '.join(missing)}: it was cut off, or is not one of ours")
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:

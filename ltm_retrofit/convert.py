@@ -34,8 +34,9 @@ from ltm_retrofit.finding.example import Example, home, prepare_example, run, te
 from ltm_retrofit.finding.proofs import all_equal
 from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.plan import MergePlan, check_method, make_macs, make_plan
-from ltm_retrofit.scopes import FLOW, SCOPES
+from ltm_retrofit.scopes import SCOPES
 from ltm_retrofit.scopes.base import CHILD, Interceptor
+from ltm_retrofit.scopes.flow import FLOW
 from ltm_retrofit.undisturbed import undisturbed
 
 #: interceptors, the mask of each host, and the model's record
@@ -156,7 +157,7 @@ def _fitting(plan: MergePlan, sites: Sites) -> MergePlan:
             "tokens there: plan for this model"
         )
     try:
-        made = make_macs(sites, plan)
+        made = make_macs(sites, plan.config, plan.rows)
     except CountError as error:
         raise BaseMismatch(f"the plan does not fit this model: {error}") from error
     if made != plan.macs:

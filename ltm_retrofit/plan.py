@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Self
 
-from ltm_retrofit.config import LTMConfig, check_keys
+from ltm_retrofit.config import LTMConfig, Strict
 from ltm_retrofit.errors import BaseMismatch, BudgetError, CountError, RecipeError, UnsupportedBlock
 from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.methods import CLUSTERS, get_method, method_names
-from ltm_retrofit.scopes import FLOW, LOCAL, SCOPES
+from ltm_retrofit.scopes import SCOPES
 from ltm_retrofit.scopes.base import Budget, Option, Row
+from ltm_retrofit.scopes.flow import FLOW
+from ltm_retrofit.scopes.local import LOCAL
 
 TOLERANCE = 0.02  # how far below its target a plan's share may lie
 _ROUNDING = 1 + 1e-12  # a share that was computed from MACs and comes back as a target still meets itself
 
 
 @dataclass(frozen=True)
-class MergePlan:
+class MergePlan(Strict):
     """Which site keeps how many tokens. ``macs`` are for one image at ``input_size``, masks included.
 
     ``fixed_inputs`` are the inputs beside the image that it was made with: identifiers, masks, settings.
@@ -41,8 +43,8 @@ class MergePlan:
     fixed_inputs: dict[str, Any]
     classes: int  # C of the statistics; 0 where the model has no classifier
     readouts: tuple[str, ...]  # the modules whose input is the feature that the classifier reads
-    clusters: int = CLUSTERS
-    base: dict[str, Any] = field(default_factory=dict)  # library, class and architecture of the model it is for
+    clusters: int  # A, likewise
+    base: dict[str, Any]  # library, class and architecture of the model it is for
     method_version: int = 1
 
     @property
@@ -57,12 +59,8 @@ class MergePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        values = asdict(self)
-        values["config"] = self.config.to_dict()
-        values["rows"] = [asdict(row) for row in self.rows]
-        values["input_size"] = {key: list(size) for key, size in self.input_size.items()}
-        values["readouts"] = list(self.readouts)
-        return values
+        nested = {"rows": [row.to_dict() for row in self.rows], "config": self.config.to_dict()}
+        return {**super().to_dict(), **nested, "input_size": {key: list(size) for key, size in self.input_size.items()}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -72,26 +70,16 @@ class MergePlan:
             RecipeError: where a key is unknown or missing.
             BaseMismatch: where its method is not registered, or in another version.
         """
-        values = {"method_version": 1, **values}  # plans of before there were versions
-        check_keys(values, cls.__dataclass_fields__, "merge plan")
-        missing = [name for name in cls.__dataclass_fields__ if name not in values]
-        if missing:
-            raise RecipeError(f"this merge plan lacks {', '.join(missing)}: it was cut off, or is not one of ours")
-        check_method(values["config"].get("method", LTMConfig.method), values["method_version"])
-        rows = []
-        for row in values["rows"]:
-            check_keys(row, Row.__dataclass_fields__, "row of a merge plan")
-            try:
-                rows.append(Row(**{**row, "grid": tuple(row["grid"]) if row.get("grid") else None}))
-            except TypeError as error:
-                raise RecipeError(f"a row of this merge plan is incomplete: {error}") from None
-        read = {
-            "rows": tuple(rows),
-            "config": LTMConfig.from_dict(values["config"]),
-            "input_size": {key: tuple(size) for key, size in values["input_size"].items()},
-            "readouts": tuple(values["readouts"]),
-        }
-        return cls(**{**values, **read})
+        read = dict(values)
+        if "config" in read:
+            # plans of before there were versions have none, and are of the first
+            check_method(read["config"].get("method", LTMConfig.method), read.get("method_version", 1))
+            read["config"] = LTMConfig.from_dict(read["config"])
+        if "rows" in read:
+            read["rows"] = tuple(map(Row.from_dict, read["rows"]))
+        if "input_size" in read:
+            read["input_size"] = {key: tuple(size) for key, size in read["input_size"].items()}
+        return super().from_dict(read)
 
     def __str__(self) -> str:
         """Return the table of rows."""
@@ -156,6 +144,8 @@ def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
     budgets = _budgets(sites, config)
     if config.tokens is not None:
         rows = next(iter(budgets.values())).from_tokens(config.tokens)
+        if not rows:
+            raise CountError(f"tokens={config.tokens} merges nothing: no count is below that of the tokens there are")
     else:
         assert config.flops is not None
         rows = _from_flops(sites, config, budgets, config.flops)
@@ -163,28 +153,24 @@ def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
         rows=rows,
         config=config,
         macs_original=sites.total_macs,
-        macs=_macs(sites, config, rows),
+        macs=make_macs(sites, config, rows),
         unmerge=any(row.scope == FLOW.name for row in rows) and not any(row.slices for row in rows),
         input_size=sites.input_size,
         fixed_inputs=sites.fixed_inputs,
         classes=sites.ending.classes,
         readouts=sites.ending.readouts,
+        clusters=CLUSTERS,
         base=sites.base,
         method_version=get_method(config.method).version,
     )
 
 
-def make_macs(sites: Sites, plan: MergePlan) -> int:
-    """Count anew what a plan's rows cost on these sites.
+def make_macs(sites: Sites, config: LTMConfig, rows: Sequence[Row]) -> int:
+    """Count what rows cost on these sites: scopes add up, for their rows lie in different blocks.
 
     Raises:
         CountError: where they do not fit.
     """
-    return _macs(sites, plan.config, plan.rows)
-
-
-def _macs(sites: Sites, config: LTMConfig, rows: Sequence[Row]) -> int:
-    """Add what each scope's rows change: they lie in different blocks."""
     total = sites.total_macs
     for scope in SCOPES:
         if own := [row for row in rows if row.scope == scope.name]:
@@ -234,16 +220,16 @@ def _budgets(sites: Sites, config: LTMConfig) -> dict[str, Budget[Any]]:
     }
     if not allowed:
         raise UnsupportedBlock(f"none of sites={config.sites} is in scope {config.scope}: name others, or no scope")
-    budgets = {scope.name: scope.budget(sites, config) for scope in SCOPES if scope.name in allowed}
-    served = {name: budget for name, budget in budgets.items() if budget is not None}
-    if not served:
+    searches = {scope.name: scope.budget(sites, config) for scope in SCOPES if scope.name in allowed}
+    budgets = {str(name): budget for name, budget in searches.items() if budget is not None}
+    if not budgets:
         others = [name for name in method_names() if allowed & {*get_method(name).scopes}]
         raise RecipeError(
             f"method={config.method!r} does not serve scope {' or '.join(sorted(allowed))}, only "
             f"{' and '.join(get_method(config.method).scopes)}: use method={' or '.join(map(repr, others))}, or a "
             "scope that it serves"
         )
-    return served
+    return budgets
 
 
 def _from_flops(sites: Sites, config: LTMConfig, budgets: Mapping[str, Budget[Any]], target: float) -> tuple[Row, ...]:

@@ -193,7 +193,7 @@ def _refusal(model: nn.Module, reason: str) -> str:
 
 def _renew_statistics(model: nn.Module, plan: MergePlan) -> None:
     """Start statistics anew where they are of other classes or of another feature."""
-    kept, masks = get_retrofit(model), masks_of(model).values()
+    kept, masks = get_retrofit(model), list[Any](masks_of(model).values())
     fresh = make_readout(model, plan, masks)
     if _shapes(kept.readout) != _shapes(fresh):
         kept.readout = fresh if fresh is None else fresh.train(kept.training)

@@ -16,6 +16,8 @@ from ltm_retrofit.scopes.base import check_settings, unwatch, watch
 GRID_METHODS = ("forward_intermediates", "get_intermediate_layers")
 #: methods of host models that take blocks away, and the plan's sites with them
 CUTTING_METHODS = ("prune_intermediate_layers",)
+#: what attributes that say how tokens are pooled have in their names
+POOLING = "pool"
 
 
 def guard(model: nn.Module) -> None:
@@ -121,5 +123,5 @@ def watch_pooling(model: nn.Module) -> None:
         parents = [name[:end] for end, letter in enumerate(f"{name}.") if letter == "."][:-1]
         for module in map(model.get_submodule, ["", *parents]):
             unwatch(module, PoolingWatch)
-            if settings := tuple((name, value) for name, value in settings_of(module).items() if "pool" in name):
+            if settings := tuple((name, value) for name, value in settings_of(module).items() if POOLING in name):
                 watch(module, PoolingWatch(settings, name))

@@ -10,8 +10,6 @@ from ltm_retrofit.scopes.flow import FLOW
 from ltm_retrofit.scopes.grid import GRID
 from ltm_retrofit.scopes.local import LOCAL
 
-__all__ = ["FLOW", "GRID", "LOCAL", "SCOPES", "rules_of"]
-
 #: the best first: that in which merging saves most
 SCOPES: tuple[ScopeRules, ...] = (FLOW, GRID, LOCAL)
 

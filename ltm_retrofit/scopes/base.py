@@ -6,12 +6,12 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from torch import nn
 
-from ltm_retrofit.config import LTMConfig
+from ltm_retrofit.config import LTMConfig, Strict
 from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.finding.call import Settings, changed_setting
 from ltm_retrofit.finding.example import home
@@ -27,7 +27,7 @@ CHILD = "ltm"
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Strict):
     """A line of a plan: what one site does.
 
     Its ``action`` is ``"merge"``, N tokens into P, or ``"slice"``, to the prefix tokens after the last attention.
@@ -90,7 +90,7 @@ class Budget(ABC, Generic[S]):
 
     @abstractmethod
     def from_tokens(self, tokens: Sequence[int]) -> tuple[Row, ...]:
-        """Turn a user's counts into rows.
+        """Turn a user's counts into rows, none of a site at which nothing merges.
 
         Raises:
             CountError: where they do not fit the sites.
@@ -125,10 +125,11 @@ class Budget(ABC, Generic[S]):
         if len(tokens) == len(self.mergeable):
             chosen = self.mergeable
         if len(tokens) != len(chosen):
+            every = f", or {len(self.mergeable)}, one after each site that may merge"
             raise CountError(
                 f"tokens has {len(tokens)} counts; expected {len(chosen)}, one after each of "
-                f"{', '.join(site.block for site in chosen)}, or {len(self.mergeable)}, one after each site that may "
-                "merge. Name other blocks in sites="
+                f"{', '.join(site.block for site in chosen)}{every if len(self.mergeable) > len(chosen) else ''}. Name "
+                "other blocks in sites="
             )
         return list(zip(chosen, tokens, strict=True))
 
@@ -273,6 +274,14 @@ def make_mask(method: str, place: Place, keys: Keys, host: nn.Module) -> nn.Modu
 # ---------------------------------------------------------------------------------------------------- what is drawn
 
 
+class Seen(NamedTuple):
+    """A pass over one image."""
+
+    steps: Mapping[str, Step]  # what each site did
+    forwards: Mapping[str, Interceptor]  # one of each site
+    size: tuple[int, int]  # height and width of the image, in pixels
+
+
 @dataclass(frozen=True)
 class Panel:
     """What one site made of the first image's patches, which lie in a grid of ``groups.shape``.
@@ -350,20 +359,12 @@ class ScopeRules(ABC):
         """Make the interceptors and masks of the plan's rows in this scope; touch nothing."""
 
     @abstractmethod
-    def panels(
-        self,
-        rows: Sequence[Row],
-        steps: Mapping[str, Step],
-        forwards: Mapping[str, Interceptor],
-        size: tuple[int, int],
-    ) -> dict[str, Panel]:
+    def panels(self, rows: Sequence[Row], seen: Seen) -> dict[str, Panel]:
         """Return what is drawn, by site.
 
         Args:
             rows: of the plan, in this scope, that merge.
-            steps: what each site did to one image.
-            forwards: an interceptor of each site.
-            size: height and width of the image, in pixels.
+            seen: what the sites did to one image.
 
         Raises:
             CountError: where patches make no grid.

@@ -15,11 +15,11 @@ from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ltm_retrofit.converted.record import CHILD, learns, load_state, mark_finetuned
+from ltm_retrofit.converted.record import learns, load_state, mark_finetuned
 from ltm_retrofit.errors import TrainingError
-
 from ltm_retrofit.merging.mask import GridMask, MaskModule
 from ltm_retrofit.merging.statistics import Memory, Statistics
+from ltm_retrofit.scopes.base import CHILD
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.classes import evaluate
 from ltm_retrofit.tuning.data import Data, Images, Passes, Stream, batches_on, is_table, size_of

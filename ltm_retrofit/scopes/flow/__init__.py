@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,24 +14,13 @@ from ltm_retrofit.finding.sites import Ending, Found, Sites
 from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.merging.methods import Keys, Scope
 from ltm_retrofit.merging.tokens import Step, accumulated
-from ltm_retrofit.scopes.base import (
-    Interceptor,
-    Panel,
-    Parts,
-    Planned,
-    Row,
-    ScopeRules,
-    make_mask,
-    names_of,
-    patch_grid,
-    title_of,
-)
+from ltm_retrofit.scopes import base
 from ltm_retrofit.scopes.flow.budget import FlowBudget, place_of
 from ltm_retrofit.scopes.flow.find import find, find_ending
 from ltm_retrofit.scopes.flow.forward import FlowForward
 
 
-class FlowRules(ScopeRules):
+class FlowRules(base.ScopeRules):
     """Blocks that are cut between attention and MLP; all that comes behind runs on fewer tokens."""
 
     name = Scope.FLOW
@@ -49,9 +38,9 @@ class FlowRules(ScopeRules):
         """Count what every block behind a site saves."""
         return FlowBudget(sites, config) if self.serves(sites.flow, config) else None
 
-    def build(self, model: nn.Module, sites: Sites, plan: Planned) -> Parts:
+    def build(self, model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
         """Intercept every block from the first row's on: those without one hand on what the tokens carry."""
-        rows, forwards, masks = self.rows(plan), list[Interceptor](), dict[nn.Module, nn.Module]()
+        rows, forwards, masks = self.rows(plan), list[base.Interceptor](), dict[nn.Module, nn.Module]()
         for site in sites.flow:
             row = rows.get(site.block)
             if row is None and not forwards:
@@ -63,27 +52,21 @@ class FlowRules(ScopeRules):
             if row is not None and keep is None:
                 place = place_of(site, row, plan.classes, plan.clusters, home(block)[1])
                 # tokens are alike where the block's own attention finds their keys alike, on average over its heads
-                masks[block] = make_mask(plan.config.method, place, Keys(*site.key.mean_map(block)), block)
+                masks[block] = base.make_mask(plan.config.method, place, Keys(*site.key.mean_map(block)), block)
         return forwards, masks
 
-    def panels(
-        self,
-        rows: Sequence[Row],
-        steps: Mapping[str, Step],
-        forwards: Mapping[str, Interceptor],
-        size: tuple[int, int],
-    ) -> dict[str, Panel]:
+    def panels(self, rows: Sequence[base.Row], seen: base.Seen) -> dict[str, base.Panel]:
         """Show in each panel all that happened so far; a group keeps its number."""
-        prefix = forwards[rows[0].site].prefix
-        grid = patch_grid(rows[0].tokens_in - prefix, *size)
-        so_far = [tuple(steps[row.site] for row in rows[: place + 1]) for place in range(len(rows))]
+        prefix = seen.forwards[rows[0].site].prefix
+        grid = base.patch_grid(rows[0].tokens_in - prefix, *seen.size)
+        so_far = [tuple(seen.steps[row.site] for row in rows[: place + 1]) for place in range(len(rows))]
         groups = [groups_of(before, prefix) for before in so_far]
-        names = names_of(groups)
+        names = base.names_of(groups)
         panels = {}
         for row, before, labels in zip(rows, so_far, groups, strict=True):
             share = accumulated(before)[0, prefix:].amax(dim=-1).float().cpu().numpy()
-            values = (each.reshape(grid) for each in (labels, survivors(before, prefix), share))
-            panels[row.site] = Panel(title_of(row), *values, names)
+            alive = survivors(before, prefix).reshape(grid)
+            panels[row.site] = base.Panel(base.title_of(row), labels.reshape(grid), alive, share.reshape(grid), names)
         return panels
 
 

@@ -18,17 +18,8 @@ from ltm_retrofit.scopes.flow.site import FlowSite
 
 def place_of(site: FlowSite, row: Row, classes: int, clusters: int, dtype: torch.dtype | None = None) -> Place:
     """Say to a method where a row's mask works."""
-    return Place(
-        scope=site.scope,
-        dim=site.dim,
-        key_dim=site.key_dim,
-        tokens_in=row.tokens_in,
-        tokens_out=row.tokens_out,
-        prefix=site.layout.prefix,
-        classes=max(1, classes),
-        clusters=clusters,
-        dtype=dtype,
-    )
+    counts, prefix = (row.tokens_in, row.tokens_out), site.layout.prefix
+    return Place(site.scope, site.dim, site.key_dim, *counts, prefix, max(1, classes), clusters, dtype=dtype)
 
 
 class FlowBudget(Budget[FlowSite]):
@@ -85,10 +76,7 @@ class FlowBudget(Budget[FlowSite]):
             row = Row(site.block, site.scope.value, present, count)
             self.method.macs(place_of(site, row, self.classes, CLUSTERS))  # refuses counts that cannot be
             present = count
-        rows = self.rows({site.block: count for site, count in pairs})
-        if not rows:
-            raise CountError(f"tokens={tuple(tokens)} merges nothing: {self.tokens} tokens are all there are")
-        return rows
+        return self.rows({site.block: count for site, count in pairs})
 
     def search(self, change: int) -> Iterator[list[Option]]:
         """Yield plans near a budget, for the schedule's sites first and then for more and more of them."""

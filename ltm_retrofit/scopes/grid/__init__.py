@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from torch import nn
@@ -14,14 +14,13 @@ from ltm_retrofit.finding.sites import Found, Sites
 from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.merging.methods import Keys, Scope
 from ltm_retrofit.merging.slice import CropGrid
-from ltm_retrofit.merging.tokens import Step
-from ltm_retrofit.scopes.base import Interceptor, Panel, Parts, Planned, Row, ScopeRules, make_mask, names_of
+from ltm_retrofit.scopes import base
 from ltm_retrofit.scopes.grid.budget import GridBudget, place_of
 from ltm_retrofit.scopes.grid.find import find, passes_maps
 from ltm_retrofit.scopes.grid.forward import GridForward
 
 
-class GridRules(ScopeRules):
+class GridRules(base.ScopeRules):
     """Modules whose token map is merged into a smaller one, on which the network then runs."""
 
     name = Scope.GRID
@@ -38,9 +37,9 @@ class GridRules(ScopeRules):
         """Count what the network saves on the smaller maps that were proven."""
         return GridBudget(sites, config) if self.serves(sites.grid, config) else None
 
-    def build(self, model: nn.Module, sites: Sites, plan: Planned) -> Parts:
+    def build(self, model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
         """Intercept the modules of the rows."""
-        rows, forwards, masks = self.rows(plan), list[Interceptor](), dict[nn.Module, nn.Module]()
+        rows, forwards, masks = self.rows(plan), list[base.Interceptor](), dict[nn.Module, nn.Module]()
         for site in sites.grid:
             if (row := rows.get(site.block)) is None:
                 continue
@@ -50,23 +49,17 @@ class GridRules(ScopeRules):
             # tokens are alike where the first weights that read them make nearly the same of them
             keys = Keys(principal_keys(model.get_parameter(site.weight), site.key_dim))
             forwards.append(GridForward(block, site, place.grid))
-            masks[block] = make_mask(plan.config.method, place, keys, block)
+            masks[block] = base.make_mask(plan.config.method, place, keys, block)
         return forwards, masks
 
-    def panels(
-        self,
-        rows: Sequence[Row],
-        steps: Mapping[str, Step],
-        forwards: Mapping[str, Interceptor],
-        size: tuple[int, int],
-    ) -> dict[str, Panel]:
+    def panels(self, rows: Sequence[base.Row], seen: base.Seen) -> dict[str, base.Panel]:
         """Show for each place of the map the output token that takes most of it."""
         panels = {}
         for row in rows:
-            forward = forwards[row.site]
+            forward = seen.forwards[row.site]
             assert isinstance(forward, GridForward) and row.grid is not None
             (height, width), kept = forward.grid, row.grid
-            share, strongest = steps[row.site].assignment.dense()[0].max(dim=-1)
+            share, strongest = seen.steps[row.site].assignment.dense()[0].max(dim=-1)
             _, first, inverse = np.unique(strongest.cpu().numpy(), return_index=True, return_inverse=True)
             groups = first[inverse].reshape(height, width)  # named after its first place
             alive = np.ones((height, width), dtype=bool)
@@ -74,10 +67,10 @@ class GridRules(ScopeRules):
                 alive[kept[0] :], alive[:, kept[1] :] = False, False
             title = f"{row.site} · {height}×{width} → {kept[0]}×{kept[1]} tokens"
             taken = share.float().cpu().numpy().reshape(height, width)
-            panels[row.site] = Panel(title, groups, alive, taken, names_of([groups]))
+            panels[row.site] = base.Panel(title, groups, alive, taken, base.names_of([groups]))
         return panels
 
-    def legend(self, rows: Sequence[Row], dropping: bool) -> str:
+    def legend(self, rows: Sequence[base.Row], dropping: bool) -> str:
         """Say what the colours are of."""
         if dropping:
             return ""

@@ -26,18 +26,8 @@ def place_of(site: GridSite, row: Row, classes: int, clusters: int, dtype: torch
     """Say to a method where a row's mask works."""
     # earlier sites have made the map smaller: it is the one of the proven ones that has as many tokens
     grid = next(grid for grid in sorted(site.segment) if prod(grid) == row.tokens_in)
-    return Place(
-        scope=site.scope,
-        dim=site.dim,
-        key_dim=site.key_dim,
-        tokens_in=row.tokens_in,
-        tokens_out=row.tokens_out,
-        classes=max(1, classes),
-        clusters=clusters,
-        grid=grid,
-        kept=row.grid,
-        dtype=dtype,
-    )
+    counts, grids = (row.tokens_in, row.tokens_out), (grid, row.grid)
+    return Place(site.scope, site.dim, site.key_dim, *counts, 0, max(1, classes), clusters, *grids, dtype=dtype)
 
 
 def grid_of(site: GridSite) -> Grid:
@@ -100,10 +90,7 @@ class GridBudget(Budget[GridSite]):
                     f"{site.block}: {count} tokens are no grid that was proven; choose from {_proven(site)}"
                 )
             shares[site.block] = sizes[count]
-        rows = self.rows(shares)
-        if not rows:
-            raise CountError(f"tokens={tuple(tokens)} merges nothing")
-        return rows
+        return self.rows(shares)
 
     def search(self, change: int) -> Iterator[list[Option]]:
         """Yield all sizes for the schedule's sites, then for more and more of them, the first ones first."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,19 +14,7 @@ from ltm_retrofit.finding.layouts import principal_keys
 from ltm_retrofit.finding.sites import Found, Sites
 from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.merging.methods import Keys, Scope
-from ltm_retrofit.merging.tokens import Step
-from ltm_retrofit.scopes.base import (
-    Interceptor,
-    Panel,
-    Parts,
-    Planned,
-    Row,
-    ScopeRules,
-    make_mask,
-    names_of,
-    patch_grid,
-    title_of,
-)
+from ltm_retrofit.scopes import base
 from ltm_retrofit.scopes.local.budget import LocalBudget, place_of
 from ltm_retrofit.scopes.local.find import find
 from ltm_retrofit.scopes.local.forward import LocalForward
@@ -35,7 +23,7 @@ from ltm_retrofit.scopes.local.forward import LocalForward
 FEW = 6
 
 
-class LocalRules(ScopeRules):
+class LocalRules(base.ScopeRules):
     """MLPs, or attentions, that see merged tokens and give every token its group's update."""
 
     name = Scope.LOCAL
@@ -48,9 +36,9 @@ class LocalRules(ScopeRules):
         """Count what each site saves by itself."""
         return LocalBudget(sites, config) if self.serves(sites.local, config) else None
 
-    def build(self, model: nn.Module, sites: Sites, plan: Planned) -> Parts:
+    def build(self, model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
         """Intercept the chain of each row: its first module merges, its last one unmerges."""
-        rows, forwards, masks = self.rows(plan), list[Interceptor](), dict[nn.Module, nn.Module]()
+        rows, forwards, masks = self.rows(plan), list[base.Interceptor](), dict[nn.Module, nn.Module]()
         for site in sites.local:
             if (row := rows.get(site.block)) is None:
                 continue
@@ -62,21 +50,15 @@ class LocalRules(ScopeRules):
             place = place_of(site, row, plan.classes, plan.clusters, home(modules[0])[1])
             # tokens that are alike to the first weights of an MLP get nearly the same update from it
             keys = Keys(principal_keys(modules[0].get_parameter(site.weight), site.key_dim))
-            masks[host] = make_mask(plan.config.method, place, keys, modules[0])
+            masks[host] = base.make_mask(plan.config.method, place, keys, modules[0])
         return forwards, masks
 
-    def panels(
-        self,
-        rows: Sequence[Row],
-        steps: Mapping[str, Step],
-        forwards: Mapping[str, Interceptor],
-        size: tuple[int, int],
-    ) -> dict[str, Panel]:
+    def panels(self, rows: Sequence[base.Row], seen: base.Seen) -> dict[str, base.Panel]:
         """Show the groups of each site alone, of few sites: the first, the last, and evenly between."""
         places = np.linspace(0, len(rows) - 1, min(len(rows), FEW)).round().astype(int)
-        return {row.site: _panel(row, steps[row.site], forwards[row.site], size) for row in (rows[p] for p in places)}
+        return {rows[place].site: _panel(rows[place], seen) for place in places}
 
-    def legend(self, rows: Sequence[Row], dropping: bool) -> str:
+    def legend(self, rows: Sequence[base.Row], dropping: bool) -> str:
         """Say how far a group reaches, and which sites are drawn."""
         text = " In scope LOCAL a site merges for one module and starts anew: each of its groups lies in one cell."
         if len(rows) > FEW:
@@ -84,13 +66,14 @@ class LocalRules(ScopeRules):
         return text
 
 
-def _panel(row: Row, step: Step, forward: Interceptor, size: tuple[int, int]) -> Panel:
+def _panel(row: base.Row, seen: base.Seen) -> base.Panel:
+    forward, step = seen.forwards[row.site], seen.steps[row.site]
     assert isinstance(forward, LocalForward) and forward.layout.grid is not None
     layout, grid = forward.layout, forward.layout.grid
     cells = forward.cells(layout.tokens, grid)
     lead, inside, rest = cells.apart(torch.arange(layout.tokens).view(1, -1, 1))
     own = inside.squeeze(-1)  # (cells, tokens of a cell): where they lie in the sequence
-    shape = grid if grid[0] > 1 or cells.patches == 1 else patch_grid(grid[1], *size)
+    shape = grid if grid[0] > 1 or cells.patches == 1 else base.patch_grid(grid[1], *seen.size)
 
     def spread(values: Tensor, outside: Tensor) -> np.ndarray:
         """Lay values of cells, and those of tokens in no cell, out on the grid."""
@@ -103,8 +86,10 @@ def _panel(row: Row, step: Step, forward: Interceptor, size: tuple[int, int]) ->
     groups = spread(own.gather(1, kept.gather(1, strongest)), torch.arange(layout.tokens).view(1, -1, 1))
     everyone = torch.ones(1, layout.tokens, 1)
     alive = spread(torch.zeros(own.shape).scatter(1, kept, 1.0), everyone) > 0
-    title = title_of(row) + (f"\nthe first of {layout.sequences} sequences" if layout.sequences > 1 else "")
-    return Panel(title, groups, alive, spread(share, everyone), names_of([groups]), placed=layout.sequences == 1)
+    title = base.title_of(row) + (f"\nthe first of {layout.sequences} sequences" if layout.sequences > 1 else "")
+    return base.Panel(
+        title, groups, alive, spread(share, everyone), base.names_of([groups]), placed=layout.sequences == 1
+    )
 
 
 LOCAL = LocalRules()

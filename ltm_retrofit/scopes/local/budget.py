@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from math import ceil
 
 import torch
@@ -32,18 +33,8 @@ def place_of(site: LocalSite, row: Row, classes: int, clusters: int, dtype: torc
             f"{site.block}: {row.tokens_in} → {row.tokens_out} tokens do not fit {count} cells of {size} tokens "
             f"({rest} others stay): choose {rest} + {count}·k with k from 1 to {size}"
         )
-    return Place(
-        scope=site.scope,
-        dim=site.dim,
-        key_dim=site.key_dim,
-        tokens_in=size,
-        tokens_out=kept,
-        classes=max(1, classes),
-        clusters=clusters,
-        groups=count,
-        width=site.width,
-        dtype=dtype,
-    )
+    cell = Place(site.scope, site.dim, site.key_dim, size, kept, 0, max(1, classes), clusters, dtype=dtype)
+    return replace(cell, groups=count, width=site.width)
 
 
 class LocalBudget(Budget[LocalSite]):
@@ -78,8 +69,6 @@ class LocalBudget(Budget[LocalSite]):
             self.method.macs(place_of(site, row, self.classes, CLUSTERS))  # refuses counts that cannot be
             if row.tokens_out < row.tokens_in:
                 rows.append(row)
-        if not rows:
-            raise CountError(f"tokens={tuple(tokens)} merges nothing")
         return tuple(rows)
 
     def search(self, change: int) -> Iterator[list[Option]]:
