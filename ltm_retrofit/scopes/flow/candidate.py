@@ -70,7 +70,7 @@ class Candidate:
             raise UnsupportedBlock("its forward was replaced on the instance (a hook or a wrapper): remove that first")
         grids = {(height, width) for _, _, height, width in walk.recording.maps}
         below = self.attention.removeprefix(name).lstrip(".")
-        (call,) = walk.recording.calls[name]
+        (call,) = walk.recording.attending[name]
         self.signature = Signature.of(
             self.module, name, call.args, call.kwargs, padded=attended.seen.padded, grids=grids
         )
@@ -227,7 +227,7 @@ def smallest(walk: Walk, attended: Attended) -> Candidate | Refused:
     reasons: list[str] = []
     several = [(name, False) for name in reversed(attended.chain)]
     for name, end in several:
-        calls = walk.recording.calls.get(name, [])
+        calls = walk.recording.attending.get(name, [])
         kind = type(walk.model.get_submodule(name)).__name__
         try:
             if len(calls) != 1:

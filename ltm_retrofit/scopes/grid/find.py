@@ -39,7 +39,7 @@ Stretches = dict[str, tuple[Grid, int]]
 
 def find(walk: Walk) -> Found:
     """Find the points after which the network takes a smaller grid, with their costs."""
-    if not any(len(event.shape_in) == 4 for event in walk.recording.events):
+    if not any(len(call.shape_in) == 4 for call in walk.recording.calls):
         return Found({}, [])
     if walk.removed:
         return Found({}, [Refused("", "grids are looked for in models that are whole")])
@@ -59,9 +59,7 @@ def passes_maps(walk: Walk) -> bool:
 
 def _points(walk: Walk) -> dict[int, GridSite] | Refused:
     """Return a set of points that holds, by the number of the first attention that each serves."""
-    inside = {
-        number: chains[0].links[0].event.end for number, chains in walk.chains.items() if isinstance(chains, list)
-    }
+    inside = {number: chains[0].links[0].call.end for number, chains in walk.chains.items() if isinstance(chains, list)}
     levels = list(_levels(walk, inside))
     if not any(levels):
         return Refused("", "no module around it passes a map (B, C, H, W) on")
@@ -148,25 +146,25 @@ def _may_host(walk: Walk, call: Call) -> bool:
 def _maps_before(walk: Walk, attended: Attended) -> list[Call]:
     """Return the calls that put out a map before an attention, those within others left out."""
     maps: list[Call] = []
-    for event in walk.recording.events:
-        if event.end < attended.time and len(event.shape_out) == 4 and event.result is not None:
-            if not (maps and event.end < maps[-1].end):
-                maps.append(event)
+    for call in walk.recording.calls:
+        if call.end < attended.time and len(call.shape_out) == 4 and call.result is not None:
+            if not (maps and call.end < maps[-1].end):
+                maps.append(call)
     return maps
 
 
-def _site(walk: Walk, event: Call, number: int, where: str) -> GridSite | None:
+def _site(walk: Walk, call: Call, number: int, where: str) -> GridSite | None:
     """Make the site of a call that puts out a map, its costs left open; None where nothing reads the map."""
-    reader = _reader(walk, event, where)
+    reader = _reader(walk, call, where)
     if reader is None:
         return None
     weight, order = reader
-    height, width = spatial_of(event.shape_out, order)
-    dim = width_of(event.shape_out, order)
+    height, width = spatial_of(call.shape_out, order)
+    dim = width_of(call.shape_out, order)
     return GridSite(
-        block=event.name,
+        block=call.name,
         attention=walk.recording.attended[number].owner,
-        kind=type(walk.model.get_submodule(event.name)).__name__,
+        kind=type(walk.model.get_submodule(call.name)).__name__,
         dim=dim,
         key_dim=key_width(dim),
         layout=TokenLayout(height * width, 0, (height, width), order),
@@ -178,16 +176,16 @@ def _site(walk: Walk, event: Call, number: int, where: str) -> GridSite | None:
     )
 
 
-def _reader(walk: Walk, event: Call, where: str) -> tuple[str, str] | None:
+def _reader(walk: Walk, call: Call, where: str) -> tuple[str, str] | None:
     """Find the weight that reads the map, within the module or behind it, and how the map lies."""
-    start = event.start if where == "input" else event.end
-    for other in walk.recording.events:
-        if other.start <= start or len(other.shape_in) != 4 or other.shape_in != event.shape_out:
+    start = call.start if where == "input" else call.end
+    for other in walk.recording.calls:
+        if other.start <= start or len(other.shape_in) != 4 or other.shape_in != call.shape_out:
             continue
         module = walk.model.get_submodule(other.name)
-        if isinstance(module, nn.Conv2d) and module.in_channels == event.shape_out[1]:
+        if isinstance(module, nn.Conv2d) and module.in_channels == call.shape_out[1]:
             return f"{other.name}.weight", "BCHW"
-        if isinstance(module, nn.Linear) and module.in_features == event.shape_out[3]:
+        if isinstance(module, nn.Linear) and module.in_features == call.shape_out[3]:
             return f"{other.name}.weight", "BHWC"
     return None
 

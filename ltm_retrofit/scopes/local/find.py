@@ -24,7 +24,7 @@ FEWEST = 4  # tokens that are worth merging
 
 def find(walk: Walk) -> Found:
     """Make sites of the chains behind each attention, and of attentions that take their tokens as a set."""
-    shapes = [event.shape_out for event in walk.recording.events if len(event.shape_out) == 4]
+    shapes = [call.shape_out for call in walk.recording.calls if len(call.shape_out) == 4]
     maps = {(shape[2], shape[3]) for shape in shapes} | {(shape[1], shape[2]) for shape in shapes}
     sites: dict[int, list[AttentionSite]] = {}
     refused: list[Refused] = []
@@ -56,7 +56,7 @@ def find(walk: Walk) -> Found:
 def _side_inputs(walk: Walk, number: int) -> SideInputs | Refused:
     """Return what an attention gets besides its tokens, unless that hides tokens of the example."""
     attended = walk.recording.attended[number]
-    owner, call = attended.owner, walk.recording.calls[attended.owner][0]
+    owner, call = attended.owner, walk.recording.attending[attended.owner][0]
     if attended.seen.hides:
         return Refused(owner, f"{owner}: {PADDED}")
     free: list[str] = []
@@ -83,7 +83,7 @@ def _site(
     first, last, name = chain.links[0], chain.links[-1], chain.names[0]
     owner = walk.recording.attended[number].owner
     module = walk.model.get_submodule(name)
-    dim = width_of(first.event.shape_in, first.order)
+    dim = width_of(first.call.shape_in, first.order)
     layout = _layout(walk, first, maps)
     grid = layout.grid
     assert grid is not None
@@ -116,7 +116,7 @@ def _site(
         host=host,
         cell=choose_cell(grid, dim),
         cost=(fixed, linear, square),
-        width=width_of(last.event.shape_out, last.order),
+        width=width_of(last.call.shape_out, last.order),
         weight=weight,
         mixes=mixes,
         side_inputs=side_inputs,
@@ -125,7 +125,7 @@ def _site(
 
 def _layout(walk: Walk, first: Link, maps: set[Grid]) -> TokenLayout:
     """Say how the tokens lie that enter a chain: on the map itself, or on one of the maps that the model has."""
-    shape, order = first.event.shape_in, first.order
+    shape, order = first.call.shape_in, first.order
     spatial = spatial_of(shape, order)
     tokens, sequences = prod(spatial), shape[1] if order == "NBC" else shape[0]
     if order not in ("BNC", "NBC"):
