@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.example import Example, run
-from ltm_retrofit.finding.layouts import Axes, shaped, some_tokens, spatial_of, width_of
+from ltm_retrofit.finding.layouts import Axes, orders_of, some_tokens, spatial_of, width_of
 from ltm_retrofit.finding.proofs import bystander, close, count_weights
 from ltm_retrofit.finding.recording import Call, Recording
 from ltm_retrofit.finding.sites import Refused
@@ -41,21 +41,8 @@ class Link:
     calls_children: bool = False  # one after the other, whichever they are
 
 
-@dataclass
-class Chain:
-    """Links of which each hands its result to the next, with at least two weight matrices where there are any."""
-
-    links: list[Link]
-
-    @property
-    def weights(self) -> int:
-        """How many weight matrices it holds."""
-        return sum(link.weights for link in self.links)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The modules, in order."""
-        return tuple(link.call.name for link in self.links)
+#: links of which each hands its result to the next, with at least two weight matrices where there are any
+Chain = list[Link]
 
 
 def find_chains(
@@ -80,7 +67,7 @@ def find_chains(
             # a module that is called twice would need a mask for each call
             if len(recording.by_name[call.name]) == 1
             and call.name not in {*links[index], *axes.folded}
-            and shaped(call)
+            and orders_of(call)
         }
         if not waiting:
             break
@@ -121,9 +108,8 @@ def _prove_pass(
             return
         busy.append(name)
         index, call = waiting[name]
-        orders = ("NBC",) if name in axes.sequence_first else ("BNC", "BCHW")
         try:
-            if link := _prove_link(module, call, args, kwargs, output, orders):
+            if link := _prove_link(module, call, args, kwargs, output, name in axes.sequence_first):
                 links[index][name] = link
         finally:
             busy.clear()
@@ -136,20 +122,16 @@ def _prove_pass(
 
 
 def _prove_link(
-    module: nn.Module,
-    call: Call,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Tensor,
-    orders: tuple[str, ...],
+    module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, sequence_first: bool
 ) -> Link | None:
     """(b) for one module, in whichever order its tokens lie; None where it mixes them: its children are tried next."""
     given = only_tensor(args, kwargs)
     if given is None:
         return None
+    orders = orders_of(call)
+    if sequence_first:
+        orders = ["NBC"] if "BNC" in orders else []
     for order in orders:
-        if not _fits(given, output, order):
-            continue
         count = prod(spatial_of(tuple(given.shape), order))
         # two thirds, shuffled: a module that minds places or neighbours puts out something else
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: max(1, count * 2 // 3)]
@@ -176,30 +158,23 @@ def only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return tensors[0] if len(tensors) == 1 and args and args[0] is tensors[0] else None
 
 
-def _fits(given: Tensor, output: Tensor, order: str) -> bool:
-    if order == "BCHW":
-        return given.ndim in (3, 4) and given.shape[0] == output.shape[0] and given.shape[2:] == output.shape[2:]
-    return given.shape[:-1] == output.shape[:-1]
-
-
 def _choose(links: dict[str, Link], recording: Recording, index: int, model: nn.Module) -> list[Chain] | Refused:
     """Join the links behind one attention to chains; take the first that holds an MLP, else all outside of it."""
     chains: list[Chain] = []
     for link in sorted(links.values(), key=lambda link: link.call.start):
-        last = chains[-1].links[-1] if chains else None
-        if last is not None and _hands_on(recording, last, link):
-            chains[-1].links.append(link)
+        if chains and _hands_on(recording, chains[-1][-1], link):
+            chains[-1].append(link)
         else:
-            chains.append(Chain([link]))
+            chains.append([link])
     for chain in chains:  # norms and scales at the ends cost nothing, and may be read by others
-        while chain.links and not chain.links[0].weights:
-            chain.links.pop(0)
-        while chain.links and not chain.links[-1].weights:
-            chain.links.pop()
+        while chain and not chain[0].weights:
+            chain.pop(0)
+        while chain and not chain[-1].weights:
+            chain.pop()
     owner = recording.attended[index].owner
-    single = [chain for chain in chains if chain.links]
-    whole = [chain for chain in single if chain.weights >= 2]
-    outside = [chain for chain in single if not chain.names[0].startswith(owner + ".")]
+    single = [chain for chain in chains if chain]
+    whole = [chain for chain in single if sum(link.weights for link in chain) >= 2]
+    outside = [chain for chain in single if not chain[0].call.name.startswith(owner + ".")]
     if found := whole[:1] or outside or _couple(single):
         return found
     kind = type(model.get_submodule(owner)).__name__
@@ -220,7 +195,7 @@ def _couple(chains: list[Chain]) -> list[Chain]:
 
 
 def _widths(chain: Chain) -> tuple[int, int]:
-    first, last = chain.links[0], chain.links[-1]
+    first, last = chain[0], chain[-1]
     return width_of(first.call.shape_in, first.order), width_of(last.call.shape_out, last.order)
 
 

@@ -58,12 +58,13 @@ def some_tokens(x: Tensor, order: str, index: Tensor) -> Tensor:
     return from_tokens(as_tokens(x, order)[:, index], order, (*[1] * (ranks - 1), len(index)))
 
 
-def shaped(call: Call) -> bool:
-    """Say whether as many tokens come out as go in."""
+def orders_of(call: Call) -> list[str]:
+    """Return the orders, BNC and BCHW, by which as many tokens come out of a module as go in."""
     given, out = call.shape_in, call.shape_out
-    if call.source is None or call.result is None or len(given) < 3 or len(given) != len(out):
-        return False
-    return given[:-1] == out[:-1] or (len(given) in (3, 4) and given[0] == out[0] and given[2:] == out[2:])
+    if len(given) < 3 or len(given) != len(out):
+        return []
+    fits = {"BNC": given[:-1] == out[:-1], "BCHW": len(given) <= 4 and given[0] == out[0] and given[2:] == out[2:]}
+    return [order for order in fits if fits[order]]
 
 
 # ------------------------------------------------------------------------------------------ what tokens are compared by
@@ -106,7 +107,7 @@ def find_axes(model: nn.Module, example: Example, recording: Recording) -> Axes:
 
     The pass runs on the meta device, where the model runs there; a model of one image only has none that could mix.
     """
-    one = {call.name: call.shape_in for call in recording.calls if shaped(call)}
+    one = {call.name: call.shape_in for call in recording.calls if orders_of(call)}
     for meta in (True, False):
         two: dict[str, tuple[int, ...]] = {}
         subject, inputs = on_meta(model, example) if meta else (model, example)

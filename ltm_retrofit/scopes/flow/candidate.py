@@ -175,13 +175,11 @@ class Candidate:
         def front(count: int) -> Any:
             return self.piece.front(tokens[:, :count], followers, torch.arange(count, device=tokens.device), full)
 
-        def back(count: int) -> Any:
-            return self.piece.back(stream[:, :count])
-
         try:
-            return Cost(polynomial(front, first, full), polynomial(back, first, full))
+            costs = polynomial(front, first, full), polynomial(lambda n: self.piece.back(stream[:, :n]), first, full)
         except RuntimeError as error:
             raise UnsupportedBlock(f"proof (c): it does not accept fewer tokens: {error}") from error
+        return Cost(*costs)
 
     def _prove_saving(self) -> None:
         """(d) the cut is not empty: fewer tokens after it cost less, in the back as in the next block's front.

@@ -49,7 +49,7 @@ def find(walk: Walk) -> Found:
     for number, link in find_mixers(walk).items():
         beside = _side_inputs(walk, number)
         if not walk.recording.attended[number].seen.padded and not isinstance(beside, Refused):
-            add(number, Chain([link]), beside, True)
+            add(number, [link], beside, True)
     return Found(sites, refused)
 
 
@@ -80,7 +80,8 @@ def _only_value(value: Tensor) -> Number | None:
 def _site(
     walk: Walk, number: int, chain: Chain, side_inputs: SideInputs, maps: set[Grid], taken: set[str], mixes: bool
 ) -> LocalSite | Refused:
-    first, last, name = chain.links[0], chain.links[-1], chain.names[0]
+    first, last, names = chain[0], chain[-1], tuple(link.call.name for link in chain)
+    name = names[0]
     owner = walk.recording.attended[number].owner
     module = walk.model.get_submodule(name)
     dim = width_of(first.call.shape_in, first.order)
@@ -96,11 +97,11 @@ def _site(
     if host in taken:
         return Refused(owner, f"{name}: shared with another attention")
     # the module around both is the block that a reader knows, where it is one, and has no row yet
-    block = _common(owner, chain.names[-1])
+    block = _common(owner, names[-1])
     once = len(walk.recording.by_name.get(block, ())) == 1
     if not block or block in taken or not once or isinstance(walk.model.get_submodule(block), CONTAINERS):
         block = name
-    fixed, linear, square = (sum(link.cost[power] for link in chain.links) // layout.sequences for power in range(3))
+    fixed, linear, square = (sum(link.cost[power] for link in chain) // layout.sequences for power in range(3))
     each = fixed + linear * layout.tokens + square * layout.tokens**2
     return LocalSite(
         block=block,
@@ -112,7 +113,7 @@ def _site(
         scope=Scope.LOCAL,
         proofs=("b", "d"),
         macs=layout.sequences * each,
-        chain=chain.names,
+        chain=names,
         host=host,
         cell=choose_cell(grid, dim),
         cost=(fixed, linear, square),
