@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.example import Example, run
-from ltm_retrofit.finding.layouts import Axes, shaped, some_tokens, spatial_of, width_of
+from ltm_retrofit.finding.layouts import Axes, orders_of, some_tokens, spatial_of, width_of
 from ltm_retrofit.finding.proofs import bystander, close, count_weights
 from ltm_retrofit.finding.recording import Call, Recording
 from ltm_retrofit.finding.sites import Refused
@@ -34,28 +34,15 @@ ROUNDS = 5  # how deep below the outermost module behind an attention an MLP is 
 class Link:
     """One module that was proven token-wise, (b) ``m(u[idx]) = m(u)[idx]``, or an attention that is a set function."""
 
-    event: Call
+    call: Call
     order: str  # BNC, NBC, BHWC or BCHW
     cost: tuple[int, int, int]  # MACs of all sequences of N tokens: fixed + linear·N + square·N²
     weights: int  # how many weight matrices it holds
     calls_children: bool = False  # one after the other, whichever they are
 
 
-@dataclass
-class Chain:
-    """Links of which each hands its result to the next, with at least two weight matrices where there are any."""
-
-    links: list[Link]
-
-    @property
-    def weights(self) -> int:
-        """How many weight matrices it holds."""
-        return sum(link.weights for link in self.links)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The modules, in order."""
-        return tuple(link.event.name for link in self.links)
+#: links of which each hands its result to the next, with at least two weight matrices where there are any
+Chain = list[Link]
 
 
 def find_chains(
@@ -68,19 +55,19 @@ def find_chains(
     times = [attended.time for attended in recording.attended]
     owners = [attended.owner for attended in recording.attended]
     windows = [
-        list(_outermost((e for e in recording.events if not _below(e.name, following, own)), start, end))
+        list(_outermost((c for c in recording.calls if not _below(c.name, following, own)), start, end))
         for start, end, own, following in zip(times, [*times[1:], 1 << 62], owners, [*owners[1:], ""], strict=True)
     ]
     links: list[dict[str, Link]] = [{} for _ in windows]
     for _ in range(ROUNDS):
         waiting = {
-            event.name: (index, event)
+            call.name: (index, call)
             for index, window in enumerate(windows)
-            for event in window
+            for call in window
             # a module that is called twice would need a mask for each call
-            if len(recording.by_name[event.name]) == 1
-            and event.name not in {*links[index], *axes.folded}
-            and shaped(event)
+            if len(recording.by_name[call.name]) == 1
+            and call.name not in {*links[index], *axes.folded}
+            and orders_of(call)
         }
         if not waiting:
             break
@@ -88,8 +75,8 @@ def find_chains(
         windows = [
             [
                 inner
-                for event in window
-                for inner in ([event] if event.name in held else _outermost(recording.events, event.start, event.end))
+                for call in window
+                for inner in ([call] if call.name in held else _outermost(recording.calls, call.start, call.end))
             ]
             for window, held in zip(windows, links, strict=True)
         ]
@@ -101,13 +88,13 @@ def _below(name: str, owner: str, before: str) -> bool:
     return bool(owner) and owner != before and (name == owner or name.startswith(owner + "."))
 
 
-def _outermost(events: Iterable[Call], start: int, end: int) -> Iterator[Call]:
+def _outermost(calls: Iterable[Call], start: int, end: int) -> Iterator[Call]:
     """Return the calls strictly between two times that lie in no other such call."""
     last = start
-    for event in events:
-        if event.start > last and event.end < end:
-            yield event
-            last = event.end
+    for call in calls:
+        if call.start > last and call.end < end:
+            yield call
+            last = call.end
 
 
 def _prove_pass(
@@ -120,10 +107,9 @@ def _prove_pass(
         if busy:
             return
         busy.append(name)
-        index, event = waiting[name]
-        orders = ("NBC",) if name in axes.sequence_first else ("BNC", "BCHW")
+        index, call = waiting[name]
         try:
-            if link := _prove_link(module, event, args, kwargs, output, orders):
+            if link := _prove_link(module, call, args, kwargs, output, name in axes.sequence_first):
                 links[index][name] = link
         finally:
             busy.clear()
@@ -136,20 +122,16 @@ def _prove_pass(
 
 
 def _prove_link(
-    module: nn.Module,
-    event: Call,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Tensor,
-    orders: tuple[str, ...],
+    module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, sequence_first: bool
 ) -> Link | None:
     """(b) for one module, in whichever order its tokens lie; None where it mixes them: its children are tried next."""
     given = only_tensor(args, kwargs)
     if given is None:
         return None
+    orders = orders_of(call)
+    if sequence_first:
+        orders = ["NBC"] if "BNC" in orders else []
     for order in orders:
-        if not _fits(given, output, order):
-            continue
         count = prod(spatial_of(tuple(given.shape), order))
         # two thirds, shuffled: a module that minds places or neighbours puts out something else
         chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: max(1, count * 2 // 3)]
@@ -166,7 +148,7 @@ def _prove_link(
             each, left = divmod(macs, len(chosen))
             order = "BHWC" if order == "BNC" and given.ndim > 3 else order
             # where its MACs are no multiple of its token count, something in it is no function of a token
-            return None if left else Link(event, order, (0, each, 0), count_weights(module), child.called)
+            return None if left else Link(call, order, (0, each, 0), count_weights(module), child.called)
     return None
 
 
@@ -176,30 +158,23 @@ def only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return tensors[0] if len(tensors) == 1 and args and args[0] is tensors[0] else None
 
 
-def _fits(given: Tensor, output: Tensor, order: str) -> bool:
-    if order == "BCHW":
-        return given.ndim in (3, 4) and given.shape[0] == output.shape[0] and given.shape[2:] == output.shape[2:]
-    return given.shape[:-1] == output.shape[:-1]
-
-
 def _choose(links: dict[str, Link], recording: Recording, index: int, model: nn.Module) -> list[Chain] | Refused:
     """Join the links behind one attention to chains; take the first that holds an MLP, else all outside of it."""
     chains: list[Chain] = []
-    for link in sorted(links.values(), key=lambda link: link.event.start):
-        last = chains[-1].links[-1] if chains else None
-        if last is not None and _hands_on(recording, last, link):
-            chains[-1].links.append(link)
+    for link in sorted(links.values(), key=lambda link: link.call.start):
+        if chains and _hands_on(recording, chains[-1][-1], link):
+            chains[-1].append(link)
         else:
-            chains.append(Chain([link]))
+            chains.append([link])
     for chain in chains:  # norms and scales at the ends cost nothing, and may be read by others
-        while chain.links and not chain.links[0].weights:
-            chain.links.pop(0)
-        while chain.links and not chain.links[-1].weights:
-            chain.links.pop()
+        while chain and not chain[0].weights:
+            chain.pop(0)
+        while chain and not chain[-1].weights:
+            chain.pop()
     owner = recording.attended[index].owner
-    single = [chain for chain in chains if chain.links]
-    whole = [chain for chain in single if chain.weights >= 2]
-    outside = [chain for chain in single if not chain.names[0].startswith(owner + ".")]
+    single = [chain for chain in chains if chain]
+    whole = [chain for chain in single if sum(link.weights for link in chain) >= 2]
+    outside = [chain for chain in single if not chain[0].call.name.startswith(owner + ".")]
     if found := whole[:1] or outside or _couple(single):
         return found
     kind = type(model.get_submodule(owner)).__name__
@@ -220,13 +195,13 @@ def _couple(chains: list[Chain]) -> list[Chain]:
 
 
 def _widths(chain: Chain) -> tuple[int, int]:
-    first, last = chain.links[0], chain.links[-1]
-    return width_of(first.event.shape_in, first.order), width_of(last.event.shape_out, last.order)
+    first, last = chain[0], chain[-1]
+    return width_of(first.call.shape_in, first.order), width_of(last.call.shape_out, last.order)
 
 
 def _hands_on(recording: Recording, one: Link, other: Link) -> bool:
     """Say whether one module's result goes to the other and nowhere else."""
-    if one.event.result != other.event.source or one.order != other.order or one.event.result is None:
+    if one.call.result != other.call.source or one.order != other.order or one.call.result is None:
         return False
-    users = recording.used.get(one.event.result, set())
-    return all(user == other.event.name or user.startswith(other.event.name + ".") for user in users)
+    users = recording.used.get(one.call.result, set())
+    return all(user == other.call.name or user.startswith(other.call.name + ".") for user in users)

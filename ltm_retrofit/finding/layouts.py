@@ -58,12 +58,13 @@ def some_tokens(x: Tensor, order: str, index: Tensor) -> Tensor:
     return from_tokens(as_tokens(x, order)[:, index], order, (*[1] * (ranks - 1), len(index)))
 
 
-def shaped(event: Call) -> bool:
-    """Say whether as many tokens come out as go in."""
-    given, out = event.shape_in, event.shape_out
-    if event.source is None or event.result is None or len(given) < 3 or len(given) != len(out):
-        return False
-    return given[:-1] == out[:-1] or (len(given) in (3, 4) and given[0] == out[0] and given[2:] == out[2:])
+def orders_of(call: Call) -> list[str]:
+    """Return the orders, BNC and BCHW, by which as many tokens come out of a module as go in."""
+    given, out = call.shape_in, call.shape_out
+    if len(given) < 3 or len(given) != len(out):
+        return []
+    fits = {"BNC": given[:-1] == out[:-1], "BCHW": len(given) <= 4 and given[0] == out[0] and given[2:] == out[2:]}
+    return [order for order in fits if fits[order]]
 
 
 # ------------------------------------------------------------------------------------------ what tokens are compared by
@@ -106,7 +107,7 @@ def find_axes(model: nn.Module, example: Example, recording: Recording) -> Axes:
 
     The pass runs on the meta device, where the model runs there; a model of one image only has none that could mix.
     """
-    one = {event.name: event.shape_in for event in recording.events if shaped(event)}
+    one = {call.name: call.shape_in for call in recording.calls if orders_of(call)}
     for meta in (True, False):
         two: dict[str, tuple[int, ...]] = {}
         subject, inputs = on_meta(model, example) if meta else (model, example)
@@ -158,7 +159,7 @@ def constant_tokens(model: nn.Module, example: Example, recording: Recording) ->
     joined = dict(recording.joined)
     first = recording.attended[0]
     for name in reversed(first.chain):
-        call = recording.calls[name][0]
+        call = recording.attending[name][0]
         tokens = first_tensor(call.args, call.kwargs)
         if tokens is None or tokens.ndim != 3 or not tokens.is_floating_point() or tokens._version != call.version:
             continue

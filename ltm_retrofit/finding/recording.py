@@ -81,11 +81,11 @@ class Recording:
     output: Any = None
     macs: int = 0
     attended: list[Attended] = field(default_factory=list)
-    events: list[Call] = field(default_factory=list)  # of all modules, in the order in which they began
+    calls: list[Call] = field(default_factory=list)  # of all modules, in the order in which they began
     used: dict[int, set[str]] = field(default_factory=dict)  # tensor → the innermost modules that compute with it
     joined: dict[int, tuple[int, int]] = field(default_factory=dict)  # token count → constant tokens at front and end
     flagged: Callable[[Tensor], bool] = bool  # whether a tensor of the pass depends on an input that is no image
-    calls: dict[str, list[Call]] = field(default_factory=dict)  # of each module that attends somewhere inside
+    attending: dict[str, list[Call]] = field(default_factory=dict)  # of modules that attend somewhere inside
     maps: list[tuple[int, ...]] = field(default_factory=list)  # shapes of 4-d outputs before the first attention
     #: module, width of its (B, C) output, attentions so far
     flat: list[tuple[str, int, int]] = field(default_factory=list)
@@ -94,8 +94,8 @@ class Recording:
     def by_name(self) -> dict[str, list[Call]]:
         """The calls of each module; to be asked for when the pass is over."""
         found: dict[str, list[Call]] = {}
-        for event in self.events:
-            found.setdefault(event.name, []).append(event)
+        for call in self.calls:
+            found.setdefault(call.name, []).append(call)
         return found
 
     def readouts(self, classes: int) -> tuple[str, ...]:
@@ -128,7 +128,7 @@ class _Stack:
         call = Call(name, next(self.time), args, dict(kwargs), 0 if tokens is None else tokens._version)
         if tokens is not None and tokens.is_floating_point():
             call.source, call.shape_in = self.serial(tokens), tuple(tokens.shape)
-        self.recording.events.append(call)
+        self.recording.calls.append(call)
         self.open.append((call, len(self.recording.attended)))
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -137,7 +137,7 @@ class _Stack:
         call.end, attended = next(self.time), len(self.recording.attended)
         if attended > seen:
             call.output = output
-            self.recording.calls.setdefault(name, []).append(call)
+            self.recording.attending.setdefault(name, []).append(call)
         else:  # the activations of a whole pass are many
             call.args, call.kwargs = (), {}
         if not isinstance(output, Tensor):

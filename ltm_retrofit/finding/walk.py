@@ -122,13 +122,13 @@ class Walk:
         may read what the fourth of twelve blocks puts out: in a twin of four that would be the last one.
         """
         lists = {name.rpartition(".")[0] for name in self.removed}
-        events = self.recording.events
-        wanted = {e.name: e.shape_in for e in events if e.name.rpartition(".")[0] in lists and e.shape_in}
+        calls = self.recording.calls
+        wanted = {c.name: c.shape_in for c in calls if c.name.rpartition(".")[0] in lists and c.shape_in}
         try:
             full = record(*on_meta(self.full, self.full_example))
         except Exception:  # something looks at values, which the meta device has none of
             return False
-        given = {event.name: event for event in full.events}
+        given = {call.name: call for call in full.calls}
 
         def readers(name: str) -> frozenset[str]:
             own = f"{name.rpartition('.')[0]}."

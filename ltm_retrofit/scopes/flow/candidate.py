@@ -71,7 +71,7 @@ class Candidate:
             raise UnsupportedBlock("its forward was replaced on the instance (a hook or a wrapper): remove that first")
         grids = {(height, width) for _, _, height, width in walk.recording.maps}
         below = self.attention.removeprefix(name).lstrip(".")
-        (call,) = walk.recording.calls[name]
+        (call,) = walk.recording.attending[name]
         self.signature = Signature.of(
             self.module, name, call.args, call.kwargs, padded=attended.seen.padded, grids=grids
         )
@@ -176,13 +176,11 @@ class Candidate:
         def front(count: int) -> Any:
             return self.piece.front(tokens[:, :count], followers, torch.arange(count, device=tokens.device), full)
 
-        def back(count: int) -> Any:
-            return self.piece.back(stream[:, :count])
-
         try:
-            return Cost(polynomial(front, first, full), polynomial(back, first, full))
+            costs = polynomial(front, first, full), polynomial(lambda n: self.piece.back(stream[:, :n]), first, full)
         except RuntimeError as error:
             raise UnsupportedBlock(f"proof (c): it does not accept fewer tokens: {error}") from error
+        return Cost(*costs)
 
     def _prove_saving(self) -> None:
         """(d) the cut is not empty: fewer tokens after it cost less, in the back as in the next block's front.
@@ -228,7 +226,7 @@ def smallest(walk: Walk, attended: Attended) -> Candidate | Refused:
     reasons: list[str] = []
     several = [(name, False) for name in reversed(attended.chain)]
     for name, end in several:
-        calls = walk.recording.calls.get(name, [])
+        calls = walk.recording.attending.get(name, [])
         kind = type(walk.model.get_submodule(name)).__name__
         try:
             if len(calls) != 1:

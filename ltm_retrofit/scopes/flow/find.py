@@ -20,7 +20,7 @@ from ltm_retrofit.finding.example import first_tensor, run, tensors_of
 from ltm_retrofit.finding.layouts import same_tokens
 from ltm_retrofit.finding.proofs import all_close, all_equal, close
 from ltm_retrofit.finding.recording import Call, Reached, replaced
-from ltm_retrofit.finding.sites import Ending, Found, Refused, TokenLayout
+from ltm_retrofit.finding.sites import AttentionSite, Ending, Found, Refused, TokenLayout
 from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.macs import count_macs_quick
 from ltm_retrofit.scopes.flow.candidate import Candidate, Piece, smallest
@@ -46,11 +46,11 @@ def find(walk: Walk) -> Found:
         return Found({}, refused)
     candidates, dropped = _prove_rest(walk, candidates, prefix)
     sites = [candidate.site(_layout(walk, candidate.tokens, prefix)) for candidate in candidates]
-    by_number = {
-        number: [site for site in sites if site.block in attended.chain]
-        for number, attended in enumerate(walk.recording.attended)
-    }
-    return Found({number: own for number, own in by_number.items() if own}, refused + dropped)
+    found: dict[int, list[AttentionSite]] = {}
+    for number, attended in enumerate(walk.recording.attended):
+        if own := [site for site in sites if site.block in attended.chain]:
+            found[number] = [*own]
+    return Found(found, refused + dropped)
 
 
 def _candidates(walk: Walk) -> Sifted:
@@ -87,7 +87,7 @@ def _handed_on(walk: Walk, candidates: list[Candidate]) -> Sifted:
 
     def loses(one: Candidate, other: Candidate) -> str:
         why = f"something between it and {other.name} makes a new tensor, and what merged tokens carry is lost"
-        return "" if _hands_on(walk, _event(walk, one), _event(walk, other)) else why
+        return "" if _hands_on(walk, _call(walk, one), _call(walk, other)) else why
 
     kept, refused = _last_run(candidates, loses)
     if name := _lost_in_training(walk, kept):
@@ -117,16 +117,16 @@ def _refuse(candidates: list[Candidate], why: str) -> list[Refused]:
     return [Refused(candidate.name, f"{candidate.name}: {why}") for candidate in candidates]
 
 
-def _event(walk: Walk, candidate: Candidate) -> Call:
+def _call(walk: Walk, candidate: Candidate) -> Call:
     return walk.recording.by_name[candidate.name][-1]
 
 
 def _hands_on(walk: Walk, one: Call, other: Call) -> bool:
     """Say whether a block's output is the next one's input, also while the model is trained (dropout between them)."""
-    between = (event for event in walk.recording.events if one.end < event.start and event.end < other.start)
+    between = (call for call in walk.recording.calls if one.end < call.start and call.end < other.start)
     altering = any(
-        event.source == one.result and any(getattr(walk.model.get_submodule(event.name), name, None) for name in RATES)
-        for event in between
+        call.source == one.result and any(getattr(walk.model.get_submodule(call.name), name, None) for name in RATES)
+        for call in between
     )
     return one.result == other.source and not altering
 
@@ -149,7 +149,7 @@ def _lost_in_training(walk: Walk, candidates: list[Candidate]) -> str:
             lost.append(candidate.name)
         if candidate is candidates[-1]:
             raise Reached
-        put_out.append(walk.recording.calls[candidate.name][0].output.clone())  # whoever writes into it
+        put_out.append(walk.recording.attending[candidate.name][0].output.clone())  # whoever writes into it
         return put_out[-1]
 
     never_called = dict(walk.model.named_modules()).keys() - walk.recording.by_name.keys()
@@ -168,9 +168,9 @@ def _between(walk: Walk, candidates: list[Candidate]) -> Iterator[str]:
     for candidate in candidates:
         parts = candidate.name.split(".")
         yield from (".".join(parts[:depth]) for depth in range(len(parts)))
-    events = walk.recording.events
-    for one, other in pairwise(_event(walk, candidate) for candidate in candidates):
-        yield from (e.name for e in events if one.end < e.start < other.start and e.source == one.result)
+    calls = walk.recording.calls
+    for one, other in pairwise(_call(walk, candidate) for candidate in candidates):
+        yield from (c.name for c in calls if one.end < c.start < other.start and c.source == one.result)
 
 
 def _count_prefix(walk: Walk, candidates: list[Candidate]) -> int | Refused:
@@ -181,7 +181,7 @@ def _count_prefix(walk: Walk, candidates: list[Candidate]) -> int | Refused:
     if not candidates:
         return 0
     count, first = candidates[0].tokens, walk.recording.attended[0]
-    streams = [(name, walk.recording.calls[name][0].stream()) for name in reversed(first.chain)]
+    streams = [(name, walk.recording.attending[name][0].stream()) for name in reversed(first.chain)]
     entered = [(name, stream) for name, stream in streams if stream is not None and stream.shape[1] == count]
     if not entered:
         return Refused("", "the tokens of its first attention are not those of the blocks that can be cut")
@@ -331,9 +331,8 @@ def _prefix_only(walk: Walk, site: FlowSite, earlier: Sequence[str]) -> int | No
             return out
 
         outputs: list[Any] = []
-        forwards: dict[nn.Module, Callable[..., Any]] = {
-            walk.model.get_submodule(name): partial(_put_out, walk.recording.calls[name][0].output) for name in earlier
-        }
+        recorded = {name: walk.recording.attending[name][0].output for name in earlier}
+        forwards = {walk.model.get_submodule(name): partial(_put_out, output) for name, output in recorded.items()}
         with replaced({**forwards, last.block: forward}):
             macs = count_macs_quick(lambda: outputs.append(run(walk.model, walk.example)))
         return macs, outputs[0]

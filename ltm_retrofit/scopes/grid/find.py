@@ -40,17 +40,22 @@ Stretches = dict[str, tuple[Grid, int]]
 
 def find(walk: Walk) -> Found:
     """Find the points after which the network takes a smaller grid, with their costs."""
-    if not any(len(event.shape_in) == 4 for event in walk.recording.events):
+    if not any(len(call.shape_in) == 4 for call in walk.recording.calls):
         return Found({}, [])
     if walk.removed:
         return Found({}, [Refused("", "grids are looked for in models that are whole")])
+    refused = Refused("", "no module around it passes a map (B, C, H, W) on")
     with undisturbed(walk.full):
-        points = _points(walk)
-    if isinstance(points, Refused):
-        return Found({}, [points])
-    # the map that an attention reads is the last one that was put out before it, or around it
-    numbers = range(min(points), len(walk.recording.attended))
-    return Found({number: [points[max(n for n in points if n <= number)]] for number in numbers}, [])
+        for points in _sets(walk):
+            held = _hold(walk, list(points.values()))
+            if isinstance(held, Refused):
+                refused = held
+                continue
+            sites = {number: held[site.block] for number, site in points.items() if site.block in held}
+            # the map that an attention reads is the last one that was put out before it, or around it
+            numbers = range(min(sites), len(walk.recording.attended))
+            return Found({number: [sites[max(n for n in sites if n <= number)]] for number in numbers}, [])
+    return Found({}, [refused])
 
 
 def passes_maps(walk: Walk) -> bool:
@@ -58,35 +63,24 @@ def passes_maps(walk: Walk) -> bool:
     return bool(next(_levels(walk, {})))
 
 
-def _points(walk: Walk) -> dict[int, GridSite] | Refused:
-    """Return a set of points that holds, by the number of the first attention that each serves."""
-    inside = {
-        number: chains[0].links[0].event.end for number, chains in walk.chains.items() if isinstance(chains, list)
-    }
-    levels = list(_levels(walk, inside))
-    if not any(levels):
-        return Refused("", "no module around it passes a map (B, C, H, W) on")
-    tried: list[list[str]] = [[]]
-    reason = ""
-    while any(levels):  # all maps first; then without those of the largest grid
-        for points in levels:
-            names = [site.block for site in points.values()]
-            if names in tried or len(tried) > ATTEMPTS:
-                continue
-            tried.append(names)
-            held = _hold(walk, list(points.values()))
-            if isinstance(held, list):
-                macs = {site.block: site for site in held}
-                return {number: macs[site.block] for number, site in points.items() if site.block in macs}
-            reason = held.reason
-        levels = [
-            {number: site for number, site in points.items() if site.grid != next(iter(points.values())).grid}
-            for points in levels
-        ]
-    return Refused("", reason)
-
-
 # --------------------------------------------------------------------------------------------------- where a map passes
+
+
+def _sets(walk: Walk) -> Iterator[dict[int, GridSite]]:
+    """Go through sets of points to try: all maps first, then without those of the largest grid."""
+    inside = {number: chains[0][0].call.end for number, chains in walk.chains.items() if isinstance(chains, list)}
+    levels, tried = list(_levels(walk, inside)), list[list[str]]()
+    while any(levels):
+        for points in filter(None, levels):
+            names = [site.block for site in points.values()]
+            if names not in tried and len(tried) < ATTEMPTS:
+                tried.append(names)
+                yield points
+        firsts = [next(iter(points.values())).grid if points else None for points in levels]
+        levels = [
+            {number: site for number, site in points.items() if site.grid != first}
+            for points, first in zip(levels, firsts, strict=True)
+        ]
 
 
 def _levels(walk: Walk, inside: Mapping[int, int]) -> Iterator[dict[int, GridSite]]:
@@ -103,11 +97,11 @@ def _levels(walk: Walk, inside: Mapping[int, int]) -> Iterator[dict[int, GridSit
     around = {number: sites for number in numbers if (sites := _around(walk, number, inside.get(number)))}
     for level in range(LEVELS):
         yield _distinct({number: sites[min(level, len(sites) - 1)] for number, sites in around.items()})
-    before: dict[int, list[Call]] = {}
+    before, nearest = dict[int, list[Call]](), ""
     for number, attended in enumerate(walk.recording.attended):
         maps = _maps_before(walk, attended)
-        if maps and maps[-1:] not in [other[-1:] for other in list(before.values())[-1:]]:
-            before[number] = maps  # not the same map as for the attention before
+        if maps and maps[-1].name != nearest:  # not the same map as for the attention before
+            before[number], nearest = maps, maps[-1].name
     for back in range(1, BEFORE + 1):
         calls = {number: maps[-back] for number, maps in before.items() if back <= len(maps)}
         yield _distinct(
@@ -149,25 +143,25 @@ def _may_host(walk: Walk, call: Call) -> bool:
 def _maps_before(walk: Walk, attended: Attended) -> list[Call]:
     """Return the calls that put out a map before an attention, those within others left out."""
     maps: list[Call] = []
-    for event in walk.recording.events:
-        if event.end < attended.time and len(event.shape_out) == 4 and event.result is not None:
-            if not (maps and event.end < maps[-1].end):
-                maps.append(event)
+    for call in walk.recording.calls:
+        if call.end < attended.time and len(call.shape_out) == 4 and call.result is not None:
+            if not (maps and call.end < maps[-1].end):
+                maps.append(call)
     return maps
 
 
-def _site(walk: Walk, event: Call, number: int, where: str) -> GridSite | None:
+def _site(walk: Walk, call: Call, number: int, where: str) -> GridSite | None:
     """Make the site of a call that puts out a map, its costs left open; None where nothing reads the map."""
-    reader = _reader(walk, event, where)
+    reader = _reader(walk, call, where)
     if reader is None:
         return None
     weight, order = reader
-    height, width = spatial_of(event.shape_out, order)
-    dim = width_of(event.shape_out, order)
+    height, width = spatial_of(call.shape_out, order)
+    dim = width_of(call.shape_out, order)
     return GridSite(
-        block=event.name,
+        block=call.name,
         attention=walk.recording.attended[number].owner,
-        kind=type(walk.model.get_submodule(event.name)).__name__,
+        kind=type(walk.model.get_submodule(call.name)).__name__,
         dim=dim,
         key_dim=key_width(dim),
         layout=TokenLayout(height * width, 0, (height, width), order),
@@ -179,16 +173,16 @@ def _site(walk: Walk, event: Call, number: int, where: str) -> GridSite | None:
     )
 
 
-def _reader(walk: Walk, event: Call, where: str) -> tuple[str, str] | None:
+def _reader(walk: Walk, call: Call, where: str) -> tuple[str, str] | None:
     """Find the weight that reads the map, within the module or behind it, and how the map lies."""
-    start = event.start if where == "input" else event.end
-    for other in walk.recording.events:
-        if other.start <= start or len(other.shape_in) != 4 or other.shape_in != event.shape_out:
+    start = call.start if where == "input" else call.end
+    for other in walk.recording.calls:
+        if other.start <= start or len(other.shape_in) != 4 or other.shape_in != call.shape_out:
             continue
         module = walk.model.get_submodule(other.name)
-        if isinstance(module, nn.Conv2d) and module.in_channels == event.shape_out[1]:
+        if isinstance(module, nn.Conv2d) and module.in_channels == call.shape_out[1]:
             return f"{other.name}.weight", "BCHW"
-        if isinstance(module, nn.Linear) and module.in_features == event.shape_out[3]:
+        if isinstance(module, nn.Linear) and module.in_features == call.shape_out[3]:
             return f"{other.name}.weight", "BHWC"
     return None
 
@@ -196,7 +190,7 @@ def _reader(walk: Walk, event: Call, where: str) -> tuple[str, str] | None:
 # ---------------------------------------------------------------------------------------- what holds, and what it costs
 
 
-def _hold(walk: Walk, points: list[GridSite]) -> list[GridSite] | Refused:
+def _hold(walk: Walk, points: list[GridSite]) -> dict[str, GridSite] | Refused:
     """Prove and measure smaller grids from the first point on; return the points that hold, or why none does."""
     costs, counted = dict[Fraction, Stretches](), walk.countable
     reason = "its grids have no common smaller size"
@@ -222,7 +216,10 @@ def _hold(walk: Walk, points: list[GridSite]) -> list[GridSite] | Refused:
         if len(kept) == len(points):
             break
     segments = [dict(cost[point.block] for cost in costs.values()) for point in points]
-    return [replace(p, segment=segment, macs=segment[p.grid]) for p, segment in zip(points, segments, strict=True)]
+    return {
+        point.block: replace(point, segment=segment, macs=segment[point.grid])
+        for point, segment in zip(points, segments, strict=True)
+    }
 
 
 def _sound(walk: Walk, points: Sequence[GridSite], share: Fraction) -> list[GridSite]:

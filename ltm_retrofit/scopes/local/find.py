@@ -25,7 +25,7 @@ PADDED = (
 
 def find(walk: Walk) -> Found:
     """Make sites of the chains behind each attention, and of attentions that take their tokens as a set."""
-    shapes = [event.shape_out for event in walk.recording.events if len(event.shape_out) == 4]
+    shapes = [call.shape_out for call in walk.recording.calls if len(call.shape_out) == 4]
     maps = {(shape[2], shape[3]) for shape in shapes} | {(shape[1], shape[2]) for shape in shapes}
     sites: dict[int, list[AttentionSite]] = {}
     refused: list[Refused] = []
@@ -50,14 +50,14 @@ def find(walk: Walk) -> Found:
     for number, link in find_mixers(walk).items():
         beside = _side_inputs(walk, number)
         if not walk.recording.attended[number].seen.padded and not isinstance(beside, Refused):
-            add(number, Chain([link]), beside, True)
+            add(number, [link], beside, True)
     return Found(sites, refused)
 
 
 def _side_inputs(walk: Walk, number: int) -> SideInputs | Refused:
     """Return what an attention gets besides its tokens, unless that hides tokens of the example."""
     attended = walk.recording.attended[number]
-    owner, call = attended.owner, walk.recording.calls[attended.owner][0]
+    owner, call = attended.owner, walk.recording.attending[attended.owner][0]
     if attended.seen.hides:
         return Refused(owner, f"{owner}: {PADDED}")
     free: list[str] = []
@@ -81,10 +81,11 @@ def _only_value(value: Tensor) -> Number | None:
 def _site(
     walk: Walk, number: int, chain: Chain, side_inputs: SideInputs, maps: set[Grid], taken: set[str], mixes: bool
 ) -> LocalSite | Refused:
-    first, last, name = chain.links[0], chain.links[-1], chain.names[0]
+    first, last, names = chain[0], chain[-1], tuple(link.call.name for link in chain)
+    name = names[0]
     owner = walk.recording.attended[number].owner
     module = walk.model.get_submodule(name)
-    dim = width_of(first.event.shape_in, first.order)
+    dim = width_of(first.call.shape_in, first.order)
     layout = _layout(walk, first, maps)
     grid = layout.grid
     assert grid is not None
@@ -97,11 +98,11 @@ def _site(
     if host in taken:
         return Refused(owner, f"{name}: shared with another attention")
     # the module around both is the block that a reader knows, where it is one, and has no row yet
-    block = _common(owner, chain.names[-1])
+    block = _common(owner, names[-1])
     once = len(walk.recording.by_name.get(block, ())) == 1
     if not block or block in taken or not once or isinstance(walk.model.get_submodule(block), CONTAINERS):
         block = name
-    fixed, linear, square = (sum(link.cost[power] for link in chain.links) // layout.sequences for power in range(3))
+    fixed, linear, square = (sum(link.cost[power] for link in chain) // layout.sequences for power in range(3))
     each = fixed + linear * layout.tokens + square * layout.tokens**2
     return LocalSite(
         block=block,
@@ -113,11 +114,11 @@ def _site(
         scope=Scope.LOCAL,
         proofs=("b", "d"),
         macs=layout.sequences * each,
-        chain=chain.names,
+        chain=names,
         host=host,
         cell=choose_cell(grid, dim),
         cost=(fixed, linear, square),
-        width=width_of(last.event.shape_out, last.order),
+        width=width_of(last.call.shape_out, last.order),
         weight=weight,
         mixes=mixes,
         side_inputs=side_inputs,
@@ -126,7 +127,7 @@ def _site(
 
 def _layout(walk: Walk, first: Link, maps: set[Grid]) -> TokenLayout:
     """Say how the tokens lie that enter a chain: on the map itself, or on one of the maps that the model has."""
-    shape, order = first.event.shape_in, first.order
+    shape, order = first.call.shape_in, first.order
     spatial = spatial_of(shape, order)
     tokens, sequences = prod(spatial), shape[1] if order == "NBC" else shape[0]
     if order not in ("BNC", "NBC"):

@@ -31,16 +31,16 @@ def find_mixers(walk: Walk) -> dict[int, Link]:
     found: dict[int, Link] = {}
     for number in walk.unsettled:
         link = _innermost(walk, walk.recording.attended[number])
-        if link is None or link.event.name in walk.axes.folded:
+        if link is None or link.call.name in walk.axes.folded:
             continue
-        if link.event.name not in {other.event.name for other in found.values()}:
+        if link.call.name not in {other.call.name for other in found.values()}:
             found[number] = link
     return found
 
 
 def _innermost(walk: Walk, attended: Attended) -> Link | None:
     for name in reversed(attended.chain):
-        calls = walk.recording.calls.get(name, [])
+        calls = walk.recording.attending.get(name, [])
         if len(calls) != 1 or not name:
             return None
         module = walk.model.get_submodule(name)
