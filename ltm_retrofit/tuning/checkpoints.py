@@ -64,17 +64,14 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Turn what `pack` made back."""
     if isinstance(value, list):
         return [unpack(entry, tensors) for entry in value]
-    if isinstance(value, dict) and "tensor" in value:
-        return tensors[value["tensor"]]
-    if isinstance(value, dict) and "floats" in value:
-        return unpack(value["floats"], tensors).tolist()
-    if isinstance(value, dict) and "tuple" in value:
-        return tuple(unpack(entry, tensors) for entry in value["tuple"])
-    if isinstance(value, dict) and "dtype" in value:
-        return getattr(torch, value["dtype"])
-    if isinstance(value, dict):
-        return {unpack(key, tensors): unpack(entry, tensors) for key, entry in value["items"]}
-    return value
+    if not isinstance(value, dict):
+        return value
+    ((kind, held),) = value.items()
+    if kind == "tensor":
+        return tensors[held]
+    if kind == "dtype":
+        return getattr(torch, held)
+    return {"items": dict, "tuple": tuple, "floats": Tensor.tolist}[kind](unpack(held, tensors))
 
 
 def write(folder: Path, state: Mapping[str, Any]) -> None:

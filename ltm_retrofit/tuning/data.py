@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from ltm_retrofit.errors import CheckpointError, DataError
@@ -139,8 +140,7 @@ class Images(Dataset[tuple[Tensor, int]]):
 
     def damaged(self) -> list[int]:
         """Return which images this process could not read so far."""
-        found: list[int] = self.unreadable.nonzero().flatten().tolist()
-        return found
+        return [int(index) for index in self.unreadable.nonzero()]
 
     def digest(self) -> str:
         """Return a digest of the first, the middle and the last image, as they are stored."""
@@ -208,10 +208,6 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
         """Return as many numbers as there were images in one pass that this process could not read."""
         return list(range(int(self.unreadable.sum())))
 
-    def digest(self) -> str:
-        """Return nothing: to know a stream would take reading it."""
-        return ""
-
 
 def too_many(some: str, last: str, limit: float, error: Exception) -> DataError:
     """Return what to raise where more images cannot be read than are accepted."""
@@ -250,13 +246,9 @@ def undecoded(data: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 def seeded(transform: Transform, image: Any, seed: int) -> Tensor:
     """Transform an image with random numbers that follow from a seed; the process's own stay where they are."""
-    source = torch.default_generator
-    before = source.get_state()
-    source.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # of the CPU, where images are made ready
         return transform(image)
-    finally:
-        source.set_state(before)
 
 
 def make_loader(
@@ -338,7 +330,7 @@ class Passes:
 
     def digest(self) -> str:
         """Tell data sets apart that have as many images; empty where that would take reading them."""
-        return "" if self.data is None else self.data.digest()
+        return self.data.digest() if isinstance(self.data, Images) else ""
 
     def draw(self, done: int) -> Iterator[Any]:
         """Go through the batches of an epoch that are not done.
@@ -476,12 +468,5 @@ def batches_on(
     loader: Iterable[Any], device: torch.device, labelled: bool = True
 ) -> Iterator[tuple[Any, Tensor | None]]:
     """Go through a loader, everything moved to the device."""
-
-    def moved(value: Any) -> Any:
-        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
     for batch in loader:
-        inputs, labels = split_batch(batch, labelled)
-        if isinstance(inputs, Mapping):
-            inputs = {key: moved(value) for key, value in inputs.items()}
-        yield moved(inputs), moved(labels)
+        yield tree_map_only(Tensor, lambda value: value.to(device, non_blocking=True), split_batch(batch, labelled))

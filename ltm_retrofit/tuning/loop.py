@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ltm_retrofit.converted.record import learns, load_state, mark_finetuned
 from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.merging.mask import GridMask, MaskModule
-from ltm_retrofit.merging.statistics import Memory, Statistics
+from ltm_retrofit.merging.statistics import SAMPLES_PER_CLUSTER, Statistics
 from ltm_retrofit.scopes.base import CHILD
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.classes import evaluate
@@ -161,9 +161,10 @@ class Run:
                 self.keep()
         if self.folder is not None and self.accelerator.is_main_process:
             checkpoints.settle(self.folder)
-        if self.objective.bounded and not self.progress.joined:
+        if self.objective.statistics is not None and not self.progress.joined:
+            needed = SAMPLES_PER_CLUSTER * len(self.objective.statistics.centroids)
             warnings.warn(
-                f"the bound never joined the loss: it waits for {self.objective.needed()} images and for "
+                f"the bound never joined the loss: it waits for {needed} images and for "
                 f"{self.config.bound_warmup:.0%} of the steps, and this run has seen {self.progress.images} in "
                 f"{self.total} steps. More images or epochs bring it in, bound='none' leaves it out",
                 stacklevel=2,
@@ -186,7 +187,7 @@ class Run:
             disable=None if self.accelerator.is_local_main_process else True,
         )
         drawn = self.passes.draw(progress.batch)
-        with bar, self.objective.listening():
+        with bar, self.objective.information.listening():
             clock = time.perf_counter()
             for inputs, labels in batches_on(drawn, self.accelerator.device, labelled=not self.config.distill):
                 came = time.perf_counter()
@@ -285,7 +286,7 @@ class Run:
     def finish_epoch(self, val: Data | None) -> None:
         """Note what the epoch brought, and what is known of the feature."""
         clock = time.perf_counter()
-        known = self.objective.estimate()  # with the statistics that the epoch ended with
+        known = self.objective.information.estimate()  # with the statistics that the epoch ended with
         self.refresh()
         self._add("seconds", time.perf_counter() - clock)
         progress, sums = self.progress, self.progress.sums
@@ -388,7 +389,7 @@ class Run:
         own = {
             "passes": self.passes.state(),
             "unreadable": self.passes.damaged(),
-            "information": [memory.state() for memory in self._own_memory()],
+            "information": self.objective.information.memory.state(),  # the statistics' are of all processes' images
         }
         return {
             **{name: part.state_dict() for name, part in self._parts().items()},
@@ -420,8 +421,7 @@ class Run:
         self.passes.load_state(own["passes"])
         if isinstance(self.passes.data, Images):
             self.passes.data.unreadable[own["unreadable"]] = True
-        for memory, kept in zip(self._own_memory(), own["information"], strict=True):
-            memory.set_state(kept, device)
+        self.objective.information.memory.set_state(own["information"], device)
         # its own run may have been killed before it saw a loss of these weights
         self.unproven = self.folder is not None and not checkpoints.is_settled(self.folder)
         if self.progress.step:
@@ -431,7 +431,3 @@ class Run:
         parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
         parts |= {} if self.ema is None else {"ema": self.ema.module}
         return parts | ({} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler})
-
-    def _own_memory(self) -> list[Memory]:
-        """Return the memory of this process's own images, if there is one; the statistics' are of all processes'."""
-        return [] if self.objective.information is None else [self.objective.information.memory]

@@ -14,7 +14,7 @@ the loss. To add one, write the function and an entry in `terms_of`; the history
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.finding.example import logits_of, run
 from ltm_retrofit.finding.recording import record
 from ltm_retrofit.merging import ib
-from ltm_retrofit.merging.statistics import SAMPLES_PER_CLUSTER, Memory, Statistics, of_all_ranks
+from ltm_retrofit.merging.statistics import Memory, of_all_ranks
 from ltm_retrofit.tracing import MergeTrace, bound_loss, learn_from, trace
 from ltm_retrofit.tuning.processes import Accelerator
 from ltm_retrofit.tuning.settings import TrainConfig
@@ -147,13 +147,15 @@ class Objective:
     ) -> None:
         self.model, self.config, self.classes, self.accelerator = model, config, classes, accelerator
         self.terms = terms_of(config)
-        self.bounded = config.bound != "none" and is_retrofitted(model) and get_retrofit(model).readout is not None
+        wanted = config.bound != "none" and is_retrofitted(model)
+        #: of the feature; None where there is no bound
+        self.statistics = get_retrofit(model).readout if wanted else None
         self.teacher = teacher_of(model) if config.distill or config.distill_token else None
         if self.teacher is not None and accelerator is not None:
             self.teacher.to(accelerator.device)
         self.readouts: tuple[str, ...] = ()
         self.pending: tuple[MergeTrace, Tensor] | None = None
-        self.information = Information(model) if self.bounded else None
+        self.information = Information(model, wanted=self.statistics is not None)
         kinds = {v2.MixUp: config.mixup, v2.CutMix: config.cutmix}
         mixes = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds.items() if alpha > 0]
         self.mixes = v2.RandomChoice(mixes) if mixes else None
@@ -180,7 +182,7 @@ class Objective:
                 "these images have no labels: set distill, so that the unconverted model says what they are"
             )
         taught, taught_feature = (None, None) if self.teacher is None else self.teach(inputs)
-        with trace(self.model) if self.bounded else nullcontext() as traced:
+        with nullcontext() if self.statistics is None else trace(self.model) as traced:
             with reading(self.model, self.readouts) as read:
                 logits = logits_of(run(wrapped, inputs))
         if logits is None:
@@ -189,7 +191,7 @@ class Objective:
         losses = {term.name: term.value(seen) for term in self.terms}
         if traced is not None:
             self.pending = traced, seen.word
-            if self.information is not None and self.model.training:
+            if self.model.training:
                 self.information.add(*self.pending)
         joined = [term for term in self.terms if step >= term.after * total]
         loss = sum((term.weight * losses[term.name] for term in joined), seen.logits.new_zeros(()))
@@ -235,26 +237,7 @@ class Objective:
 
     def ready(self) -> bool:
         """Say whether there is a bound: whether the statistics of the feature have been fitted."""
-        return self.bounded and bool(self._statistics().fitted)
-
-    def needed(self) -> int:
-        """Return how many images it takes until there is a bound."""
-        return SAMPLES_PER_CLUSTER * len(self._statistics().centroids)
-
-    def _statistics(self) -> Statistics:
-        statistics = get_retrofit(self.model).readout
-        assert statistics is not None
-        return statistics
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Let the forward passes inside say what the network was given, so that `estimate` knows."""
-        with nullcontext() if self.information is None else self.information.listening():
-            yield
-
-    def estimate(self) -> dict[str, float]:
-        """Return what the feature knows of image and class: see `Information.estimate`."""
-        return {} if self.information is None else self.information.estimate()
+        return self.statistics is not None and bool(self.statistics.fitted)
 
 
 def is_images(value: Any) -> bool:
@@ -274,14 +257,22 @@ def teacher_of(model: nn.Module) -> nn.Module:
 def reading(model: nn.Module, names: tuple[str, ...]) -> Iterator[list[Tensor]]:
     """Collect what these modules read in a forward pass."""
     read: list[Tensor] = []
+    with called(model, names, lambda name, args: read.append(args[0])):
+        yield read
 
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        read.append(args[0])
+
+@contextmanager
+def called(model: nn.Module, names: Sequence[str], tell: Callable[[str, list[Any]], None]) -> Iterator[None]:
+    """Tell of each call of these modules, while inside: the module's name, and all arguments."""
+
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tell(name, [*args, *kwargs.values()])
 
     with ExitStack() as hooks:
         for name in names:
-            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(keep))
-        yield read
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(partial(hook, name), with_kwargs=True))
+        yield
 
 
 def beside(read: list[Tensor]) -> Tensor | None:
@@ -298,10 +289,11 @@ class Information:
     I(a;b) by about (A − 1)(B − 1) / 2n nats: compare them within a run, or with equal numbers of clusters and samples.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        site, mask = next(iter(masks_of(model).items()))
-        self.entrances, self.dim = entrances_of(model, site), mask.dim
+    def __init__(self, model: nn.Module, *, wanted: bool = True) -> None:
+        self.model, self.entrances, self.dim = model, list[str](), 0
+        if wanted:
+            site, mask = next(iter(masks_of(model).items()))
+            self.entrances, self.dim = entrances_of(model, site), mask.dim
         self.memory = Memory(SAMPLES)  # of inputs, features and soft labels
         self.latest: dict[str, Tensor] = {}
 
@@ -309,15 +301,12 @@ class Information:
     def listening(self) -> Iterator[None]:
         """Remember the input of each forward pass, while inside."""
 
-        def keep(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tokens = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        def keep(name: str, args: list[Any]) -> None:
+            tokens = next((value for value in args if isinstance(value, Tensor)), None)
             if tokens is not None and tokens.ndim > 2 and name in self.entrances:
                 self.latest[name] = self._mean(tokens.detach())
 
-        with ExitStack() as hooks:
-            for name in self.entrances:
-                module = self.model.get_submodule(name)
-                hooks.enter_context(module.register_forward_pre_hook(partial(keep, name), with_kwargs=True))
+        with called(self.model, self.entrances, keep):
             yield
 
     def _mean(self, tokens: Tensor) -> Tensor:
@@ -346,8 +335,8 @@ class Information:
 
         In distributed training all processes call it.
         """
-        statistics = get_retrofit(self.model).readout
-        if statistics is None or not bool(statistics.fitted) or not self.memory:
+        statistics = get_retrofit(self.model).readout if self.memory else None
+        if statistics is None or not bool(statistics.fitted):
             return {}
         clusters, width = statistics.centroids.shape
         inputs, features, targets = self.memory.latest()

@@ -29,6 +29,11 @@ from ltm_retrofit.tuning.settings import TrainConfig
 T = TypeVar("T")
 #: what shards or wraps the model itself; merged tokens carry their sizes on the tensor, which these copy away
 WRAPPERS = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+#: what a launch says in the environment: its variable, what stands for nothing, our setting, how it is called
+LAUNCHED = (
+    ("MIXED_PRECISION", "no", "mixed_precision", "mixed precision {!r}"),
+    ("GRADIENT_ACCUMULATION_STEPS", "1", "accumulate", "{} gradient accumulation steps"),
+)
 
 
 @contextmanager
@@ -69,18 +74,13 @@ def check_launch(config: TrainConfig) -> None:
     for wrapper in WRAPPERS:
         if os.environ.get(f"ACCELERATE_USE_{wrapper}", "").lower() in ("true", "1"):
             raise _wrapped(wrapper)
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", config.mixed_precision):
-        raise TrainingError(
-            f"accelerate was launched with mixed precision {precision!r}, and TrainConfig has "
-            f"mixed_precision={config.mixed_precision!r}: say it there, or leave it out of the launch"
-        )
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if steps not in ("1", str(config.accumulate)):
-        raise TrainingError(
-            f"accelerate was launched with {steps} gradient accumulation steps, and TrainConfig has "
-            f"accumulate={config.accumulate}: say it there, or leave it out of the launch"
-        )
+    for variable, default, setting, words in LAUNCHED:
+        value, ours = os.environ.get(f"ACCELERATE_{variable}", default), getattr(config, setting)
+        if value not in (default, str(ours)):
+            raise TrainingError(
+                f"accelerate was launched with {words.format(value)}, and TrainConfig has {setting}={ours!r}: say it "
+                "there, or leave it out of the launch"
+            )
 
 
 def check_kind(accelerator: Accelerator, config: TrainConfig) -> None:
