@@ -36,11 +36,8 @@ def check_ours(folder: Path, mark: str, *, overwrite: bool = True) -> None:
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}. Give a folder that you may write to") from error
     if foreign:
-        raise CheckpointError(
-            f"{folder} holds files that are not ours: {', '.join(foreign[:5])}"
-            + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
-            + ". Give an empty folder or a new one"
-        )
+        named = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+        raise CheckpointError(f"{folder} holds files that are not ours: {named}. Give an empty folder or a new one")
     if present and not overwrite:
         raise CheckpointError(f"{folder} holds a saved model: pass overwrite=True to replace it, or another folder")
 

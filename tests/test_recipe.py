@@ -382,8 +382,8 @@ def test_a_whole_run_and_a_second_over_it(family: str, classes: int, folder_of, 
 
 
 @pytest.mark.usefixtures("few_digits")
-def test_a_run_with_a_new_head_is_repeatable(folder_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The new head's random weights too come of the recipe's seed, not of whatever the process did before."""
+def test_a_run_with_a_new_classifier_is_repeatable(folder_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new classifier's random weights come from the recipe's seed too, not from what the process did before."""
     heads: list[torch.Tensor] = []
 
     class Enough(Exception):

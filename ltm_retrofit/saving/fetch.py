@@ -18,7 +18,7 @@ def is_repository(name: str) -> bool:
     return name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
 
 
-def fetch(repository: str) -> Path:
+def fetch(repo: str) -> Path:
     """Download a model's configuration and safetensors, or find them in the cache; return the folder.
 
     Raises:
@@ -26,22 +26,19 @@ def fetch(repository: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    reason = _unreachable(repository)  # asked once and briefly: the client's own retries add up to a minute
+    reason = _unreachable(repo)  # asked once and briefly: the client's own retries add up to a minute
     try:
-        return Path(
-            snapshot_download(
-                repository, allow_patterns=_WANTED, local_files_only=reason is not None, etag_timeout=PATIENCE
-            )
-        )
+        folder = snapshot_download(repo, allow_patterns=_WANTED, local_files_only=bool(reason), etag_timeout=PATIENCE)
+        return Path(folder)
     except Exception as error:  # httpx, huggingface_hub and the file system each have their own
         raise CheckpointError(
-            f"{repository!r} cannot be fetched from the Hugging Face Hub, and the cache does not hold it: "
+            f"{repo!r} cannot be fetched from the Hugging Face Hub, and the cache does not hold it: "
             f"{reason or _in_short(error)}. Give a local folder, or check the name and the connection "
             "(HF_HUB_OFFLINE, HF_ENDPOINT)"
         ) from error
 
 
-def _unreachable(repository: str) -> str | None:
+def _unreachable(repo: str) -> str | None:
     """Ask the Hub for a repository; return why not, or None. In a thread, for name resolution has no time limit."""
     from huggingface_hub import HfApi, constants
 
@@ -51,7 +48,7 @@ def _unreachable(repository: str) -> str | None:
 
     def ask() -> None:
         try:
-            HfApi().model_info(repository, timeout=PATIENCE)
+            HfApi().model_info(repo, timeout=PATIENCE)
             answer.append(None)
         except Exception as error:
             answer.append(_in_short(error))

@@ -47,7 +47,7 @@ def test_an_adapter_brings_its_model_back(name, train, build, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "hf-vit"])
-def test_a_new_head_travels_with_its_adapter(name, build, tmp_path) -> None:
+def test_a_new_classifier_travels_with_its_adapter(name, build, tmp_path) -> None:
     model, names = build(name), [f"kind {index}" for index in range(5)]
     set_classes(model, names)
     tuned(model, classes=5)
@@ -59,7 +59,7 @@ def test_a_new_head_travels_with_its_adapter(name, build, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "hf-vit"])
-def test_a_new_head_without_names_travels_too(name, build, tmp_path) -> None:
+def test_a_new_classifier_without_names_travels_too(name, build, tmp_path) -> None:
     model = build(name)
     set_classes(model, 5)
     tuned(model, classes=5)
@@ -129,8 +129,8 @@ def test_a_first_step_that_moves_ones_up_and_down_is_seen() -> None:
 
 
 @pytest.mark.parametrize("train", ["masks", "masks+norms"])
-def test_a_new_head_with_a_norm_of_its_own_travels_whole(train: str, tmp_path) -> None:
-    """LeViT's head has a batch norm, whose averages are as new as its weights, whether they have moved or not."""
+def test_a_new_classifier_with_a_norm_of_its_own_travels_whole(train: str, tmp_path) -> None:
+    """LeViT's classifier has a batch norm, whose averages are as new as its weights, whether they have moved or not."""
 
     def host() -> nn.Module:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A model that was given another head, or another input size, after its conversion is saved as it is now."""
+"""A model that was given another classifier, or another input size, after its conversion is saved as it is now."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import ltm_retrofit as ltm
 torch.set_num_threads(1)
 
 
-def give_head(model: nn.Module, classes: int) -> None:
-    """Give a head as one does: timm's method, or a module in the old one's place."""
+def give_classifier(model: nn.Module, classes: int) -> None:
+    """Give a classifier as one does: timm's method, or a module in the old one's place."""
     if hasattr(model, "reset_classifier"):
         model.reset_classifier(classes)
     else:
@@ -42,36 +42,36 @@ def check(model: nn.Module, images: torch.Tensor, folder: Path, base: nn.Module 
 @pytest.mark.parametrize("onto", ["rebuilt", "base"])
 @pytest.mark.parametrize("classes", [11, 0])
 @pytest.mark.parametrize("name", ["timm-vit-flow", "timm-swin-local", "timm-efficientvit-grid", "hf-vit-flow"])
-def test_another_head_is_saved(name, classes, onto, tmp_path):
+def test_another_classifier_is_saved(name, classes, onto, tmp_path):
     model, original, example = converted(name)
-    give_head(model, classes)
+    give_classifier(model, classes)
     base = None
     if onto == "base":
-        give_head(base := original, classes)
+        give_classifier(base := original, classes)
     loaded = check(model, example, tmp_path / "saved", base)
-    give_head(loaded, 5)
+    give_classifier(loaded, 5)
     check(loaded, example, tmp_path / "again")
 
 
-def test_a_head_by_hand_where_there_was_none_is_saved(tmp_path):
+def test_a_classifier_by_hand_where_there_was_none_is_saved(tmp_path):
     model, _, example = converted("hf-vit-flow")
-    give_head(model, 0)
+    give_classifier(model, 0)
     check(model, example, tmp_path / "none")
-    give_head(model, 5)
+    give_classifier(model, 5)
     assert ltm.get_plan(check(model, example, tmp_path / "five")).classes == 5
 
 
 @pytest.mark.parametrize("name", ["timm-vit-flow", "hf-vit-flow"])
-def test_another_head_travels_with_an_adapter(name, tmp_path):
+def test_another_classifier_travels_with_an_adapter(name, tmp_path):
     model, original, example = converted(name)
-    give_head(model, 11)
+    give_classifier(model, 11)
     ltm.save_pretrained(model, tmp_path / "adapter", adapter=True)
     loaded = ltm.from_pretrained(tmp_path / "adapter", base=copy.deepcopy(original))
     with torch.no_grad():
         assert equal(call(loaded, example), call(model, example))
-    give_head(model, 0)
+    give_classifier(model, 0)
     with pytest.raises(ltm.CheckpointError, match=r"has lost .*adapter=False"):
-        ltm.save_pretrained(model, tmp_path / "headless", adapter=True)
+        ltm.save_pretrained(model, tmp_path / "without", adapter=True)
 
 
 @pytest.mark.parametrize("name", ["timm-vit-flow", "timm-dinov3-flow", "timm-vit-local", "timm-swin-local"])
