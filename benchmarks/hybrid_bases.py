@@ -24,8 +24,7 @@ from timm.models.mobilevit import _inverted_residual_block, _mobilevit_block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import ltm_retrofit as ltm
-from ltm_retrofit.tuning.digits import draw_split, source_digits
+from ltm_retrofit.tuning.sources import draw_split, source_digits
 
 RUNS = Path(__file__).parent.parent / "runs" / "hybrids"
 PER_DIGIT, PER_EPOCH, BATCH = 20, 4, 64  # canvases drawn of each source digit; of them in an epoch; in a step
@@ -80,7 +79,9 @@ def build(base: dict[str, Any]) -> nn.Module:
 def load(name: str) -> nn.Module:
     """Load a trained base, or the shipped one."""
     if name not in BASES:
-        return ltm.load_model(name)
+        from ltm_retrofit.saving.load import load_model
+
+        return load_model(name).model
     model = build(json.loads((RUNS / name / "base.json").read_text(encoding="utf-8")))
     model.load_state_dict(load_file(RUNS / name / "model.safetensors"))
     return model.eval()

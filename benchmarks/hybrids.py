@@ -53,12 +53,11 @@ def convert(name: str, method: str) -> nn.Module:
 
 def compare(name: str, log: Path, seed: int, epochs: int | None, limit: int | None) -> None:
     """Run every arm of a base that the log does not have with these settings."""
-    from ltm_retrofit import RetrofitError, finetune, get_plan
+    from ltm_retrofit import RetrofitError, evaluate, finetune, get_plan
     from ltm_retrofit.finding.example import prepare_example
     from ltm_retrofit.macs import count_macs
     from ltm_retrofit.merging.mask import INITIAL_TEMPERATURE
     from ltm_retrofit.recipe import Recipe
-    from ltm_retrofit.tuning.evaluate import evaluate
     from ltm_retrofit.tuning.parameters import MASKS_FASTER
     from ltm_retrofit.tuning.sources import load_split
 

@@ -65,7 +65,7 @@ def main() -> None:
             pairs = sorted(c / n for c, n in list(zip(times["ceb"], times["none"], strict=True))[2:])
             low, middle, high = interval(pairs)
             began = time.perf_counter()
-            assert steps["ceb"][0].estimate()
+            assert steps["ceb"][0].information.estimate()
             for module in model.modules():
                 if isinstance(module, Statistics):
                     assert module.refresh()
@@ -99,8 +99,8 @@ def fill(model: torch.nn.Module, classes: int) -> None:
 
 def timed_step(model, objective, optimizer, x, y) -> float:
     began = time.perf_counter()
-    with objective.informed():
-        loss = objective(model, x, y, bound=True)["loss"]
+    with objective.information.listening():
+        loss = objective(model, x, y)["loss"]
         loss.backward()
         objective.learn()
     optimizer.step()

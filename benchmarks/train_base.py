@@ -19,7 +19,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from ltm_retrofit.tuning.digits import draw_split
+from ltm_retrofit.tuning.sources import draw_split
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 CROWDED_EPOCHS = 10  # of the schedule's: smaller digits and brighter clutter first

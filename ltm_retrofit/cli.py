@@ -162,7 +162,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from ltm_retrofit.convert import get_plan, retrofit
+    from ltm_retrofit.convert import retrofit
+    from ltm_retrofit.converted.record import get_plan
     from ltm_retrofit.saving.save import CONFIG, save_pretrained
 
     check_ours(arguments.out, CONFIG, overwrite=arguments.overwrite)
@@ -176,12 +177,12 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    from ltm_retrofit.convert import is_retrofitted
+    from ltm_retrofit.converted.record import is_retrofitted
     from ltm_retrofit.reporting.report import measure
     from ltm_retrofit.saving.save import CONFIG, save_pretrained
-    from ltm_retrofit.tuning.data import check_same_classes
-    from ltm_retrofit.tuning.evaluate import check_data, count_classes
-    from ltm_retrofit.tuning.processes import checkpoints_beside, is_main
+    from ltm_retrofit.tuning.checkpoints import checkpoints_beside
+    from ltm_retrofit.tuning.classes import check_data, check_same_classes, count_classes
+    from ltm_retrofit.tuning.processes import is_main
     from ltm_retrofit.tuning.settings import TrainConfig
     from ltm_retrofit.tuning.sources import DataSection, load_split
     from ltm_retrofit.tuning.train import finetune

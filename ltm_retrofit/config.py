@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
-from ltm_retrofit.errors import RecipeError
+from ltm_retrofit.errors import RecipeError, check_choice
+from ltm_retrofit.merging.methods import Scope, method_names
 
-METHODS = ("ltm", "tome", "pool", "slice")
-SCOPES = ("FLOW", "GRID", "LOCAL")
 SCHEDULES = ("stages",)
 OUTPUT_TOKENS = ("auto", "full")
 
@@ -25,20 +24,21 @@ def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
             raise RecipeError(f"{where}: unknown key {key!r}; {hint}")
 
 
-def check_choice(value: object, choices: Iterable[str], name: str) -> None:
-    """Raise `RecipeError` where ``value`` is none of ``choices``."""
-    choices = list(choices)
-    if value not in choices:
-        raise RecipeError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
 class Strict:
     """`from_dict` that knows its keys and `to_dict` that it can read again, for frozen dataclasses."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from a mapping; an unknown key is a `RecipeError`."""
-        check_keys(values, [f.name for f in fields(cls)], cls.__name__)  # type: ignore[arg-type]
+        """Build from a mapping.
+
+        Raises:
+            RecipeError: where a key is unknown, or missing and without a default.
+        """
+        known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+        check_keys(values, known, cls.__name__)
+        needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+        if missing := [name for name in needed if name not in values]:
+            raise RecipeError(f"{cls.__name__} lacks {', '.join(missing)}: it was cut off, or is not one of ours")
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,16 +55,25 @@ class LTMConfig(Strict):
         flops: target share of the whole model's MACs, masks included, at the example's size. The plan's share lies
             in ``[flops − 0.02, flops]``, otherwise there is a `BudgetError`.
         tokens: token counts after each site in depth order, prefix tokens included.
-        method: ``"ltm"`` (learnable token merging), ``"tome"`` (the published parameter-free baseline), ``"pool"``
-            (average pooling to the same counts) or ``"slice"`` (keep the first P tokens: the free lower limit, for
-            measuring).
+        method: a name in the registry: ``"ltm"`` (learnable token merging), ``"tome"`` (the published parameter-free
+            baseline), ``"pool"`` (average pooling to the same counts), ``"slice"`` (keep the first P tokens: the free
+            lower limit, for measuring), or one of your own.
         schedule: ``"stages"``: of the d blocks in scope FLOW or GRID the 0-based ⌊d/4⌋, ⌊d/2⌋, ⌊3d/4⌋, and every
             LOCAL block.
         sites: block names to choose from, instead of the schedule.
-        scope: force one scope: ``"FLOW"`` (tokens stay merged), ``"GRID"`` (a smaller H'×W' grid from here on) or
+        scope: force one scope: ``"FLOW"`` (tokens stay merged), ``"GRID"`` (a smaller H'×W' grid goes on) or
             ``"LOCAL"`` (merged for the MLP only); the best that the proofs allow where left out.
         output_tokens: ``"auto"`` brings every token back after the last block where something reads them;
             ``"full"`` always does, for feature extraction.
+
+    Raises:
+        RecipeError: where a value cannot be.
+
+    Example:
+        >>> import ltm_retrofit as ltm
+        >>> config = ltm.LTMConfig(flops=0.7, method="tome")
+        >>> config == ltm.LTMConfig.from_dict(config.to_dict())
+        True
     """
 
     flops: float | None = None
@@ -95,8 +104,8 @@ class LTMConfig(Strict):
                 raise RecipeError(f"token counts cannot grow from site to site, got {self.tokens!r}")
         if self.sites is not None and not all(isinstance(site, str) for site in self.sites):
             raise RecipeError(f"sites are names of blocks, got {self.sites!r}")
-        check_choice(self.method, METHODS, "method")
+        check_choice(self.method, method_names(), "method")
         check_choice(self.schedule, SCHEDULES, "schedule")
         check_choice(self.output_tokens, OUTPUT_TOKENS, "output_tokens")
         if self.scope is not None:
-            check_choice(self.scope, SCOPES, "scope")
+            check_choice(self.scope, [scope.value for scope in Scope], "scope")

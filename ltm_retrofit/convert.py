@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from ltm_retrofit.config import LTMConfig
-from ltm_retrofit.converted.classifier import guard_head, make_readout, unguard_head
-from ltm_retrofit.converted.fingerprints import fingerprints_of
+from ltm_retrofit.converted.classifier import guard_classifier, make_readout, unguard_classifier
+from ltm_retrofit.converted.guards import guard, unguard
 from ltm_retrofit.converted.record import (
-    FINETUNED,
     Retrofit,
-    allow_methods,
+    fingerprints_of,
     forwards_of,
-    get_retrofit,
+    get_plan,
     in_mode,
-    refuse_methods,
+    is_retrofitted,
+    mark_finetuned,
+    was_finetuned,
 )
 from ltm_retrofit.errors import (
     AlreadyRetrofitted,
@@ -34,13 +33,14 @@ from ltm_retrofit.find import find_sites
 from ltm_retrofit.finding.example import Example, home, prepare_example, run, tensors_of
 from ltm_retrofit.finding.proofs import all_equal
 from ltm_retrofit.finding.sites import Sites
-from ltm_retrofit.plan import MergePlan, make_macs, make_plan
+from ltm_retrofit.plan import MergePlan, check_method, make_macs, make_plan
+from ltm_retrofit.scopes import SCOPES
 from ltm_retrofit.scopes.base import CHILD, Interceptor
-from ltm_retrofit.scopes.flow.forward import BlockForward
-from ltm_retrofit.scopes.grid.forward import GridForward
-from ltm_retrofit.scopes.local.forward import LocalForward
-from ltm_retrofit.scopes.masks import MASKS, flow_mask, grid_mask, local_mask
+from ltm_retrofit.scopes.flow import FLOW
 from ltm_retrofit.undisturbed import undisturbed
+
+#: interceptors, the mask of each host, and the model's record
+Conversion = tuple[list[Interceptor], dict[nn.Module, nn.Module], Retrofit]
 
 
 def retrofit(
@@ -60,49 +60,27 @@ def retrofit(
 
     Raises:
         AlreadyRetrofitted: `restore` it first.
-        NoAttentionError, ExampleError, UnsupportedBlock, BudgetError, CountError: nothing was changed.
-        BaseMismatch: ``plan`` is for another model.
+        NoAttentionError, ExampleError, UnsupportedBlock, BudgetError, CountError, RecipeError: nothing was changed.
+        BaseMismatch: ``plan`` is for another model, or of another version of its method.
+
+    Example:
+        >>> import timm, ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> model = ltm.retrofit(model, ltm.LTMConfig(flops=0.7))
+        >>> 0.68 <= ltm.get_plan(model).share <= 0.7
+        True
     """
-    if not isinstance(model, nn.Module):
-        raise UnsupportedBlock(f"model is a {type(model).__name__}: pass the torch module itself, loaded")
-    if config is not None and not isinstance(config, LTMConfig):
-        raise RecipeError(f"config is a {type(config).__name__} ({config!r}): pass LTMConfig(flops=0.7)")
-    if config is not None and plan is not None:
-        raise RecipeError("give a config or a plan, not both: a plan holds the config that it was made from")
-    if not is_retrofitted(model) and any(True for _ in forwards_of(model)):
-        raise AlreadyRetrofitted("a part of this model is converted already: restore that part first")
-    if is_retrofitted(model):
-        raise AlreadyRetrofitted(
-            f"this {type(model).__name__} is converted already ({get_plan(model).share:.3f} of its MACs): "
-            "call ltm_retrofit.restore(model) first"
-        )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise UnsupportedBlock(
-            "this model is on the meta device: it can be planned for, and converted once it is loaded"
-        )
+    _check(model, config, plan)
     example = prepare_example(model, example)
     sites = find_sites(model, example)
-    if plan is None:
-        plan = make_plan(sites, config or LTMConfig(flops=0.7))
-    else:
-        _check_fits(plan, sites)
-    with torch.random.fork_rng(devices=[]):  # masks draw random weights before they get the pretrained ones
-        conversion = build(model, sites, plan)
+    plan = _fitting(plan, sites) if plan is not None else make_plan(sites, config or LTMConfig(flops=0.7))
+    conversion = build(model, sites, plan)
     with undisturbed(model), torch.no_grad():
         expected = run(model, example)
     install(model, *conversion)
-    refuse_methods(model)
-    guard_head(model)
-    try:
-        with undisturbed(model), torch.no_grad():
-            prove_installed(model, example, expected)
-    except BaseException as error:
-        restore(model)
-        if isinstance(error, RetrofitError) or not isinstance(error, Exception):
-            raise
-        raise UnsupportedBlock(
-            f"proof (e): converted, this {type(model).__name__} does not run: {type(error).__name__}: {error}"
-        ) from error
+    guard(model)
+    guard_classifier(model)
+    _prove_or_restore(model, example, expected)
     return model
 
 
@@ -111,64 +89,55 @@ def restore(model: nn.Module) -> nn.Module:
 
     Raises:
         NotRetrofitted: where there is nothing to remove.
+
+    Example:
+        >>> import timm, ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> keys = list(model.state_dict())
+        >>> list(ltm.restore(ltm.retrofit(model)).state_dict()) == keys
+        True
     """
-    finetuned = was_finetuned(model)
     get_plan(model)
-    allow_methods(model)
+    finetuned = was_finetuned(model)
+    unguard(model)
+    unguard_classifier(model)
     for forward in list(forwards_of(model)):
         forward.take_away()
     for module in list(model.modules()):
-        if module is not model and isinstance(module._modules.get(CHILD), MASKS):
-            del module._modules[CHILD]
-    unguard_head(model)
-    del model._modules[CHILD]
+        module._modules.pop(CHILD, None)  # `build` made sure that no module had a child of that name
     if finetuned:
         mark_finetuned(model)
     return model
 
 
-def is_retrofitted(model: nn.Module) -> bool:
-    """Say whether a model is converted."""
-    return isinstance(model._modules.get(CHILD), Retrofit)
+def _check(model: nn.Module, config: LTMConfig | None, plan: MergePlan | None) -> None:
+    """Check what `retrofit` was given, before anything is run."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedBlock(f"model is a {type(model).__name__}: pass the torch module itself, loaded")
+    if config is not None and not isinstance(config, LTMConfig):
+        raise RecipeError(f"config is a {type(config).__name__} ({config!r}): pass LTMConfig(flops=0.7)")
+    if config is not None and plan is not None:
+        raise RecipeError("give a config or a plan, not both: a plan holds the config that it was made from")
+    if is_retrofitted(model):
+        raise AlreadyRetrofitted(
+            f"this {type(model).__name__} is converted already ({get_plan(model).share:.3f} of its MACs): "
+            "call ltm_retrofit.restore(model) first"
+        )
+    if any(True for _ in forwards_of(model)):
+        raise AlreadyRetrofitted("a part of this model is converted already: restore that part first")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedBlock(
+            "this model is on the meta device: it can be planned for, and converted once it is loaded"
+        )
 
 
-def get_plan(model: nn.Module) -> MergePlan:
-    """Return the plan of a converted model.
+def _fitting(plan: MergePlan, sites: Sites) -> MergePlan:
+    """Return a finished plan that fits what was found.
 
     Raises:
-        NotRetrofitted: where it is not converted.
+        BaseMismatch: where it does not.
     """
-    return get_retrofit(model).plan
-
-
-def was_finetuned(model: nn.Module) -> bool:
-    """Say whether `finetune` has trained a model's weights, before or after its conversion."""
-    if is_retrofitted(model):
-        return bool(get_retrofit(model).finetuned)
-    return bool(model.__dict__.get(FINETUNED, False))
-
-
-def mark_finetuned(model: nn.Module) -> None:
-    """Note that a model's weights are no longer the pretrained ones."""
-    if is_retrofitted(model):
-        get_retrofit(model).finetuned.fill_(True)
-    else:
-        model.__dict__[FINETUNED] = True
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the original path meanwhile, for teachers and comparisons.
-
-    Raises:
-        NotRetrofitted: where the model is not converted.
-    """
-    get_plan(model)
-    with in_mode(model, "original"):
-        yield model
-
-
-def _check_fits(plan: MergePlan, sites: Sites) -> None:
+    check_method(plan.config.method, plan.method_version)
     known = {(site.block, site.scope.value) for site in (*sites.found, *sites.alternatives)}
     for row in plan.rows:
         if (row.site, row.scope) not in known:
@@ -180,15 +149,15 @@ def _check_fits(plan: MergePlan, sites: Sites) -> None:
             f"the plan is for {plan.macs_original:,} MACs and {len(plan.rows)} sites, this model has "
             f"{sites.total_macs:,} MACs at its example's size: plan for this model, or pass an example of that size"
         )
-    flow = [row for row in plan.rows if row.scope == "FLOW"]
-    slices = any(row.action == "slice" for row in flow)
+    flow = [row for row in plan.rows if row.scope == FLOW.name]
+    slices = any(row.slices for row in flow)
     if flow and ((slices and not sites.ending.prefix_only) or not (slices or plan.unmerge)):
         raise BaseMismatch(
             "the plan leaves only prefix tokens after the last block, and something in this model reads the patch "
             "tokens there: plan for this model"
         )
     try:
-        made = make_macs(sites, plan)
+        made = make_macs(sites, plan.config, plan.rows)
     except CountError as error:
         raise BaseMismatch(f"the plan does not fit this model: {error}") from error
     if made != plan.macs:
@@ -197,48 +166,29 @@ def _check_fits(plan: MergePlan, sites: Sites) -> None:
         )
     if plan.classes != sites.ending.classes:
         raise BaseMismatch(
-            f"the plan is for {plan.classes} classes, this model has {sites.ending.classes}: change the head before "
-            "planning"
+            f"the plan is for {plan.classes} classes, this model has {sites.ending.classes}: change the classifier "
+            "before planning"
         )
+    return plan
 
 
-def build(
-    model: nn.Module, sites: Sites, plan: MergePlan
-) -> tuple[list[Interceptor], dict[nn.Module, nn.Module], Retrofit]:
-    """Make every interceptor and mask; touch nothing."""
-    device, _ = home(model)
-    own = [name for name, module in model.named_modules() if hasattr(module, CHILD)]
-    if own:
-        raise UnsupportedBlock(
-            f"{own[0] or type(model).__name__!r} of this model has an attribute {CHILD!r} of its own, which is our "
-            "name for masks"
-        )
-    rows = {(row.site, row.scope): row for row in plan.rows}
+def build(model: nn.Module, sites: Sites, plan: MergePlan) -> Conversion:
+    """Make every interceptor and mask, and the record; touch nothing."""
+    for name, module in model.named_modules():
+        if hasattr(module, CHILD):
+            raise UnsupportedBlock(
+                f"{name or type(model).__name__!r} of this model has an attribute {CHILD!r} of its own, which is our "
+                "name for masks"
+            )
     forwards: list[Interceptor] = []
     masks: dict[nn.Module, nn.Module] = {}
-    merged, flow = False, sites.flow
-    started = [index for index, site in enumerate(flow) if (site.block, site.scope) in rows]
-    for index, site in enumerate(flow[started[0] :] if started else (), start=started[0] if started else 0):
-        block, row = model.get_submodule(site.block), rows.get((site.block, site.scope))
-        last = index == len(flow) - 1
-        keep = row.tokens_out if row is not None and row.action == "slice" else None
-        forwards.append(BlockForward(block, site, expects=merged, keep=keep, last=last, unmerge=last and plan.unmerge))
-        if row is not None and row.action == "merge":
-            masks[block] = flow_mask(block, site, row, plan)
-            merged = True
-    for point in sites.grid:
-        if (row := rows.get((point.block, point.scope))) is not None:
-            block = model.get_submodule(point.block)
-            forwards.append(GridForward(block, point))
-            masks[block] = grid_mask(model, point, row, plan)
-    for chain in sites.local:
-        if (row := rows.get((chain.block, chain.scope))) is not None:
-            host, attention = model.get_submodule(chain.host), model.get_submodule(chain.attention)
-            for place, name in enumerate(chain.chain):
-                first, last = place == 0, place == len(chain.chain) - 1
-                module = model.get_submodule(name)
-                forwards.append(LocalForward(module, chain, host, first=first, last=last, attention=attention))
-            masks[host] = local_mask(model, chain, row, plan)
+    # masks draw random weights before they get the pretrained ones: the user's random numbers stay the same
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for scope in SCOPES:
+            more, made = scope.build(model, sites, plan)
+            forwards += more
+            masks |= made
+        readout = make_readout(model, plan, masks.values())
     for module in (*masks, *(forward.block for forward in forwards)):
         if "forward" in module.__dict__:
             raise UnsupportedBlock(
@@ -247,10 +197,10 @@ def build(
             )
     kept = Retrofit(
         dataclasses.replace(plan, base=sites.base, fixed_inputs=sites.fixed_inputs),
-        make_readout(model, plan),
+        readout,
         finetuned=was_finetuned(model),
         pretrained=fingerprints_of(model),
-    ).to(device)
+    ).to(home(model)[0])
     return forwards, masks, kept.train(model.training)
 
 
@@ -264,6 +214,20 @@ def install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module
             kept.mask = mask
         else:
             host._modules[CHILD] = mask
+
+
+def _prove_or_restore(model: nn.Module, example: Example, expected: Any) -> None:
+    """Prove a conversion; where that fails, undo it."""
+    try:
+        with undisturbed(model), torch.no_grad():
+            prove_installed(model, example, expected)
+    except BaseException as error:
+        restore(model)
+        if isinstance(error, RetrofitError) or not isinstance(error, Exception):
+            raise
+        raise UnsupportedBlock(
+            f"proof (e): converted, this {type(model).__name__} does not run: {type(error).__name__}: {error}"
+        ) from error
 
 
 def prove_installed(model: nn.Module, example: Example, expected: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class RetrofitError(Exception):
     """Parent of all errors of ltm_retrofit."""
@@ -61,3 +63,10 @@ class DataError(RetrofitError):
 
 class TrainingError(RetrofitError):
     """Training cannot begin, or had to stop; the model holds the weights from before, or earlier good ones."""
+
+
+def check_choice(value: object, choices: Iterable[str], name: str) -> None:
+    """Raise `RecipeError` where ``value`` is none of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise RecipeError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

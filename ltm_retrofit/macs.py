@@ -1,19 +1,20 @@
 """How many multiply-adds does a model cost? Two independent counters answer, and they must agree to the last one.
 
-A MAC is one multiply-add of a matrix product, a convolution or an attention product. Norms, activations, softmax,
+A MAC is one multiply–add of a matrix product, a convolution or an attention product. Norms, activations, softmax,
 pooling, interpolation, sorting and copying are not MACs, whatever they cost in time.
 
 fvcore reads the operators off a jit trace, torch's `FlopCounterMode` off the dispatcher. Each is blind where the other
-is not (fvcore: fused attention; torch: matrix-vector products), and both count as zero what they do not know. So the
-gaps of both are filled here, an operator that nobody has vouched for is an error, and so is a disagreement.
+is not (fvcore: fused attention; torch: matrix-vector products), and both count as zero what they do not know. So
+`ltm_retrofit.operators` fills the gaps of both. An operator that nobody has vouched for is an error, and so is a
+disagreement.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
@@ -31,13 +33,13 @@ from ltm_retrofit.undisturbed import random_numbers_kept, run, slow_path, undist
 
 @dataclass(frozen=True)
 class MacCount:
-    """Multiply-adds of one forward pass.
+    """Multiply–adds of one forward pass.
 
     Args:
         total: of the whole model.
-        by_module: module path in the model → MACs of that module and all below it; ``""`` is the whole model. A module
-            that is reached under two paths stands under the first; one that is never called has 0, and what it
-            computes through ``.forward()`` is its caller's.
+        by_module: path of a module → MACs of that module and all below it; ``""`` is the whole model. A module with
+            two paths is listed under the first. One that is never called has 0: what it computes where someone calls
+            its ``.forward()`` counts for that someone.
     """
 
     total: int
@@ -45,7 +47,7 @@ class MacCount:
 
 
 def count_macs(model: nn.Module, example: Tensor | Mapping[str, Any]) -> MacCount:
-    """Count the multiply-adds of ``model`` on ``example``; the model is left as it was found.
+    """Count the multiply–adds of ``model`` on ``example``; the model is left as it was found.
 
     Runs the model twice in eval mode under no_grad, once for each counter.
 
@@ -57,11 +59,9 @@ def count_macs(model: nn.Module, example: Tensor | Mapping[str, Any]) -> MacCoun
         CountError: where the two counters disagree, or where an operator occurs that cannot be counted for certain.
         ExampleError: where the model does not run on the example.
     """
-    # torch.compile cannot be traced; what it wraps can, and costs the same.
-    model = getattr(model, "_orig_mod", model)
     adapter = _TensorsOnly(model, example)
-    with undisturbed(model), torch.no_grad():
-        with random_numbers_kept(model):  # so that both see the same draws
+    with undisturbed(adapter.model), torch.no_grad():
+        with random_numbers_kept(adapter.model):  # a model that draws (random masking) shows both the same draws
             dispatched = _by_dispatch(adapter)
         traced = _by_trace(adapter)
     if traced[""] != dispatched[""]:
@@ -74,22 +74,25 @@ def count_macs(model: nn.Module, example: Tensor | Mapping[str, Any]) -> MacCoun
 
 
 def count_macs_again(model: nn.Module, example: Tensor | Mapping[str, Any], dispatched: int) -> int:
-    """Count a model that torch's counter has seen already (`counting`) with the other one: one pass instead of two.
+    """Count a model once more that torch's counter has seen already (`counting`): one pass instead of two.
 
     Raises:
         CountError, ExampleError: as `count_macs`.
     """
-    model = getattr(model, "_orig_mod", model)
-    with undisturbed(model), torch.no_grad():
-        traced = _by_trace(_TensorsOnly(model, example))
+    adapter = _TensorsOnly(model, example)
+    with undisturbed(adapter.model), torch.no_grad():
+        traced = _by_trace(adapter)
     return dispatched if traced[""] == dispatched else count_macs(model, example).total  # which says where they differ
 
 
 def count_macs_quick(fn: Callable[[], object]) -> int:
-    """Count the multiply-adds that calling ``fn`` costs, by torch's counter alone.
+    """Count the multiply–adds that calling ``fn`` costs, by torch's counter alone.
 
-    For pieces of a model that `count_macs` has counted as a whole: an operator that nobody knows counts as zero here,
-    unless it is a known heavy one, which is a `CountError`. Eval mode and no_grad are the caller's business.
+    For pieces of a model that `count_macs` has counted as a whole: an operator that nobody knows counts as zero here.
+    The caller sees to eval mode and no_grad.
+
+    Raises:
+        CountError: where an operator occurs that is known to multiply, and for which there is no formula.
     """
     with slow_path(), _dispatch_counter({}) as counter:
         fn()
@@ -106,64 +109,44 @@ def counting() -> FlopCounterMode:
 
 
 class _TensorsOnly(nn.Module):
-    """The model as a function from a tuple of tensors to a tuple of tensors, which is all that a trace can take."""
+    """The model as a function of tensors that returns a tuple of tensors: a jit trace can take nothing else."""
 
     def __init__(self, model: nn.Module, example: Tensor | Mapping[str, Any]) -> None:
         super().__init__()
-        self.model = model
-        self.keys: list[str] | None = None
-        self.plain: dict[str, Any] = {}
-        self.keeper: _KeepAlive | None = None
-        if isinstance(example, Tensor):
-            self.tensors: tuple[Tensor, ...] = (example,)
-        elif isinstance(example, Mapping):
-            self.keys = [key for key, value in example.items() if isinstance(value, Tensor)]
-            self.plain = {key: value for key, value in example.items() if not isinstance(value, Tensor)}
-            self.tensors = tuple(example[key] for key in self.keys)
-        else:
+        # What torch.compile returns cannot be traced; what it wraps can, and costs the same.
+        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.whole, self.keeper = isinstance(example, Tensor), _KeepAlive()
+        self.traced = False
+        if not isinstance(example, (Tensor, Mapping)):
             raise ExampleError(f"example must be a tensor or a dict of keyword arguments, got {type(example).__name__}")
+        named = example if isinstance(example, Mapping) else {"tensor": example}
+        self.tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+        self.plain = {key: value for key, value in named.items() if not isinstance(value, Tensor)}
         if not self.tensors:
             raise ExampleError(f"example must hold at least one tensor, got the keys {list(self.plain)}")
 
     def inputs(self) -> tuple[Tensor, ...]:
         """Copies, for models that write into their input."""
-        return tuple(tensor.detach().clone() for tensor in self.tensors)
+        return tuple(tensor.detach().clone() for tensor in self.tensors.values())
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the model as its user would."""
-        with self.keeper or nullcontext():
-            if self.keys is None:
-                output = self.model(*tensors)
-            else:
-                output = run(self.model, dict(zip(self.keys, tensors, strict=True)) | self.plain)
-        return (*_tensors_in(output), *(self.keeper.marks if self.keeper else ()))
+        with self.keeper if self.traced else nullcontext():
+            named = dict(zip(self.tensors, tensors, strict=True))
+            output = self.model(*tensors) if self.whole else run(self.model, named | self.plain)
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        return (*leaves, *self.keeper.marks)
 
     def describe(self) -> str:
         """Say what goes in, for messages."""
-        names = self.keys or ["tensor"]
-        return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in zip(names, self.tensors, strict=True))
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in a nest of tuples, lists, dicts and dataclasses; the None entries of a `ModelOutput` fall out."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _tensors_in(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _tensors_in(entry)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from _tensors_in(getattr(value, field.name, None))
+        return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in self.tensors.items())
 
 
 class _KeepAlive(TorchFunctionMode):
     """Make every result matter to the output of a trace, which leaves out whatever the output does not need.
 
     What is computed in vain takes its time all the same, and torch's counter sees it. A scalar made with
-    ``new_zeros`` depends on the result in the graph and costs neither memory nor arithmetic.
+    ``new_zeros`` depends on the result in the trace and costs neither memory nor arithmetic.
     """
 
     def __init__(self) -> None:
@@ -207,8 +190,8 @@ def _by_dispatch(adapter: _TensorsOnly) -> dict[str, int]:
 class _Where:
     """Which modules are running; in place of torch's own tracker.
 
-    That one hooks into autograd, and fails under no_grad where a parameter's view is handed to a module (the class
-    token of CaiT, the latent query of SigLIP): "Expected gradient function to be set".
+    Torch's hooks into autograd, and fails under no_grad where a module is given a view of a parameter (the class token
+    of CaiT, the latent query of SigLIP): "Expected gradient function to be set".
     """
 
     def __init__(self, names: Mapping[nn.Module, str]) -> None:
@@ -228,12 +211,12 @@ class _Where:
             hook.remove()
 
     def enter(self, module: nn.Module, _: object) -> None:
-        """Called before each forward."""
+        """Note that a module begins."""
         if module in self.names:
             self.parents.append(self.names[module])
 
     def leave(self, module: nn.Module, _: object, __: object) -> None:
-        """Called after each forward."""
+        """Note that it has ended."""
         if module in self.names:
             self.parents.pop()
 
@@ -251,19 +234,19 @@ def _dispatch_counter(names: Mapping[nn.Module, str]) -> FlopCounterMode:
 def _by_trace(adapter: _TensorsOnly) -> dict[str, int]:
     """Module path → MACs as fvcore reads them off a jit trace, for every module."""
     with warnings.catch_warnings():
-        # fvcore scripts a few losses when imported, and tracing warns of every size that Python reads: the eager run
-        # before has said what the model itself has to say.
+        # fvcore scripts a few losses when imported, and tracing warns of every size that Python reads. What the model
+        # itself warns of was said in the eager run before.
         warnings.simplefilter("ignore")
         from fvcore.nn import FlopCountAnalysis
 
-        adapter.keeper = _KeepAlive()
+        adapter.traced = True
         analysis = FlopCountAnalysis(adapter, adapter.inputs())
         # Cleared first, because a default handle outranks a request to ignore its operator.
         analysis.clear_op_handles().set_op_handle(**TRACE_HANDLES)
         analysis.set_op_handle(**{f"aten::{op}{end}": None for op in FREE_OPS.split() for end in ("", "_")})
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         try:
-            # what `script_if_tracing` would compile (HF ViTDet) is traced as it is: compiled calls hide their operators
+            # What `script_if_tracing` would compile (HF ViTDet) is traced: a compiled call hides its operators.
             with patch.object(torch.jit._trace, "script", lambda function, *_: function):
                 counts = analysis.by_module()
         except CountError:
@@ -281,7 +264,7 @@ def _by_trace(adapter: _TensorsOnly) -> dict[str, int]:
 
 
 def _brief(error: Exception) -> str:
-    """First line of a message: the tracer's go on with whole weight tensors."""
+    """Return the first line of a message: the tracer's go on with whole weight tensors."""
     return next(iter(str(error).splitlines()), "")[:400]
 
 

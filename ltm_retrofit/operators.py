@@ -1,4 +1,4 @@
-"""What each operator costs: those free of multiply-adds, those with a formula, and those that are refused.
+"""What does an operator cost? Nothing, what a formula says, or it is refused.
 
 A MAC is what `ltm_retrofit.macs` says it is. Both of its counters read their operators here.
 """
@@ -18,9 +18,10 @@ from ltm_retrofit.errors import CountError
 
 Handle = Callable[[Sequence[Any], Sequence[Any]], "Counter[str]"]
 
-# Operators without a multiply-add, or (elementwise products, weighted sums of an interpolation) with none by the
-# convention above. Read off traces of the architectures that timm and transformers register, and off merging code.
-# In-place twins are meant too. What is not listed here and has no handle below is refused.
+# Operators without a multiply–add, or (elementwise products, weighted sums of an interpolation) with none by the
+# convention of `ltm_retrofit.macs`. Read off traces of the architectures that timm and transformers register, and off
+# merging code. In-place twins are meant too. What is not listed here and has no handle below is refused: to count an
+# unknown operator as zero is the error that both counters make by themselves.
 FREE_OPS = """
     abs add addcdiv addcmul clamp clamp_max clamp_min clip cos cosh div elu erf erfc exp exp2 expm1 fmod gelu glu
     hardshrink hardsigmoid hardswish hardtanh leaky_relu lerp log log10 log1p log2 log_sigmoid logit mish mul
@@ -68,7 +69,7 @@ FREE_OPS = """
     format list requires_grad result_type storage_offset retain_grad output_nr is_pinned
 """
 
-# What torch's counter would execute and count as zero. fvcore refuses these by not knowing them.
+# What torch's counter would run and count as zero. fvcore does not know these, and so refuses them.
 _HEAVY_OPS = """
     _cdist_forward _euclidean_dist _pdist_forward _trilinear _fft_c2c _fft_c2r _fft_r2c _linalg_svd _linalg_eigh
     _linalg_eigvals _linalg_slogdet _linalg_det _linalg_solve_ex linalg_cholesky_ex linalg_eig linalg_inv_ex
@@ -93,16 +94,16 @@ def refusal(names: Sequence[str], module: str = "") -> str:
 
 
 def _shape(value: Any) -> list[int]:
-    """Shape of a tensor in a jit graph."""
+    """Return the shape of a tensor in a jit trace."""
     if not value.isCompleteTensor():
         raise CountError(f"the trace does not hold the shape of {value.debugName()}")
     return list(value.type().sizes())
 
 
 def _product(left: int) -> Handle:
-    """Any matrix product: each output element sums over the last dimension of input number ``left``.
+    """Count any matrix product: each output element sums over the last dimension of input number ``left``.
 
-    Taken from the output, since it holds the broadcast batch, which neither input needs to.
+    The output says how often: it has the broadcast batch, which no single input needs to have.
     """
 
     def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
@@ -121,7 +122,7 @@ def _tensordot(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
 
 
 def _convolution(transposed_at: int | None) -> Handle:
-    """Each output element (of a transposed one: each input element) meets one filter, whatever the groups."""
+    """Count a convolution: each output element (transposed: each input element) meets one filter of its group."""
 
     def handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
         transposed = transposed_at is not None and inputs[transposed_at].toIValue()
@@ -131,9 +132,9 @@ def _convolution(transposed_at: int | None) -> Handle:
 
 
 def _attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
-    """Scores and weighted values, ``Nq·Nk·(dq + dv)`` for each head.
+    """Count scores and weighted values, ``Nq·Nk·(dq + dv)`` for each head.
 
-    The output has the heads of the query also where several of them share a key (``enable_gqa``), and its batch is
+    The output has the heads of the query even where several of them share a key (``enable_gqa``), and its batch is
     the broadcast one. A mask spares nothing: a fused kernel that skips masked blocks is a matter of time, not of MACs.
     """
     *batch, tokens, width = _shape(outputs[0])
@@ -141,10 +142,10 @@ def _attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
 
 
 def _einsum(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
-    """A contraction of two operands; fvcore's own goes through a printed float and is off for large ones.
+    """Count a contraction of two operands; fvcore's own goes through a printed float and is off for large ones.
 
-    torch sums a label that only one operand has before it multiplies, and calls a product without a common summed
-    label elementwise.
+    torch sums a label that only one operand has before it multiplies. A product without a common summed label is
+    elementwise, and so free.
     """
     equation = inputs[0].toIValue().replace(" ", "")
     shapes = [_shape(value) for value in inputs[1].node().inputs()]
@@ -175,51 +176,46 @@ def _einsum(inputs: Sequence[Any], outputs: Sequence[Any]) -> Counter[str]:
     return Counter(einsum=prod(size for name, size in {**left, **right}.items() if name not in alone))
 
 
-TRACE_HANDLES: dict[str, Handle] = {
-    "aten::linear": _product(0),
-    "aten::matmul": _product(0),
-    "aten::mm": _product(0),
-    "aten::bmm": _product(0),
-    "aten::mv": _product(0),
-    "aten::dot": _product(0),
-    "aten::vdot": _product(0),
-    "aten::inner": _product(0),
-    "aten::addmm": _product(1),
-    "aten::addmm_": _product(1),
-    "aten::addmv": _product(1),
-    "aten::addmv_": _product(1),
-    "aten::baddbmm": _product(1),
-    "aten::baddbmm_": _product(1),
-    "aten::addbmm": _addbmm,
-    "aten::addbmm_": _addbmm,
-    "aten::tensordot": _tensordot,
-    "aten::einsum": _einsum,
-    "aten::_convolution": _convolution(6),
-    "aten::convolution": _convolution(6),
-    "aten::_convolution_mode": _convolution(None),
-    "aten::scaled_dot_product_attention": _attention,
-    "aten::_scaled_dot_product_attention_math": _attention,
-    "aten::_scaled_dot_product_flash_attention": _attention,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten::_scaled_dot_product_efficient_attention": _attention,
-    "aten::_scaled_dot_product_cudnn_attention": _attention,
-    "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
+_ATTENTIONS = """
+    scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_flash_attention
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention
+    _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable
+"""
+_FORMULAS: dict[str, Handle] = {
+    "linear matmul mm bmm mv dot vdot inner": _product(0),
+    "addmm addmm_ addmv addmv_ baddbmm baddbmm_": _product(1),
+    "addbmm addbmm_": _addbmm,
+    "tensordot": _tensordot,
+    "einsum": _einsum,
+    "_convolution convolution": _convolution(6),
+    "_convolution_mode": _convolution(None),
+    _ATTENTIONS: _attention,
 }
+#: by the name that an operator has in a trace
+TRACE_HANDLES = {f"aten::{name}": handle for names, handle in _FORMULAS.items() for name in names.split()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # For torch's counter
 
 
-@functools.cache  # asked for at every count, and looking the operators up takes longer than many a count
+@functools.cache  # each count asks for it, and looking the operators up takes longer than many a count
 def dispatch_handles() -> Mapping[Any, Callable[..., int]]:
-    """What `FlopCounterMode` lacks; it wants 2 for each multiply-add."""
-
-    def times(inner: Callable[..., int]) -> Callable[..., int]:
-        return lambda *shapes, out_shape=None, **_: 2 * inner(*shapes)
+    """Return the handlers that `FlopCounterMode` lacks. It wants 2 for each multiply–add."""
 
     def attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: object) -> int:
         return prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+    formulas: dict[str, Callable[..., int]] = {  # of the shapes of the operator's arguments
+        "dot vdot mv": lambda a, *_: prod(a),
+        "addmv addmv_": lambda out, a, *_: prod(a),
+        "addmm_ addbmm addbmm_ baddbmm_": lambda out, a, b, *_: prod(a) * b[-1],
+        "_scaled_dot_product_flash_attention_for_cpu": attention,  # torch knows it from 2.15 on
+        "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math_for_mps": attention,
+    }
+
+    def counted(formula: Callable[..., int]) -> Callable[..., int]:
+        return lambda *shapes, out_shape=None, **_: 2 * formula(*shapes)
 
     def nothing(*_: object, **__: object) -> int:
         return 0
@@ -233,23 +229,9 @@ def dispatch_handles() -> Mapping[Any, Callable[..., int]]:
         handle._get_raw = True  # type: ignore[attr-defined]
         return handle
 
-    aten = torch.ops.aten
-    handles: dict[str, Callable[..., int]] = {
-        "dot": times(lambda a, b: prod(a)),
-        "vdot": times(lambda a, b: prod(a)),
-        "mv": times(lambda a, b: prod(a)),
-        "addmv": times(lambda out, a, b, *_: prod(a)),
-        "addmv_": times(lambda out, a, b, *_: prod(a)),
-        "addmm_": times(lambda out, a, b, *_: prod(a) * b[-1]),
-        "addbmm": times(lambda out, a, b, *_: prod(a) * b[-1]),
-        "addbmm_": times(lambda out, a, b, *_: prod(a) * b[-1]),
-        "baddbmm_": times(lambda out, a, b, *_: prod(a) * b[-1]),
-        "_scaled_dot_product_flash_attention_for_cpu": times(attention),  # torch knows it from 2.15 on
-        "_scaled_dot_product_fused_attention_overrideable": times(attention),
-        "_scaled_dot_product_attention_math_for_mps": times(attention),
-    }
-    # torch's counter would take each of these apart, on the meta device in Python, only to find nothing
+    handles = {name: counted(formula) for names, formula in formulas.items() for name in names.split()}
+    # Without these torch's counter takes each of them apart, on the meta device in Python, only to find nothing.
     handles |= {name: nothing for name in FREE_OPS.split() if name not in handles}
     handles |= {name: refuse(name) for name in _HEAVY_OPS.split()}
-    # Not every torch has every operator.
+    aten = torch.ops.aten  # not every torch has every operator
     return MappingProxyType({getattr(aten, name): handle for name, handle in handles.items() if hasattr(aten, name)})

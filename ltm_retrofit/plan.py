@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Self
 
-from ltm_retrofit.config import LTMConfig, check_keys
-from ltm_retrofit.errors import BudgetError, RecipeError, UnsupportedBlock
-from ltm_retrofit.finding.sites import LocalSite, Sites
-from ltm_retrofit.scopes.flow.budget import FlowBudget
-from ltm_retrofit.scopes.grid.budget import GridBudget
-from ltm_retrofit.scopes.local.budget import LocalBudget
-from ltm_retrofit.scopes.rows import CLUSTERS, Budget, Option, Row
+from ltm_retrofit.config import LTMConfig, Strict
+from ltm_retrofit.errors import BaseMismatch, BudgetError, CountError, RecipeError, UnsupportedBlock
+from ltm_retrofit.finding.sites import Sites
+from ltm_retrofit.merging.methods import CLUSTERS, get_method, method_names
+from ltm_retrofit.scopes import SCOPES
+from ltm_retrofit.scopes.base import Budget, Option, Row
+from ltm_retrofit.scopes.flow import FLOW
+from ltm_retrofit.scopes.local import LOCAL
 
 TOLERANCE = 0.02  # how far below its target a plan's share may lie
+_ROUNDING = 1 + 1e-12  # a share that was computed from MACs and comes back as a target still meets itself
 
 
 @dataclass(frozen=True)
-class MergePlan:
+class MergePlan(Strict):
     """Which site keeps how many tokens. ``macs`` are for one image at ``input_size``, masks included.
 
     ``fixed_inputs`` are the inputs beside the image that it was made with: identifiers, masks, settings.
+
+    Example:
+        >>> import timm, ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> plan = ltm.make_plan(ltm.find_sites(model), ltm.LTMConfig(tokens=(12, 9)))
+        >>> plan == ltm.MergePlan.from_dict(plan.to_dict())
+        True
     """
 
     rows: tuple[Row, ...]
@@ -34,8 +43,9 @@ class MergePlan:
     fixed_inputs: dict[str, Any]
     classes: int  # C of the statistics; 0 where the model has no classifier
     readouts: tuple[str, ...]  # the modules whose input is the feature that the classifier reads
-    clusters: int = CLUSTERS
-    base: dict[str, Any] = field(default_factory=dict)  # library, class and architecture of the model it is for
+    clusters: int  # A, likewise
+    base: dict[str, Any]  # library, class and architecture of the model it is for
+    method_version: int = 1
 
     @property
     def share(self) -> float:
@@ -49,36 +59,27 @@ class MergePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        values = asdict(self)
-        values["config"] = self.config.to_dict()
-        values["rows"] = [asdict(row) for row in self.rows]
-        values["input_size"] = {key: list(size) for key, size in self.input_size.items()}
-        values["readouts"] = list(self.readouts)
-        return values
+        nested = {"rows": [row.to_dict() for row in self.rows], "config": self.config.to_dict()}
+        return {**super().to_dict(), **nested, "input_size": {key: list(size) for key, size in self.input_size.items()}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` wrote; an unknown key is a `RecipeError`."""
-        check_keys(values, cls.__dataclass_fields__, "merge plan")
-        missing = [name for name in cls.__dataclass_fields__ if name not in values]
-        if missing:
-            raise RecipeError(f"this merge plan lacks {', '.join(missing)}: it was cut off, or is not one of ours")
-        rows = []
-        for row in values["rows"]:
-            check_keys(row, Row.__dataclass_fields__, "row of a merge plan")
-            try:
-                rows.append(Row(**{**row, "grid": tuple(row["grid"]) if row.get("grid") else None}))
-            except TypeError as error:
-                raise RecipeError(f"a row of this merge plan is incomplete: {error}") from None
-        return cls(
-            **{
-                **values,
-                "rows": tuple(rows),
-                "config": LTMConfig.from_dict(values["config"]),
-                "input_size": {key: tuple(size) for key, size in values["input_size"].items()},
-                "readouts": tuple(values["readouts"]),
-            }
-        )
+        """Read what `to_dict` wrote.
+
+        Raises:
+            RecipeError: where a key is unknown or missing.
+            BaseMismatch: where its method is not registered, or in another version.
+        """
+        read = dict(values)
+        if "config" in read:
+            # plans of before there were versions have none, and are of the first
+            check_method(read["config"].get("method", LTMConfig.method), read.get("method_version", 1))
+            read["config"] = LTMConfig.from_dict(read["config"])
+        if "rows" in read:
+            read["rows"] = tuple(map(Row.from_dict, read["rows"]))
+        if "input_size" in read:
+            read["input_size"] = {key: tuple(size) for key, size in read["input_size"].items()}
+        return super().from_dict(read)
 
     def __str__(self) -> str:
         """Return the table of rows."""
@@ -95,6 +96,25 @@ class MergePlan:
         return "\n".join(lines)
 
 
+def check_method(name: str, version: int) -> None:
+    """Check that a plan's method is the registry's: what another version computes, this one would compute differently.
+
+    Raises:
+        BaseMismatch: where it is not registered, or in another version.
+    """
+    if name not in method_names():
+        raise BaseMismatch(
+            f"this plan is of method {name!r}, which is not registered: call ltm_retrofit.register_method(...) with "
+            f"it first. Registered are {', '.join(map(repr, method_names()))}"
+        )
+    present = get_method(name).version
+    if version != present:
+        raise BaseMismatch(
+            f"saved with version {version} of method {name!r}, this ltm_retrofit has {present}: convert the base anew, "
+            "or load it with the version that wrote it"
+        )
+
+
 def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
     """Plan the token counts. Touches nothing.
 
@@ -108,28 +128,60 @@ def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
         BudgetError: where the target share cannot be met; ``.nearest`` can be.
         CountError: where ``config.tokens`` does not fit the sites.
         UnsupportedBlock: where ``config.sites`` names a block that cannot be cut, or no block can be.
+        RecipeError: where the method does not serve the scope.
+
+    Example:
+        >>> import timm, ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> print(ltm.make_plan(ltm.find_sites(model), ltm.LTMConfig(tokens=(12, 9))))
+        site      scope  tokens       action
+        blocks.1  FLOW     17 → 12    merge
+        blocks.2  FLOW     12 → 9     merge
+        blocks.3  FLOW      9 → 1     slice
+        MACs 0.031 G → 0.022 G (×0.721), predicted
     """
     _check(sites, config)
+    budgets = _budgets(sites, config)
     if config.tokens is not None:
-        budget = next(iter(_budgets(sites, config).values()))
-        return _finish(sites, config, budget.from_tokens(config.tokens))
-    assert config.flops is not None
-    return _finish(sites, config, _from_budget(sites, config, config.flops))
+        rows = next(iter(budgets.values())).from_tokens(config.tokens)
+        if not rows:
+            raise CountError(f"tokens={config.tokens} merges nothing: no count is below that of the tokens there are")
+    else:
+        assert config.flops is not None
+        rows = _from_flops(sites, config, budgets, config.flops)
+    return MergePlan(
+        rows=rows,
+        config=config,
+        macs_original=sites.total_macs,
+        macs=make_macs(sites, config, rows),
+        unmerge=any(row.scope == FLOW.name for row in rows) and not any(row.slices for row in rows),
+        input_size=sites.input_size,
+        fixed_inputs=sites.fixed_inputs,
+        classes=sites.ending.classes,
+        readouts=sites.ending.readouts,
+        clusters=CLUSTERS,
+        base=sites.base,
+        method_version=get_method(config.method).version,
+    )
 
 
-def make_macs(sites: Sites, plan: MergePlan) -> int:
-    """Count anew what a plan's rows cost on these sites."""
-    return sites.total_macs + _change(sites, plan.config, plan.rows)
+def make_macs(sites: Sites, config: LTMConfig, rows: Sequence[Row]) -> int:
+    """Count what rows cost on these sites: scopes add up, for their rows lie in different blocks.
 
-
-def _change(sites: Sites, config: LTMConfig, rows: Sequence[Row]) -> int:
-    total, budgets = 0, _every_budget(sites, config)
-    for scope in dict.fromkeys(row.scope for row in rows):
-        total += budgets[scope].change([row for row in rows if row.scope == scope])
+    Raises:
+        CountError: where they do not fit.
+    """
+    total = sites.total_macs
+    for scope in SCOPES:
+        if own := [row for row in rows if row.scope == scope.name]:
+            if (budget := scope.budget(sites, config)) is None:
+                raise CountError(f"{own[0].site}: method {config.method!r} does not serve scope {scope.name}")
+            total += budget.change(own)
     return total
 
 
 def _check(sites: Sites, config: LTMConfig) -> None:
+    """Check that what a config names is there."""
     if not len(sites):
         raise UnsupportedBlock(
             "no block of this model can be cut: "
@@ -145,102 +197,75 @@ def _check(sites: Sites, config: LTMConfig) -> None:
                 f"sites names {name!r}, which cannot be cut: "
                 + (reason or f"no such block; did you mean {close[0] if close else ', '.join(known)!r}?")
             )
-    if config.scope is not None and config.scope not in {site.scope.value for site in every}:
+    scopes = sorted({site.scope.value for site in every})
+    if config.scope is not None and config.scope not in scopes:
         reasons = {**sites.narrowed, **sites.excluded}
         raise UnsupportedBlock(
-            f"scope={config.scope!r} is not proven for any block of this model; scopes that are: "
-            f"{', '.join(sorted({site.scope.value for site in every}))}. "
+            f"scope={config.scope!r} is not proven for any block of this model; scopes that are: {', '.join(scopes)}. "
             + "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         )
 
 
-def _every_budget(sites: Sites, config: LTMConfig) -> dict[str, Budget]:
-    budgets: dict[str, Budget] = {}
-    if sites.flow:
-        budgets["FLOW"] = FlowBudget(sites, config)
-    if sites.grid and config.method != "tome":
-        budgets["GRID"] = GridBudget(sites, config)
-    if sites.local:
-        budgets["LOCAL"] = LocalBudget(sites, config, sites.local)
+def _budgets(sites: Sites, config: LTMConfig) -> dict[str, Budget[Any]]:
+    """Return the searches that the user allows, by scope, the best first.
+
+    Raises:
+        RecipeError: where the method serves none of the scopes.
+        UnsupportedBlock: where no site is both named and in the scope.
+    """
+    allowed = {
+        site.scope
+        for site in (*sites.found, *sites.alternatives)
+        if config.scope in (None, site.scope) and (config.sites is None or site.block in config.sites)
+    }
+    if not allowed:
+        raise UnsupportedBlock(f"none of sites={config.sites} is in scope {config.scope}: name others, or no scope")
+    searches = {scope.name: scope.budget(sites, config) for scope in SCOPES if scope.name in allowed}
+    budgets = {str(name): budget for name, budget in searches.items() if budget is not None}
+    if not budgets:
+        others = [name for name in method_names() if allowed & {*get_method(name).scopes}]
+        raise RecipeError(
+            f"method={config.method!r} does not serve scope {' or '.join(sorted(allowed))}, only "
+            f"{' and '.join(get_method(config.method).scopes)}: use method={' or '.join(map(repr, others))}, or a "
+            "scope that it serves"
+        )
     return budgets
 
 
-def _budgets(sites: Sites, config: LTMConfig) -> dict[str, Budget]:
-    """Return the searches that the user allows, best scope first."""
-    if config.scope == "GRID" and config.method == "tome":
-        GridBudget(sites, config)  # says why not
-    return {
-        scope: budget
-        for scope, budget in _every_budget(sites, config).items()
-        if config.scope in (None, scope)
-        and (
-            config.sites is None
-            or any(s.block in config.sites for s in (*sites.found, *sites.alternatives) if s.scope == scope)
-        )
-    }
-
-
-def _from_budget(sites: Sites, config: LTMConfig, target: float) -> tuple[Row, ...]:
-    """Find counts whose share lies in [target − 0.02, target], adding sites where the schedule cannot."""
+def _from_flops(sites: Sites, config: LTMConfig, budgets: Mapping[str, Budget[Any]], target: float) -> tuple[Row, ...]:
+    """Search for rows whose share lies in [target − 0.02, target]."""
     total = sites.total_macs
-    change = int((target - 1) * total * (1 + 1e-12))
+    highest = target * total * _ROUNDING
     reached: dict[tuple[Row, ...], int] = {}
-    below: list[tuple[int, tuple[Row, ...]]] = []
-    for batch in _batches(sites, config, change):
-        reached.update(dict(batch))
-        below = [(macs, rows) for rows, macs in reached.items() if total + macs <= target * total * (1 + 1e-12)]
-        if below:
-            fits = [entry for entry in below if total + entry[0] >= (target - TOLERANCE) * total]
-            if fits:
-                return max(fits, key=_gentle if _is_grid(fits[0][1]) else _macs)[1]
-    nearest = total + (max(macs for macs, _ in below) if below else min(reached.values(), default=0))
-    lowest, highest = (total + pick(reached.values(), default=0) for pick in (min, max))
+    for budget, batch in _batches(sites, config, budgets, int((target - 1) * total * _ROUNDING)):
+        reached.update(batch)
+        # the first batch with a plan that fits ends the search: each one merges at more sites than those before it
+        fits = [option for option in reached.items() if (target - TOLERANCE) * total <= total + option[1] <= highest]
+        if fits:
+            return max(fits, key=budget.rank)[0]
+    below = [macs for macs in reached.values() if total + macs <= highest]
+    nearest = total + (max(below) if below else min(reached.values(), default=0))
+    least, most = (total + pick(reached.values(), default=0) for pick in (min, max))
     raise BudgetError(
-        f"flops={target:g} cannot be met: plans of this model reach {lowest / total:.4f} to {highest / total:.4f} "
+        f"flops={target:g} cannot be met: plans of this model reach {least / total:.4f} to {most / total:.4f} "
         f"of its MACs, the nearest {nearest / total:.4f}. Ask for flops={nearest / total!r}"
         + (" or name more sites" if config.sites is not None else ""),
         nearest / total,
     )
 
 
-def _is_grid(rows: Sequence[Row]) -> bool:
-    return any(row.grid is not None for row in rows)
-
-
-def _macs(entry: tuple[int, tuple[Row, ...]]) -> Any:
-    return entry[0]
-
-
-def _gentle(entry: tuple[int, tuple[Row, ...]]) -> Any:
-    """Prefer a mild step early to a harsh one late: a map of 4×4 that becomes 2×2 has lost what it had to say."""
-    return min(row.tokens_out / row.tokens_in for row in entry[1]), entry[0]
-
-
-def _batches(sites: Sites, config: LTMConfig, change: int) -> Iterator[list[Option]]:
-    budgets = _budgets(sites, config)
-    lowest: Option = ((), 0)
-    for scope, budget in budgets.items():
+def _batches(
+    sites: Sites, config: LTMConfig, budgets: Mapping[str, Budget[Any]], change: int
+) -> Iterator[tuple[Budget[Any], list[Option]]]:
+    """Go through the plans of each scope, then through those of two scopes together."""
+    cheapest: Option = ((), 0)
+    for name, budget in budgets.items():
         for batch in budget.search(change):
-            yield batch
-            if scope == "FLOW":
-                lowest = min([lowest, *batch], key=lambda option: option[1])
-    beside = [site for site in sites.found if isinstance(site, LocalSite)]
-    if config.scope is None and lowest[0] and beside:
-        # blocks before the first that is cut merge for themselves: costs add up
-        for batch in LocalBudget(sites, config, beside).search(change - lowest[1]):
-            yield [((*rows, *lowest[0]), macs + lowest[1]) for rows, macs in batch]
-
-
-def _finish(sites: Sites, config: LTMConfig, rows: tuple[Row, ...]) -> MergePlan:
-    return MergePlan(
-        rows=rows,
-        config=config,
-        macs_original=sites.total_macs,
-        macs=sites.total_macs + _change(sites, config, rows),
-        unmerge=any(row.scope == "FLOW" for row in rows) and not any(row.action == "slice" for row in rows),
-        input_size=sites.input_size,
-        fixed_inputs=sites.fixed_inputs,
-        classes=sites.ending.classes,
-        readouts=sites.ending.readouts,
-        base=sites.base,
-    )
+            yield budget, batch
+            if name == FLOW.name:
+                cheapest = min([cheapest, *batch], key=lambda option: option[1])
+    # Where FLOW at its cheapest is too dear, blocks that it cannot cut merge for themselves beside it: costs add up.
+    rest = LOCAL.budget(replace(sites, alternatives=()), config)
+    if config.scope is None and cheapest[0] and rest is not None:
+        for batch in rest.search(change - cheapest[1]):
+            yield rest, [((*rows, *cheapest[0]), macs + cheapest[1]) for rows, macs in batch]

@@ -15,7 +15,8 @@ import yaml
 from torch import nn
 
 from ltm_retrofit.config import LTMConfig, Strict, check_keys
-from ltm_retrofit.convert import get_plan, retrofit
+from ltm_retrofit.convert import retrofit
+from ltm_retrofit.converted.record import get_plan
 from ltm_retrofit.errors import CheckpointError, DataError, RecipeError
 from ltm_retrofit.finding.example import prepare_example, run
 from ltm_retrofit.finding.proofs import all_equal
@@ -25,10 +26,9 @@ from ltm_retrofit.reporting.pictures import show_merges
 from ltm_retrofit.reporting.report import Report, measure
 from ltm_retrofit.saving.load import find_model, from_pretrained
 from ltm_retrofit.saving.save import save_pretrained
-from ltm_retrofit.tuning.data import check_same_classes, classes_in
-from ltm_retrofit.tuning.evaluate import evaluate
-from ltm_retrofit.tuning.heads import set_classes
-from ltm_retrofit.tuning.processes import checkpoints_beside, is_main
+from ltm_retrofit.tuning.checkpoints import checkpoints_beside
+from ltm_retrofit.tuning.classes import check_same_classes, classes_in, evaluate, set_classes
+from ltm_retrofit.tuning.processes import is_main
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.tuning.sources import DataSection, load_split
 from ltm_retrofit.tuning.train import finetune

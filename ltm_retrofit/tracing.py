@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.converted.classifier import follow_head
-from ltm_retrofit.converted.record import forwards_of, get_retrofit, masks_of
+from ltm_retrofit.converted.classifier import follow_classifier
+from ltm_retrofit.converted.record import forwards_of, get_retrofit, learns, masks_of
 from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.merging.statistics import of_all_ranks
-from ltm_retrofit.merging.tokens import Step, accumulated, carried_by
-from ltm_retrofit.scopes.flow.forward import BlockForward
-from ltm_retrofit.scopes.masks import LEARNABLE
+from ltm_retrofit.merging.tokens import Step, accumulated
+from ltm_retrofit.scopes import rules_of
 
 #: images that statistics learn from at once: at small batches learning from each would be a twentieth of a step
 TOGETHER = 128
@@ -30,6 +29,15 @@ class MergeTrace:
 
     ``sites`` and ``steps`` go together, in the plan's order (the final slice is no step); ``features`` is what each
     module of the classifier read, ``(B, D)`` each.
+
+    Example:
+        >>> import timm, torch, ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> model = ltm.retrofit(model, ltm.LTMConfig(tokens=(12, 9)))
+        >>> with ltm.trace(model) as traced:
+        ...     logits = model(torch.randn(2, 3, 32, 32))
+        >>> traced.sites, traced.assignment(1).shape, traced.feature.shape
+        (('blocks.1', 'blocks.2'), torch.Size([2, 17, 9]), torch.Size([2, 192]))
     """
 
     model: nn.Module
@@ -54,10 +62,10 @@ class MergeTrace:
             TrainingError: where no forward pass was traced yet.
         """
         self._check()
-        if self.scopes[index] != "FLOW":
-            return self.steps[index].assignment.dense()
-        flow = [step for step, scope in zip(self.steps[: index + 1], self.scopes, strict=False) if scope == "FLOW"]
-        return accumulated(tuple(flow))
+        scope, so_far = self.scopes[index], self.steps[: index + 1]
+        if not rules_of(scope).stays:
+            return so_far[-1].assignment.dense()
+        return accumulated(tuple(step for step, own in zip(so_far, self.scopes, strict=False) if own == scope))
 
     @property
     def feature(self) -> Tensor:
@@ -88,17 +96,21 @@ def trace(model: nn.Module) -> Iterator[MergeTrace]:
     Raises:
         NotRetrofitted: where the model is not converted.
         UnsupportedBlock: where its classifier was replaced by one that reads tokens that are gone.
+
+    Example:
+        >>> import timm, torch, ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> with ltm.trace(ltm.retrofit(model)) as traced:
+        ...     logits = model(torch.randn(2, 3, 32, 32))
+        >>> len(traced.steps) == len(traced.sites)
+        True
     """
-    get_retrofit(model)
-    follow_head(model)
+    follow_classifier(model)
     plan = get_retrofit(model).plan
-    rows = [row for row in plan.rows if row.action == "merge"]
+    rows = [row for row in plan.rows if not row.slices]
     traced = MergeTrace(model, tuple(row.site for row in rows), tuple(row.scope for row in rows))
     forwards = list(forwards_of(model))
-    flow = [forward for forward in forwards if isinstance(forward, BlockForward)]
-    names = tuple(row.site for row in rows if row.scope == "FLOW")
-    handles = [forward.block.register_forward_hook(partial(_keep_steps, traced, names)) for forward in flow[-1:]]
-    handles += [
+    handles = [
         model.get_submodule(name).register_forward_pre_hook(partial(_keep_feature, traced, name))
         for name in plan.readouts
     ]
@@ -118,25 +130,14 @@ def _begin(traced: MergeTrace, model: nn.Module, args: Any) -> None:
     traced.by_site.clear()
 
 
-def _keep_steps(traced: MergeTrace, names: tuple[str, ...], block: nn.Module, args: Any, output: Any) -> None:
-    carried = carried_by(output) if isinstance(output, Tensor) else None
-    traced.by_site.update(zip(names, carried.steps if carried is not None else (), strict=False))
-
-
 def _keep_feature(traced: MergeTrace, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     traced.features[name] = args[0]
 
 
 def bound_loss(
-    traced: MergeTrace,
-    labels: Tensor,
-    *,
-    sites: float = 0.0,
-    kind: str = "ceb",
-    gamma: float | None = None,
-    learn: bool = True,
+    traced: MergeTrace, labels: Tensor, *, kind: str = "ceb", gamma: float | None = None, learn: bool = True
 ) -> Tensor:
-    """Return CEB_γ (METHOD, "Against collapse") at the feature that the classifier reads, in nats.
+    """Return CEB_γ (docs/method.md, "Against collapse") at the feature that the classifier reads, in nats.
 
     In training mode it also learns the statistics of the feature and of every site from this batch: it fits them as
     soon as it has seen enough images, and is a differentiable zero before. In distributed training every process calls
@@ -145,7 +146,6 @@ def bound_loss(
     Args:
         traced: the trace of a forward pass on these images.
         labels: class indices ``(B,)``, or soft labels ``(B, C)`` summing to one.
-        sites: weight of the mean bound on each site's own descriptor, added to the feature's.
         kind: ``"ceb"``, or ``"ibb"``, the part of Wang & Yang's bound that depends on the features.
         gamma: γ of CEB_γ instead of the statistics' own.
         learn: whether the statistics learn right away. With gradient checkpointing they must not before the backward
@@ -154,40 +154,72 @@ def bound_loss(
     Raises:
         DataError: where labels do not fit the classes that the model was converted with.
         TrainingError: where nothing was traced, or there is no learnable mask or no classifier.
+
+    Example:
+        >>> import timm, torch, ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 3])
+        >>> with ltm.trace(ltm.retrofit(model).train()) as traced:
+        ...     loss = torch.nn.functional.cross_entropy(model(images), labels)
+        >>> bound = ltm.bound_loss(traced, labels)  # zero until 256 images were seen
+        >>> (loss + 0.1 * bound).backward()
     """
-    kept = get_retrofit(traced.model)
-    feature = traced.feature
+    targets = _targets(traced, labels)
+    readout = get_retrofit(traced.model).readout
+    assert readout is not None
+    loss = readout.bound(traced.feature, targets, kind, gamma)
+    if learn:
+        _learn(traced, targets)
+    return loss
+
+
+def learn_from(traced: MergeTrace, labels: Tensor) -> None:
+    """Let the statistics of the feature and of every site learn from a traced batch, in training mode only.
+
+    `bound_loss` does so by itself. Only with gradient checkpointing this is called after the backward pass, and
+    `bound_loss` with ``learn=False`` before it.
+
+    Args:
+        traced: the trace of a forward pass on these images.
+        labels: class indices ``(B,)``, or soft labels ``(B, C)`` summing to one.
+
+    Raises:
+        DataError, TrainingError: as `bound_loss` does.
+
+    Example:
+        >>> import timm, torch, ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> model.set_grad_checkpointing()
+        >>> images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 3])
+        >>> with ltm.trace(ltm.retrofit(model).train()) as traced:
+        ...     loss = torch.nn.functional.cross_entropy(model(images), labels)
+        >>> (loss + 0.1 * ltm.bound_loss(traced, labels, learn=False)).backward()
+        >>> ltm.learn_from(traced, labels)
+    """
+    _learn(traced, _targets(traced, labels))
+
+
+def _targets(traced: MergeTrace, labels: Tensor) -> Tensor:
+    """Return soft labels ``(B, C)`` beside the traced feature."""
+    kept, feature = get_retrofit(traced.model), traced.feature
     if kept.readout is None:
         raise TrainingError(f"method {kept.plan.config.method!r} has no mask to train, so there is no bound")
     targets = soft_targets(labels, kept.plan.classes).to(feature.device)
     if len(targets) != len(feature):
         raise DataError(f"{len(targets)} labels for {len(feature)} traced images: trace the batch that they belong to")
-    loss = kept.readout.bound(feature, targets, kind, gamma)
-    if sites:
-        for mask, descriptor in _descriptors(traced, len(targets)):
-            share = sites / len(traced.sites)
-            loss = loss + share * mask.statistics.bound(descriptor, targets, kind, gamma)
-    if learn:
-        learn_from(traced, targets)
-    return loss
+    return targets
 
 
 @torch.no_grad()
-def learn_from(traced: MergeTrace, targets: Tensor) -> None:
-    """Let the statistics of the feature and of every site learn from a traced batch, in training mode only."""
-    kept = get_retrofit(traced.model)
-    if not traced.model.training or kept.readout is None:
+def _learn(traced: MergeTrace, targets: Tensor) -> None:
+    readout = get_retrofit(traced.model).readout
+    if not traced.model.training or readout is None:
         return
-    for mask, descriptor in _descriptors(traced, len(targets)):
-        mask.statistics.update(*of_all_ranks(descriptor, targets), together=TOGETHER)
-    kept.readout.update(*of_all_ranks(traced.feature, targets), together=TOGETHER)
-
-
-def _descriptors(traced: MergeTrace, images: int) -> Iterator[tuple[Any, Tensor]]:
-    """Return each site's mask and its descriptor of each image ``(B, D)``."""
-    masks = masks_of(traced.model)
+    masks: dict[str, Any] = masks_of(traced.model)
     for name, step in zip(traced.sites, traced.steps, strict=True):
-        mask = masks[name]
-        assert isinstance(mask, LEARNABLE) and step.descriptor is not None
-        descriptor = step.descriptor  # of each sequence: an image may have several (windows)
-        yield mask, descriptor.reshape(images, -1, descriptor.shape[-1]).mean(dim=1)
+        if learns(masks[name]):
+            assert step.descriptor is not None
+            # of each sequence: an image may have several (windows), and has one label
+            own = step.descriptor.reshape(len(targets), -1, step.descriptor.shape[-1]).mean(dim=1)
+            masks[name].statistics.update(*of_all_ranks(own, targets), together=TOGETHER)
+    readout.update(*of_all_ranks(traced.feature, targets), together=TOGETHER)

@@ -1,4 +1,4 @@
-"""Run a model and leave it as it was found."""
+"""How is a model run and left as it was found?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(model: nn.Module, example: Tensor | Mapping[str, Any]) -> Any:
 
 
 def takes_keywords(model: nn.Module, names: Iterable[str]) -> bool:
-    """Say whether these are names of arguments; else a dict with them can only be the first argument itself."""
+    """Say whether these are names of arguments; otherwise a dict with them can only be the first argument."""
     parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.POSITIONAL_ONLY]
     named = [p.name for p in parameters]
     return (
@@ -37,7 +37,13 @@ def takes_keywords(model: nn.Module, names: Iterable[str]) -> bool:
 
 
 def remembered(model: nn.Module) -> Callable[[], None]:
-    """Note all that hangs on a model: attributes, children, parameters, hooks, not values; return what puts it back."""
+    """Note all that hangs on a model: attributes, children, parameters, hooks, not values.
+
+    Returns:
+        a function that puts all of it back.
+    """
+    # Two levels: the dict of each module, and the dicts and lists in it (children, hooks, caches), which a module
+    # changes in place.
     states = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
     containers = [(value, copy(value)) for _, saved in states for value in saved.values() if type(value) in _CONTAINERS]
 
@@ -57,11 +63,12 @@ def remembered(model: nn.Module) -> Callable[[], None]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run a model in eval mode, without short cuts, and put back what that changes: the model and the random state.
 
-    A forward pass in eval mode writes more than one would think: attention-bias caches (LeViT, TinyViT), the hooks by
-    which transformers records hidden states, and fvcore leaves its own hooks behind when a trace fails. So all that
-    hangs on a module is noted, not a list of known culprits.
+    A forward pass in eval mode writes more than one would think: caches of attention biases (LeViT, TinyViT), hooks by
+    which transformers records hidden states. fvcore leaves its own hooks behind when a trace fails. So all that hangs
+    on a module is noted, not a list of known culprits.
     """
     put_back = remembered(model)
+    # Parameters need no copy: no forward pass writes into them.
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     for module in model.modules():
         if module._compiled_call_impl is not None:
@@ -80,7 +87,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_numbers_kept(model: nn.Module) -> Iterator[None]:
-    """Put the random state back, on the CPU and where the model lives; Python's and NumPy's, too."""
+    """Put the random state back, on the CPU and where the model lives; Python's and NumPy's as well."""
     python, arrays = random.getstate(), np.random.get_state()
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
@@ -97,8 +104,8 @@ def random_numbers_kept(model: nn.Module) -> Iterator[None]:
 def slow_path() -> Iterator[None]:
     """Switch off two short cuts while counting.
 
-    The fast path of `nn.MultiheadAttention` is one opaque operator that hides its products from both counters, and a
-    weight that autocast has cast and kept from one pass is a constant to the next, which a trace refuses.
+    The fast path of `nn.MultiheadAttention` is one opaque operator that hides its products from both counters. A weight
+    that autocast has cast in one pass and kept is a constant in the next, which a trace refuses.
     """
     fast, cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -18,7 +18,7 @@ from PIL import Image
 
 import ltm_retrofit as ltm
 from ltm_retrofit import cli
-from ltm_retrofit.convert import was_finetuned
+from ltm_retrofit.converted.record import was_finetuned
 
 COMMANDS = ("inspect", "convert", "finetune", "report", "run")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
@@ -117,7 +117,7 @@ def test_inspect_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_inspect_gives_the_reason_of_what_is_left_out(monkeypatch, build, capsys) -> None:
-    """A block that branches on its input's values cannot be traced, and the others suffer with it."""
+    """A block that branches on its input's values has no graph, and the others suffer with it."""
     model = build("timm-vit")
     block = model.blocks[3]
     plain = type(block).forward
@@ -125,7 +125,7 @@ def test_inspect_gives_the_reason_of_what_is_left_out(monkeypatch, build, capsys
         "Odd", (type(block),), {"forward": lambda self, x: plain(self, x) if float(x.sum()) < 1e9 else x}
     )
     sites = ltm.find_sites(model)
-    assert any(name.startswith("blocks.3") and "cannot be traced" in why for name, why in sites.narrowed.items())
+    assert any(name.startswith("blocks.3") and "has no FX graph" in why for name, why in sites.narrowed.items())
 
     monkeypatch.setattr("ltm_retrofit.saving.load.find_model", lambda name: (model, "made here"))
     assert cli.main(["inspect", "odd"]) == 0

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import ltm_retrofit as ltm
 from ltm_retrofit import convert
-from ltm_retrofit.config import METHODS
 from ltm_retrofit.errors import (
     AlreadyRetrofitted,
     BudgetError,
@@ -28,8 +27,11 @@ from ltm_retrofit.errors import (
     UnsupportedBlock,
 )
 from ltm_retrofit.finding.example import tensors_of
+from ltm_retrofit.merging.methods import method_names
+from ltm_retrofit.scopes import flow
 
 torch.set_num_threads(1)
+METHODS = method_names()
 _SITES: dict = {}
 _PLANS: dict = {}
 
@@ -150,7 +152,7 @@ def test_a_failed_conversion_leaves_no_trace(build, images, monkeypatch, family,
     elif reason == "identity":
         monkeypatch.setattr(convert, "all_equal", lambda *_: False)
     elif reason == "build":
-        monkeypatch.setattr(convert, "flow_mask", refuse)
+        monkeypatch.setattr(flow, "make_mask", refuse)
     elif reason == "interrupt":
         error = KeyboardInterrupt
 

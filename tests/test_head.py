@@ -139,7 +139,7 @@ def test_the_bound_is_of_the_classes_of_a_head_that_was_replaced(name, how):
     for _ in range(2):
         with ltm.trace(model) as traced:
             model(images)
-        loss = ltm.bound_loss(traced, labels, sites=1.0)
+        loss = ltm.bound_loss(traced, labels)
     assert float(loss.detach()) > 0 and ltm.get_plan(model).classes == 11
     loss.backward()
 

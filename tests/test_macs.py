@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 import timm
@@ -146,6 +147,13 @@ class TestExamples:
 
     def test_keyword_arguments(self) -> None:
         assert count_macs(Calls(lambda x: {"a": [x, None], "b": 3}), {"x": TOKENS}).total == LINEAR
+
+    def test_an_output_that_hides_its_tensors(self) -> None:
+        @dataclass
+        class Output:
+            logits: Tensor
+
+        assert count_macs(Calls(lambda x: Output(x @ x.mT)), TOKENS).total == LINEAR + 2 * 5 * 5 * 8
 
     @pytest.mark.parametrize("in_place", [False, True], ids=["wrapped", "in_place"])
     def test_compiled(self, in_place: bool) -> None:

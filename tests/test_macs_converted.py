@@ -54,6 +54,6 @@ def test_size_aware_attention_is_found_and_works_fused_or_not(family: str, build
 def test_vit_small_at_its_native_size() -> None:
     model = timm.create_model("vit_small_patch16_224").eval()
     plan = ltm.get_plan(ltm.retrofit(model, ltm.LTMConfig(flops=0.65)))
-    assert plan.macs_original == 4_598_882_304  # checked against the closed form in test_flops.py
+    assert plan.macs_original == 4_598_882_304  # checked against the closed form in test_macs.py
     assert count_macs(model, torch.randn(1, 3, 224, 224)).total == plan.macs
     assert 0.63 <= plan.share <= 0.65

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ltm_retrofit as ltm
-from ltm_retrofit.config import METHODS
 from ltm_retrofit.errors import BaseMismatch, BudgetError, CountError, RecipeError, UnsupportedBlock
 from ltm_retrofit.macs import count_macs
+from ltm_retrofit.merging.methods import method_names
 from ltm_retrofit.plan import TOLERANCE, MergePlan
 
 torch.set_num_threads(1)
+METHODS = method_names()
 _SITES: dict = {}
 
 

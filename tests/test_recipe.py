@@ -31,7 +31,6 @@ from ltm_retrofit.recipe import (
 )
 from ltm_retrofit.tuning import sources
 from ltm_retrofit.tuning.data import is_stream
-from ltm_retrofit.tuning.digits import load_canvases
 from ltm_retrofit.tuning.loop import Run
 from ltm_retrofit.tuning.settings import TrainConfig
 
@@ -258,14 +257,14 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     def few(split: str, *, per_digit: int, seed: int = 0):
         table = _CANVASES.get(split)
         if table is None:
-            table = _CANVASES[split] = load_canvases(split, per_digit=1, seed=0)
+            table = _CANVASES[split] = ltm.load_digits(split, per_digit=1, seed=0)
         assert per_digit == 1
         labels, chosen = table["label"][:], []
         for digit in range(10):
             chosen += [index for index, label in enumerate(labels) if label == digit][: 3 if split == "test" else 4]
         return table.select(chosen)
 
-    monkeypatch.setattr(sources, "load_canvases", few)
+    monkeypatch.setattr(sources, "load_digits", few)
     monkeypatch.setattr(recipes, "measure", lambda model: ltm.measure(model, batches=(1,), rounds=2))
 
 

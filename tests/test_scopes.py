@@ -18,10 +18,12 @@ from zoo_timm import TIMM
 
 import ltm_retrofit as ltm
 from ltm_retrofit.converted.record import forwards_of, masks_of
-from ltm_retrofit.finding.call import gather_rows
+from ltm_retrofit.finding.call import gather_entries
 from ltm_retrofit.macs import count_macs
-from ltm_retrofit.merging.grid import CropGrid, GridMask, PoolGrid
-from ltm_retrofit.scopes.flow.forward import BlockForward
+from ltm_retrofit.merging.mask import GridMask
+from ltm_retrofit.merging.pool import PoolGrid
+from ltm_retrofit.merging.slice import CropGrid
+from ltm_retrofit.scopes.flow.forward import FlowForward
 from ltm_retrofit.scopes.grid.forward import GridForward
 from ltm_retrofit.scopes.local.forward import LocalForward
 
@@ -50,7 +52,7 @@ def test_a_scope_can_be_forced(name, scope):
     before = [tensor.shape for tensor in call(model, example)]
     convert(model, example, flops=0.9, scope=scope)
     assert scopes(model) == {scope}
-    kinds = {"FLOW": BlockForward, "GRID": GridForward, "LOCAL": LocalForward}
+    kinds = {"FLOW": FlowForward, "GRID": GridForward, "LOCAL": LocalForward}
     assert {type(forward) for forward in forwards_of(model)} == {kinds[scope]}
     assert count_macs(model, example).total == ltm.get_plan(model).macs
     assert [tensor.shape for tensor in call(model, example)] == before
@@ -104,16 +106,16 @@ def test_rows_follow_their_tokens(name):
         handle.remove()
         tokens, followers, _ = site.signature.split(site.block, *calls[0])
         count, prefix = tokens.shape[1], site.layout.prefix
-        head = site.halves[False, False].head
+        front = site.halves[False, False].front
         order = torch.cat(
             [torch.arange(prefix), prefix + torch.randperm(count - prefix, generator=torch.Generator().manual_seed(2))]
         )
-        rows = tuple(gather_rows(value, count, order.expand(len(tokens), -1)) for value in followers)
-        whole, _ = head(block, tokens, None, followers)
-        moved, _ = head(block, tokens[:, order], None, rows)
+        entries = tuple(gather_entries(value, count, order.expand(len(tokens), -1)) for value in followers)
+        whole, _ = front(block, tokens, None, followers)
+        moved, _ = front(block, tokens[:, order], None, entries)
         near([moved], [whole[:, order]])
-        unmoved, _ = head(block, tokens[:, order], None, followers)
-        assert not torch.allclose(unmoved, whole[:, order], rtol=1e-4, atol=1e-5)  # the rows matter
+        unmoved, _ = front(block, tokens[:, order], None, followers)
+        assert not torch.allclose(unmoved, whole[:, order], rtol=1e-4, atol=1e-5)  # the entries matter
 
 
 # ------------------------------------------------------------------------------------------------- LOCAL: equal tokens
@@ -184,7 +186,7 @@ def test_tokens_of_one_cell_do_not_see_another_cell(name):
     convert(model, example, flops=0.9, scope="LOCAL")
     forward = next(f for f in forwards_of(model) if isinstance(f, LocalForward) and f.first)
     cells = forward.cells(forward.layout.tokens, () if forward.order == "BNC" else forward.layout.grid)
-    if cells.per_row < 2:
+    if cells.per_sequence < 2:
         pytest.skip("one cell holds all tokens")
     shape = (1, forward.layout.tokens, forward.dim)
     tokens = torch.randn(shape, generator=torch.Generator().manual_seed(1))

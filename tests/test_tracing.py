@@ -80,46 +80,29 @@ def test_the_feature_is_what_the_classifier_reads(build, name, width):
     torch.testing.assert_close(torch.stack(heads).mean(dim=0), logits)
 
 
-@pytest.mark.parametrize("sites", [0.0, 1.0])
-def test_before_a_fit_the_bound_is_a_zero_that_can_be_differentiated(model, sites):
+def test_before_a_fit_the_bound_is_a_zero_that_can_be_differentiated(model):
     images, labels = draw(3)
     with ltm.trace(model) as traced:
         model(images)
-        loss = ltm.bound_loss(traced, labels, sites=sites)
+        loss = ltm.bound_loss(traced, labels)
     assert float(loss.detach()) == 0 and loss.ndim == 0
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients and all(bool((gradient == 0).all()) for gradient in gradients)
 
 
-@pytest.mark.parametrize("sites", [0.0, 1.0])
-def test_after_a_fit_the_bound_is_positive_and_teaches_every_mask(model, sites):
+def test_after_a_fit_the_bound_is_positive_and_teaches_every_mask(model):
     fit(model)
     assert all(bool(mask.statistics.fitted) for mask in masks(model)) and bool(model.ltm.readout.fitted)
     images, labels = draw(8, 3)
     with ltm.trace(model) as traced:
         model(images)
-        loss = ltm.bound_loss(traced, labels, sites=sites)
+        loss = ltm.bound_loss(traced, labels)
     assert float(loss.detach()) > 0
     loss.backward()
     for mask in masks(model):
         for name, parameter in mask.named_parameters():
             assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0, name
-
-
-def test_site_bounds_are_added_with_their_weight(model):
-    fit(model)
-    model.eval()
-    images, labels = draw(4, 3)
-    with ltm.trace(model) as traced, torch.no_grad():
-        model(images)
-        plain, half, whole = (float(ltm.bound_loss(traced, labels, sites=weight)) for weight in (0.0, 0.5, 1.0))
-        own = [
-            float(mask.statistics.bound(step.descriptor, F.one_hot(labels, CLASSES).float()))
-            for mask, step in zip(masks(model), traced.steps, strict=True)
-        ]
-    assert whole - plain == pytest.approx(sum(own) / len(own), rel=1e-4)
-    assert half - plain == pytest.approx((whole - plain) / 2, rel=1e-4)
 
 
 def test_soft_labels_that_are_hard_count_the_same_and_mixtures_lie_between(model):

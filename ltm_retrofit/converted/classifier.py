@@ -1,10 +1,10 @@
-"""A head that changes after conversion: is it still served by the tokens that are left, and what is known of it?"""
+"""A classifier that changes after conversion: do the tokens that are left still serve it, and what is known of it?"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,26 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.converted.record import BlockForward, forwards_of, get_retrofit, in_mode, masks_of
+from ltm_retrofit.converted.guards import watch_pooling
+from ltm_retrofit.converted.record import forwards_of, get_retrofit, in_mode, learns, masks_of
 from ltm_retrofit.converted.resizing import at_planned_size
 from ltm_retrofit.errors import ExampleError, UnsupportedBlock
 from ltm_retrofit.finding.example import Example, home, make_example, run, tensors_of
 from ltm_retrofit.finding.proofs import all_close
 from ltm_retrofit.finding.recording import Recording, record
-from ltm_retrofit.finding.settings import settings_of
 from ltm_retrofit.macs import count_macs_quick
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.plan import MergePlan
-from ltm_retrofit.scopes.masks import LEARNABLE
-from ltm_retrofit.scopes.watch import PoolingWatch, unwatch, watch
+from ltm_retrofit.scopes.base import Interceptor
 from ltm_retrofit.undisturbed import remembered, undisturbed
 
-#: timm's method that gives a model another head
+#: timm's method that gives a model another classifier
 RESET = "reset_classifier"
 
 
 class Reset:
-    """Stands in for a host's ``reset_classifier``: what the conversion knows follows the head, or nothing changes.
+    """Stands in for a host's ``reset_classifier``: what the conversion knows follows, or nothing changes.
 
     Args:
         model: the converted model.
@@ -47,14 +46,14 @@ class Reset:
         return inspect.signature(getattr(type(self.owner), RESET).__get__(self.owner))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Give the model another head.
+        """Give the model another classifier.
 
         Raises:
-            UnsupportedBlock: where the new head reads tokens that are gone; the model is as it was.
+            UnsupportedBlock: where the new one reads tokens that are gone; the model is as it was.
         """
         if torch.is_inference_mode_enabled():
             raise UnsupportedBlock(
-                f"{RESET} of a converted {type(self.model).__name__} proves anew what the head reads, which "
+                f"{RESET} of a converted {type(self.model).__name__} proves anew what the classifier reads, which "
                 "torch.inference_mode() does not allow: call it outside of inference_mode; torch.no_grad() does no harm"
             )
         with _all_or_nothing(self.model), in_mode(self.model, "merge"):
@@ -63,31 +62,31 @@ class Reset:
         return result
 
 
-def guard_head(model: nn.Module) -> None:
-    """Let a newly converted model's record follow its head, and its sliced block see how tokens are pooled."""
-    for owner in _owners(model):
-        if RESET not in owner.__dict__:
+def guard_classifier(model: nn.Module) -> None:
+    """Let a newly converted model's record follow its classifier."""
+    converted = {forward.block for forward in forwards_of(model)}
+    for owner in model.modules():
+        own = RESET in owner.__dict__ or not callable(getattr(type(owner), RESET, None))
+        if not own and not converted.isdisjoint(owner.modules()):
             owner.__dict__[RESET] = Reset(model, owner)
-    _watch_pooling(model)
 
 
-def unguard_head(model: nn.Module) -> None:
-    """Take away what `guard_head` put on modules."""
+def unguard_classifier(model: nn.Module) -> None:
+    """Undo `guard_classifier`."""
     for module in model.modules():
-        unwatch(module, PoolingWatch)
         if isinstance(module.__dict__.get(RESET), Reset):
             del module.__dict__[RESET]
 
 
-def follow_head(model: nn.Module, *, thorough: bool = False) -> None:
-    """Let a converted model's record follow a head that was replaced by hand; nothing happens where none was.
+def follow_classifier(model: nn.Module, *, thorough: bool = False) -> None:
+    """Let a converted model's record follow a classifier that was replaced by hand; otherwise nothing happens.
 
     Args:
         model: the converted model.
-        thorough: also look for a head where there was none, which takes forward passes.
+        thorough: also look for a classifier where there was none, which takes forward passes.
 
     Raises:
-        UnsupportedBlock: where the head reads tokens that are gone.
+        UnsupportedBlock: where the classifier reads tokens that are gone.
     """
     plan = get_retrofit(model).plan
     same = all(_width(model, name) == plan.classes for name in plan.readouts)
@@ -105,9 +104,9 @@ def _width(model: nn.Module, name: str) -> int:
     return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 0
 
 
-def make_readout(model: nn.Module, plan: MergePlan) -> Statistics | None:
-    """Make the statistics of the feature that the classifier reads; None where nothing learns, or nobody reads."""
-    if plan.config.method != "ltm" or not plan.readouts or all(row.action != "merge" for row in plan.rows):
+def make_readout(model: nn.Module, plan: MergePlan, masks: Iterable[nn.Module]) -> Statistics | None:
+    """Make the statistics of the feature that the classifier reads; None where no mask learns, or nobody reads."""
+    if not plan.readouts or not any(map(learns, masks)):
         return None
     width = sum(model.get_submodule(name).get_parameter("weight").shape[1] for name in plan.readouts)
     return Statistics(width, plan.classes, plan.clusters).to(home(model)[0])
@@ -124,36 +123,11 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _owners(model: nn.Module) -> Iterator[nn.Module]:
-    """Return the modules around converted blocks that have a ``reset_classifier``."""
-    converted = {forward.block for forward in forwards_of(model)}
-    for module in model.modules():
-        if callable(getattr(type(module), RESET, None)) and not converted.isdisjoint(module.modules()):
-            yield module
-
-
-def _sliced(model: nn.Module) -> Iterator[BlockForward]:
-    """Return the block that leaves only prefix tokens, where there is one."""
-    for forward in forwards_of(model):
-        if isinstance(forward, BlockForward) and forward.keep is not None:
-            yield forward
-
-
-def _watch_pooling(model: nn.Module) -> None:
-    """Have the modules around the sliced block watched for how they pool, as far as an attribute of theirs says so."""
-    for forward in _sliced(model):
-        parents = [forward.name[:end] for end, letter in enumerate(f"{forward.name}.") if letter == "."][:-1]
-        for module in map(model.get_submodule, ["", *parents]):
-            unwatch(module, PoolingWatch)
-            if settings := tuple((name, value) for name, value in settings_of(module).items() if "pool" in name):
-                watch(module, PoolingWatch(settings, forward.name))
-
-
 def _follow(model: nn.Module) -> None:
     """Prove the ending anew, then put the plan, the statistics and the counts right."""
     kept = get_retrofit(model)
     example = make_example(kept.plan.input_size, kept.plan.fixed_inputs, model)
-    _watch_pooling(model)
+    watch_pooling(model)
     served, recording = _record(model, example)
     _prove_ending(served, example, recording.output)
     classes, readouts = recording.classifier()
@@ -172,18 +146,18 @@ def _record(model: nn.Module, example: Example) -> tuple[nn.Module, Recording]:
             return model, record(model, example)
     except ExampleError as error:
         if (twin := at_planned_size(model)) is None:
-            raise UnsupportedBlock(f"with this head it no longer runs on its plan's inputs: {error}") from error
+            raise UnsupportedBlock(f"with this classifier it no longer runs on its plan's inputs: {error}") from error
     with in_mode(twin, "original"):
         return twin, record(twin, example)
 
 
 def _prove_ending(model: nn.Module, example: Example, expected: Any) -> None:
-    """Prove that the head makes of merged tokens what it should, and reads none of those that are sliced off."""
+    """Prove that the classifier makes of merged tokens what it should, and reads none of those that are sliced off."""
     try:
         with undisturbed(model), torch.no_grad():
             given = run(model, example)
-            wholes = [_run_whole(model, example, forward) for forward in _sliced(model)]
-    except Exception as error:  # whatever a head does that wants tokens where there are none
+            wholes = [_run_whole(model, example, forward) for forward in forwards_of(model) if forward.keep is not None]
+    except Exception as error:  # whatever a classifier does that wants tokens where there are none
         raise UnsupportedBlock(_refusal(model, f"{type(error).__name__}: {error}")) from error
     ours, theirs = ([tuple(tensor.shape) for tensor in tensors_of(output)] for output in (given, expected))
     if ours != theirs:
@@ -192,8 +166,8 @@ def _prove_ending(model: nn.Module, example: Example, expected: Any) -> None:
         raise UnsupportedBlock(_refusal(model, "its output depends on tokens that the last block slices off"))
 
 
-def _run_whole(model: nn.Module, example: Example, forward: BlockForward) -> Any:
-    """Run without the slice, what it would take away being NaN: who reads that shows it."""
+def _run_whole(model: nn.Module, example: Example, forward: Interceptor) -> Any:
+    """Run without the slice, with NaN in place of what it would take away: a classifier that reads that shows it."""
     keep, forward.keep = forward.keep, None
     handle = forward.block.register_forward_hook(partial(_poison, keep))
     try:
@@ -211,23 +185,23 @@ def _poison(keep: int | None, block: nn.Module, args: Any, output: Tensor) -> Te
 
 def _refusal(model: nn.Module, reason: str) -> str:
     return (
-        f"this head does not fit what the conversion of {type(model).__name__} leaves of the tokens ({reason}): keep "
-        "the pooling that it was converted with, or call ltm_retrofit.restore(model), change the head and retrofit "
-        "again, or convert with output_tokens='full'"
+        f"this classifier does not fit what the conversion of {type(model).__name__} leaves of the tokens ({reason}): "
+        "keep the pooling that it was converted with, or call ltm_retrofit.restore(model), change the classifier and "
+        "retrofit again, or convert with output_tokens='full'"
     )
 
 
 def _renew_statistics(model: nn.Module, plan: MergePlan) -> None:
     """Start statistics anew where they are of other classes or of another feature."""
-    kept, fresh = get_retrofit(model), make_readout(model, plan)
+    kept, masks = get_retrofit(model), list[Any](masks_of(model).values())
+    fresh = make_readout(model, plan, masks)
     if _shapes(kept.readout) != _shapes(fresh):
         kept.readout = fresh if fresh is None else fresh.train(kept.training)
-    for mask in masks_of(model).values():
-        if isinstance(mask, LEARNABLE):
-            clusters, dim = mask.statistics.centroids.shape
-            other = Statistics(dim, max(1, plan.classes), clusters)
-            if _shapes(mask.statistics) != _shapes(other):
-                mask.statistics = other.to(home(model)[0]).train(mask.training)
+    for mask in filter(learns, masks):
+        clusters, dim = mask.statistics.centroids.shape
+        other = Statistics(dim, max(1, plan.classes), clusters)
+        if _shapes(mask.statistics) != _shapes(other):
+            mask.statistics = other.to(home(model)[0]).train(mask.training)
 
 
 def _shapes(statistics: Statistics | None) -> tuple[torch.Size, ...]:

@@ -1,121 +1,25 @@
-"""What a converted model itself keeps and refuses, and how to find what was changed in it."""
+"""What a converted model keeps of its conversion, how its interceptors run, and who is converted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.converted.fingerprints import Fingerprint
-from ltm_retrofit.errors import NotRetrofitted, UnsupportedBlock
+from ltm_retrofit.errors import NotRetrofitted
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.scopes.base import CHILD, Interceptor, Record
-from ltm_retrofit.scopes.flow.forward import BlockForward
-from ltm_retrofit.scopes.local.forward import LocalForward
-
-__all__ = [
-    "CHILD",
-    "FINETUNED",
-    "BlockForward",
-    "Retrofit",
-    "allow_methods",
-    "forwards_of",
-    "get_retrofit",
-    "in_mode",
-    "load_state",
-    "masks_of",
-    "refuse_methods",
-]
 
 #: mark that `finetune` leaves on a model, so that no report calls fine-tuned weights the original's
 FINETUNED = "ltm_finetuned"
 
-#: methods of host models that lay every block's tokens out on the full grid
-GRID_METHODS = ("forward_intermediates", "get_intermediate_layers")
-#: methods of host models that take blocks away, and the plan's sites with them
-CUTTING_METHODS = ("prune_intermediate_layers",)
-
-
-class Refusal:
-    """Stands in for a host's method that a converted model cannot follow.
-
-    Passes on what `disabled` asks for, and a call that the model's own forward made while it was proven.
-
-    Args:
-        module: the model, or a part of it with converted blocks in it.
-        path: its name below the model.
-        name: the method's.
-    """
-
-    def __init__(self, module: nn.Module, path: str, name: str) -> None:
-        self.module, self.path, self.name = module, path, name
-        self.original: Callable[..., Any] | None = module.__dict__.get(name)  # a user's own
-        self.proven: list[Any] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse by name.
-
-        Raises:
-            UnsupportedBlock: where tokens are merged, and the call is none of the proven ones.
-        """
-        called = f"{self.path}.{self.name}".lstrip(".") + f" ({type(self.module).__name__})"
-        if self.name in CUTTING_METHODS:
-            raise UnsupportedBlock(
-                f"{called} takes blocks away, and the plan of a converted model would no longer fit it: call "
-                "ltm_retrofit.restore(model) first, and convert what is left"
-            )
-        modes = {forward.mode for forward in forwards_of(self.module)}
-        asked = [_described(args), {key: _described([value]) for key, value in kwargs.items()}]
-        if modes == {"identity"}:
-            self.proven.append(asked)
-        if "merge" not in modes or asked in self.proven:
-            return self.method(*args, **kwargs)
-        raise UnsupportedBlock(
-            f"{called} lays the tokens of every block out on the full grid, and a converted model has merged some "
-            "(output_hidden_states of transformers' wrapper of timm models calls it, too): convert with "
-            "output_tokens='full' and read the last tokens off forward_features, or call it within "
-            "`with ltm_retrofit.disabled(model):`"
-        )
-
-    @property
-    def method(self) -> Callable[..., Any]:
-        """The host's own method."""
-        if self.original is not None:
-            return self.original
-        method: Callable[..., Any] = getattr(type(self.module), self.name).__get__(self.module)
-        return method
-
-
-def _described(values: Iterable[Any]) -> list[Any]:
-    """Say what was given, one tensor like another."""
-    return [Tensor if isinstance(value, Tensor) else value for value in values]
-
-
-def refuse_methods(model: nn.Module) -> None:
-    """Refuse methods of a model, and of whatever in it holds converted blocks, that would give other results silently.
-
-    LOCAL blocks give every token back, so that those keep their maps.
-    """
-    for path, module in model.named_modules():
-        kinds = {type(forward) for forward in forwards_of(module)}
-        refused = (*CUTTING_METHODS, *(GRID_METHODS if kinds - {LocalForward} else ()))
-        for name in refused if kinds else ():
-            if callable(getattr(module, name, None)):
-                module.__dict__[name] = Refusal(module, path, name)
-
-
-def allow_methods(model: nn.Module) -> None:
-    """Undo `refuse_methods`."""
-    for module in model.modules():
-        for name, refusal in list(module.__dict__.items()):
-            if isinstance(refusal, Refusal):
-                del module.__dict__[name]
-                if refusal.original is not None:
-                    module.__dict__[name] = refusal.original
+#: shape, dtype and a checksum of an entry of a state dict
+Fingerprint = tuple[tuple[int, ...], str, int]
 
 
 class Retrofit(Record):
@@ -149,6 +53,9 @@ class Retrofit(Record):
         return f"{self.plan.config.method}, tokens {', '.join(map(str, self.plan.tokens))}"
 
 
+# ------------------------------------------------------------------------------------------------- who is converted
+
+
 def get_retrofit(model: nn.Module) -> Retrofit:
     """Return what a converted model keeps of its conversion.
 
@@ -164,12 +71,67 @@ def get_retrofit(model: nn.Module) -> Retrofit:
     return kept
 
 
+def is_retrofitted(model: nn.Module) -> bool:
+    """Say whether a model is converted.
+
+    Example:
+        >>> import timm, ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> ltm.is_retrofitted(model), ltm.is_retrofitted(ltm.retrofit(model))
+        (False, True)
+    """
+    return isinstance(model._modules.get(CHILD), Retrofit)
+
+
+def get_plan(model: nn.Module) -> MergePlan:
+    """Return the plan of a converted model.
+
+    Raises:
+        NotRetrofitted: where it is not converted.
+
+    Example:
+        >>> import timm, ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> ltm.get_plan(ltm.retrofit(model, ltm.LTMConfig(tokens=(15, 12, 9)))).tokens
+        (12, 9, 1)
+    """
+    return get_retrofit(model).plan
+
+
+def was_finetuned(model: nn.Module) -> bool:
+    """Say whether `finetune` has trained a model's weights, before or after its conversion."""
+    if is_retrofitted(model):
+        return bool(get_retrofit(model).finetuned)
+    return bool(model.__dict__.get(FINETUNED, False))
+
+
+def mark_finetuned(model: nn.Module) -> None:
+    """Note that a model's weights are no longer the pretrained ones."""
+    if is_retrofitted(model):
+        get_retrofit(model).finetuned.fill_(True)
+    else:
+        model.__dict__[FINETUNED] = True
+
+
+# ------------------------------------------------------------------------------------------------ what runs in it
+
+
 def forwards_of(model: nn.Module) -> Iterator[Interceptor]:
     """Return the interceptors of a converted model, in depth order."""
     for module in model.modules():
         forward = module.__dict__.get("forward")
         if isinstance(forward, Interceptor):
             yield forward
+
+
+def masks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the mask of each site that merges, by the site's name."""
+    return {forward.name: forward.mask for forward in forwards_of(model) if forward.mask is not None}
+
+
+def learns(mask: nn.Module) -> bool:
+    """Say whether a module is a mask that training teaches: one with statistics for the bound."""
+    return isinstance(getattr(mask, "statistics", None), Statistics)
 
 
 @contextmanager
@@ -185,9 +147,28 @@ def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
             forward.mode = old
 
 
-def masks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the mask of each site that merges, by the site's name."""
-    return {forward.name: forward.mask for forward in forwards_of(model) if forward.mask is not None}
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the original path meanwhile, for teachers and comparisons.
+
+    Raises:
+        NotRetrofitted: where the model is not converted.
+
+    Example:
+        >>> import timm, torch, ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> before = model.eval()(images)
+        >>> with ltm.disabled(ltm.retrofit(model)):
+        ...     torch.equal(model(images), before)
+        True
+    """
+    get_plan(model)
+    with in_mode(model, "original"):
+        yield model
+
+
+# --------------------------------------------------------------------------------------------- what it is made of
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -196,3 +177,22 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Not by the model's own method: that of transformers' wrapper of timm models puts a prefix before keys of ours.
     """
     nn.Module.load_state_dict(model, state, strict=True)
+
+
+def fingerprint(value: Tensor) -> Fingerprint:
+    """Return shape, dtype and a checksum of the bytes in their order.
+
+    (An exclusive or of the numbers would not do: a first step of Adam moves weights of one by the same amount up or
+    down, and an even number of each is nothing again.)
+    """
+    return tuple(value.shape), str(value.dtype), 0 if value.is_meta else zlib.crc32(bytes_of(value))
+
+
+def bytes_of(value: Tensor) -> memoryview:
+    """Return what a tensor is stored as, on the CPU."""
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def fingerprints_of(model: nn.Module) -> dict[str, Fingerprint]:
+    """Return the fingerprint of every entry of a state dict."""
+    return {key: fingerprint(value) for key, value in model.state_dict().items()}

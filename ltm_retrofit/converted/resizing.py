@@ -1,23 +1,29 @@
-"""timm's ``set_input_size``, of a converted model or of what it wraps."""
+"""Inputs that a converted model takes: of its plan's size, or of another that timm's ``set_input_size`` gave it."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
-from ltm_retrofit.converted.record import get_retrofit
+from ltm_retrofit.converted.record import get_plan, in_mode
+from ltm_retrofit.errors import CheckpointError
+from ltm_retrofit.finding.example import Example, input_size, make_example, prepare_example, run
+from ltm_retrofit.macs import count_macs_quick
 from ltm_retrofit.plan import MergePlan
+from ltm_retrofit.undisturbed import undisturbed
 
 
 def at_planned_size(model: nn.Module) -> nn.Module | None:
     """Return a copy that takes inputs of the plan's size again, after `set_input_size`; None where that cannot be."""
-    plan = get_retrofit(model).plan
-    if planned_size(plan) is None or not can_resize(model):
+    size = planned_size(get_plan(model))
+    if size is None or not can_resize(model):
         return None
     twin = copy.deepcopy(model)
-    set_size(twin, planned_size(plan))
+    set_size(twin, size)
     return twin
 
 
@@ -33,7 +39,7 @@ def can_resize(model: nn.Module) -> bool:
 
 
 def set_size(model: nn.Module, size: tuple[int, int] | None) -> None:
-    """Set a model, or what it wraps, to images of this height and width; None leaves it as it is."""
+    """Set a model, or what it wraps, to images of this height and width; None changes nothing."""
     for module in _resizable(model) if size is not None else ():
         module.set_input_size(img_size=size)  # type: ignore[operator]
 
@@ -45,3 +51,64 @@ def _resizable(module: nn.Module) -> Iterator[nn.Module]:
         return
     for child in module.children():
         yield from _resizable(child)
+
+
+def example_of(plan: MergePlan, model: nn.Module) -> Example:
+    """Make an input of the size that a plan is for; the global random state stays the same.
+
+    Raises:
+        CheckpointError: where the plan's inputs beside the image cannot be made.
+    """
+    try:
+        return make_example(plan.input_size, plan.fixed_inputs, model)
+    except Exception as error:  # a plan from a file is foreign input
+        raise CheckpointError(f"the plan's inputs cannot be made: {type(error).__name__}: {error}") from error
+
+
+def present_example(model: nn.Module) -> Example:
+    """Make an input that a converted model takes now."""
+    return example_of(get_plan(model), model) if resized(model) is None else prepare_example(model, None)
+
+
+def resized(model: nn.Module) -> tuple[int, int] | None:
+    """Return the input size (H, W) that `set_input_size` gave a converted model; None where it takes its plan's.
+
+    Raises:
+        CheckpointError: where it takes its plan's inputs no longer, and cannot be set to them.
+    """
+    plan = get_plan(model)
+    macs = _original_macs(model, plan)
+    if macs == plan.macs_original or (macs is None and not can_resize(model)):
+        return None
+    twin, size = at_planned_size(model), input_size(model)
+    if twin is None or size is None or _original_macs(twin, plan) != plan.macs_original:
+        raise CheckpointError(
+            f"this {type(model).__name__} no longer is what its plan was made for: on inputs of "
+            f"{', '.join(map(str, plan.input_size.values()))} it does not cost the plan's {plan.macs_original:,} MACs, "
+            "or does not run. Undo what was changed (LoRA by merge_and_unload, replaced modules, another patch size), "
+            "or call ltm_retrofit.restore(model) and retrofit the model that you have"
+        )
+    return size[1:]
+
+
+def size_from(value: Any) -> tuple[int, int] | None:
+    """Read the size that a folder says its model was set to.
+
+    Raises:
+        CheckpointError: where it is no size.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2 or not all(type(side) is int and side > 0 for side in value):
+        raise CheckpointError(f"resized must be [height, width], got {value!r}")
+    return value[0], value[1]
+
+
+def _original_macs(model: nn.Module, plan: MergePlan) -> int | None:
+    """Count what the original path costs on the plan's inputs; None where it does not take them."""
+    example = example_of(plan, model)
+    try:
+        with in_mode(model, "original"), undisturbed(model), torch.no_grad():
+            return count_macs_quick(lambda: run(model, example))
+    except Exception:  # a model of another size may fail in any way
+        return None

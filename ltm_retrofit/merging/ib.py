@@ -1,10 +1,10 @@
 """The information bottleneck on soft clusters: bounds, their gradient, and what they are fitted from.
 
-Notation of METHOD and of Wang & Yang, *Efficient Visual Transformer by Learnable Token Merging* (TPAMI 2025, arXiv
-2407.15219): images ``i``, clusters ``a`` of a site's descriptor, clusters ``b`` of the input, classes ``y``, soft
-assignments ``φ_ia`` (rows of ``phi`` sum to one). Targets are always soft labels ``t_iy`` of shape ``(n, C)`` whose
-rows sum to one; `soft_targets` makes them. Given the image, its cluster and its class are independent, ``p(a, y) =
-mean_i φ_ia t_iy``: that alone carries the bounds from hard labels to soft ones.
+Notation of ``docs/method.md`` and of Wang & Yang, *Efficient Visual Transformer by Learnable Token Merging* (TPAMI
+2025, arXiv 2407.15219): images ``i``, clusters ``a`` of a site's descriptor, clusters ``b`` of the input, classes
+``y``, soft assignments ``φ_ia`` (rows of ``phi`` sum to one). Targets are always soft labels ``t_iy`` of shape
+``(n, C)`` whose rows sum to one; `soft_targets` makes them. Given the image, its cluster and its class are independent,
+``p(a, y) = mean_i φ_ia t_iy``: that alone carries the bounds from hard labels to soft ones.
 
 All information is in nats. Everything is computed in float32 at least, float64 where an argument is float64.
 """
@@ -40,7 +40,7 @@ def lift(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def finite_log(p: Tensor) -> Tensor:
-    """Return log p, with a large negative number in place of −∞: 0·log 0 must be 0, in the gradient too."""
+    """Return log p, with a large negative number in place of −∞: 0·log 0 must be 0, and its gradient too."""
     return p.clamp_min(torch.finfo(p.dtype).tiny).log()
 
 
@@ -68,8 +68,9 @@ def soft_targets(labels: Tensor, classes: int) -> Tensor:
     (soft,) = lift(labels)
     if not bool((torch.isfinite(soft) & (soft >= 0)).all()):
         raise DataError(f"soft labels hold negative or non-finite values; {expected}: give probabilities, not logits")
-    if bool(((soft.sum(dim=1) - 1).abs() > LABEL_TOLERANCE).any()):
-        worst = float(soft.sum(dim=1)[(soft.sum(dim=1) - 1).abs().argmax()])
+    off = (soft.sum(dim=1) - 1).abs()
+    if bool((off > LABEL_TOLERANCE).any()):
+        worst = float(soft[off.argmax()].sum())
         raise DataError(f"a soft label sums to {worst:.4g}; {expected}: divide each row by its sum")
     return soft
 
@@ -80,6 +81,7 @@ def log_assign(x: Tensor, centroids: Tensor, beta: Tensor | float) -> Tensor:
     ``x (n, D)`` and ``centroids (A, D)`` give log φ ``(n, A)``; ``beta`` has the unit of one over squared distance.
     ``‖x‖²`` cancels in the softmax, which leaves one product of n·A·D multiply-adds.
     """
+    # Not in half precision: the exponent is a difference of squared distances, of which little would be left.
     with full_precision(x):
         x, centroids = lift(x, centroids)
         energy = centroids.square().sum(dim=-1) - 2 * torch.mm(x, centroids.t())
@@ -87,7 +89,7 @@ def log_assign(x: Tensor, centroids: Tensor, beta: Tensor | float) -> Tensor:
 
 
 def q_given_y(n_ay: Tensor, alpha: float = 1.0) -> Tensor:
-    """Smoothed ``Q(a|y) = (n_ay + α p(a)) / (n_y + α)`` (METHOD, "Statistics").
+    """Smoothed ``Q(a|y) = (n_ay + α p(a)) / (n_y + α)`` (``docs/method.md``, "Statistics").
 
     Counts ``(A, C)``, whole or not, give ``(A, C)`` whose columns sum to one; α is in images. A class without counts
     gets p(a), also in the limit α = 0; without any counts p(a) is uniform.
@@ -157,7 +159,7 @@ def ibb(log_phi: Tensor, log_phi_x: Tensor | None, q: Tensor, targets: Tensor) -
 
 
 def ceb(log_phi: Tensor, q: Tensor, targets: Tensor, p_y: Tensor | None = None, gamma: float = 0.0) -> Tensor:
-    """The conditional entropy bottleneck on cluster assignments (METHOD; Fischer 2020), mean over images.
+    """The conditional entropy bottleneck on cluster assignments (Fischer 2020; ``docs/method.md``), mean over images.
 
     ``CEB_γ = mean_i Σ_a φ_ia [log φ_ia − Σ_y t_iy (log Q(a|y) + γ log p(y|a))]``. For any Q > 0 whose columns and
     p(y|a) > 0 whose rows sum to one, ``I(a;b) − (1 + γ) I(a;y) ≤ CEB_γ − γ H(y)``, and CEB_γ ≥ 0: a scalar in nats.
@@ -172,17 +174,12 @@ def ceb(log_phi: Tensor, q: Tensor, targets: Tensor, p_y: Tensor | None = None, 
     Raises:
         RecipeError: where γ is not 0 and ``p_y`` is missing.
     """
-    if gamma != 0 and p_y is None:
-        raise RecipeError(f"gamma is {gamma} and p_y is None: give p(y|a), for instance p_y_given_a(counts)")
     log_phi, q, targets = lift(log_phi, q, targets)
     log_terms = finite_log(q)
-    if gamma != 0 and p_y is not None:
-        log_terms = log_terms + gamma * finite_log(p_y.to(q.dtype))
-    return ceb_of_logs(log_phi, log_terms, targets)
-
-
-def ceb_of_logs(log_phi: Tensor, log_terms: Tensor, targets: Tensor) -> Tensor:
-    """`ceb` where ``log Q(a|y) + γ log p(y|a)``, finite ``(A, C)``, is known already."""
+    if p_y is not None:
+        log_terms = torch.add(log_terms, finite_log(p_y.to(q.dtype)), alpha=gamma)
+    elif gamma != 0:
+        raise RecipeError(f"gamma is {gamma} and p_y is None: give p(y|a), for instance p_y_given_a(counts)")
     return (_expected(log_phi, log_phi) - _class_term(log_phi, log_terms, targets)).mean()
 
 
@@ -200,7 +197,7 @@ def _class_term(log_phi: Tensor, log_terms: Tensor, targets: Tensor) -> Tensor:
 def bound_gradient(
     x: Tensor, centroids: Tensor, beta: Tensor | float, log_q: Tensor, log_p_y: Tensor, gamma: float
 ) -> Tensor:
-    """Gradient of each image's own CEB_γ at ``x``, in closed form (METHOD, "The mask module", item 5).
+    """Gradient of each image's own CEB_γ at ``x``, in closed form (``docs/method.md``, item 5).
 
     With ``u_a = log φ_a + 1 − Σ_y π_y (log Q(a|y) + γ log p(y|a))`` and ``ū = Σ_a φ_a u_a`` it is
     ``g = 2β Σ_a φ_a (u_a − ū) c_a``. In place of the label stands ``π_y = Σ_a φ_a p(y|a)``, a constant to autograd.
@@ -221,8 +218,10 @@ def bound_gradient(
         x, centroids, log_q, log_p_y = lift(x, centroids, log_q, log_p_y)
         log_phi = log_assign(x, centroids, beta)
         phi = log_phi.exp()
+        # The class that the clusters expect, in training too: with the label here the forward pass would differ between
+        # training and use.
         pi = torch.mm(phi, log_p_y.exp()).detach()
-        # The + 1 of the derivative of φ log φ cancels against its mean.
+        # The + 1 of the derivative of φ log φ cancels against its mean, and Σ_a φ_a (u_a − ū) x is zero: c_a is left.
         u = log_phi - torch.mm(pi, (log_q + gamma * log_p_y).t())
         slope = phi * (u - (phi * u).sum(dim=-1, keepdim=True))
         return 2 * beta * torch.mm(slope, centroids)
@@ -247,12 +246,8 @@ def kmeans(x: Tensor, k: int, *, generator: torch.Generator | None, iterations: 
         device = x.device if generator is None else generator.device
         # The largest weight / Exp(1) is a draw in proportion to the weights: no cumulative sum, which CUDA does not
         # do deterministically, and no value that the host has to wait for.
-        race = (
-            torch.empty(k, len(x), dtype=torch.float32, device=device)
-            .exponential_(generator=generator)
-            .to(x)
-            .clamp_min(1e-30)
-        )
+        race = torch.empty(k, len(x), dtype=torch.float32, device=device).exponential_(generator=generator)
+        race = race.to(x).clamp_min(1e-30)
         chosen = [x[(1 / race[0]).argmax()]]
         nearest = (x - chosen[0]).square().sum(dim=1)
         for clock in race[1:]:
@@ -266,6 +261,7 @@ def kmeans(x: Tensor, k: int, *, generator: torch.Generator | None, iterations: 
 
 def lloyd_step(x: Tensor, centroids: Tensor) -> Tensor:
     """One step of k-means; a cluster without points moves onto one of those farthest from their centroids."""
+    # ‖x‖² is left out of every distance: it does not change which centroid is nearest.
     closeness = 2 * torch.mm(x, centroids.t()) - centroids.square().sum(dim=1)
     best, index = closeness.max(dim=1)
     member = F.one_hot(index, len(centroids)).to(x.dtype)
@@ -296,7 +292,9 @@ def beta_for_perplexity(x: Tensor, centroids: Tensor, target: float) -> Tensor:
         scale = energy.mean(dim=1).median()
         scale = torch.where(scale > 0, scale, 1)
         low, high = scale.new_tensor(-6 * math.log(10)), scale.new_tensor(6 * math.log(10))
-        for _ in range(48):  # 28 halved 48 times is below float32's resolution; float64 gains 1e-13
+        # A fixed number of halvings, without a value that the host waits for: 28 halved 48 times is below float32's
+        # resolution; float64 gains 1e-13.
+        for _ in range(48):
             middle = (low + high) / 2
             log_phi = torch.log_softmax(-(middle.exp() / scale) * energy, dim=1)
             flat = entropy(log_phi.exp()).median() > math.log(target)

@@ -10,6 +10,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from ltm_retrofit.errors import RecipeError
@@ -19,6 +20,22 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Grid = tuple[int, int]
+
+
+class Scope(StrEnum):
+    """How far merging reaches.
+
+    In ``FLOW`` tokens stay merged for the rest of the network, in ``GRID`` they go on as a smaller H'×W' grid, in
+    ``LOCAL`` they are merged for the MLP only and every token gets its group's update.
+    """
+
+    FLOW = "FLOW"
+    GRID = "GRID"
+    LOCAL = "LOCAL"
+
+
+#: all of them, for methods that work everywhere
+SCOPES = tuple(Scope)
 
 #: A, the clusters of every learnable mask's statistics
 CLUSTERS = 64
@@ -63,13 +80,25 @@ class Method:
 
     Args:
         name: what `LTMConfig(method=…)` calls it.
-        version: counts changes of what it computes; a saved folder of another version is refused.
+        version: raised whenever the method computes something else; a saved folder of another version is refused.
         scopes: those it serves, of ``"FLOW"``, ``"GRID"`` and ``"LOCAL"``.
-        build: makes the mask of a place. It is given tensors, no model: the pretrained map by which the host itself
-            compares the place's tokens.
+        build: makes the mask of a place, a `tokens.Mask`. It is given tensors, no model: besides the place the
+            pretrained map by which the host itself compares tokens there. The caller moves the mask to its device.
         macs: multiply–adds of the mask for one sequence (all its ``groups``); a `CountError` where the counts of the
-            place cannot be.
+            place cannot be. Plans promise these numbers, and converting counts them anew.
         unmerge_macs: multiply–adds of bringing all tokens of one sequence back.
+
+    Raises:
+        RecipeError: where it serves no scope, or one that does not exist.
+
+    Example:
+        >>> import ltm_retrofit as ltm
+        >>> from ltm_retrofit.merging.methods import Place, get_method
+        >>> tome = get_method("tome")
+        >>> isinstance(tome, ltm.Method)
+        True
+        >>> tome.macs(Place("FLOW", dim=384, key_dim=64, tokens_in=197, tokens_out=138, prefix=1))
+        5431552
     """
 
     name: str
@@ -79,14 +108,49 @@ class Method:
     macs: Callable[[Place], int]
     unmerge_macs: Callable[[Place], int]
 
+    def __post_init__(self) -> None:
+        """Check the scopes; a string alone would be read letter by letter."""
+        if isinstance(self.scopes, str) or not self.scopes or not set(self.scopes) <= set(SCOPES):
+            raise RecipeError(
+                f"method {self.name!r} serves the scopes {self.scopes!r}: give a tuple of {', '.join(SCOPES)}"
+            )
+
 
 def register_method(method: Method) -> None:
     """Add a method of one's own to the registry, from where `LTMConfig(method=name)` takes it.
 
+    Register it in every program that converts with it or loads a model that was saved with it.
+
     Raises:
         RecipeError: where another method has this name.
+
+    Example:
+        Each merged token is the mean of a run of neighbours:
+
+        >>> import torch
+        >>> import ltm_retrofit as ltm
+        >>> from ltm_retrofit.merging.tokens import Mask, dense_unmerge_macs, merge_by
+        >>> class Runs(Mask):
+        ...     def forward(self, inner, tokens, sizes, key=None, groups=1, padded=False):
+        ...         n, first = int(tokens.shape[1]), self.prefix
+        ...         p = self.kept_at(n)
+        ...         run = first + torch.arange(n - first) * (p - first) // (n - first)
+        ...         goes = torch.cat([torch.arange(first), run])
+        ...         return merge_by(torch.eye(p)[goes].to(tokens.device), tokens, sizes)
+        >>> ltm.register_method(
+        ...     ltm.Method(
+        ...         name="runs",
+        ...         version=1,
+        ...         scopes=("FLOW", "LOCAL"),
+        ...         build=lambda place, keys: Runs(place.tokens_in, place.tokens_out, place.prefix),
+        ...         macs=lambda place: place.groups * place.tokens_in * place.tokens_out * (place.dim + 1),
+        ...         unmerge_macs=dense_unmerge_macs,
+        ...     )
+        ... )
+        >>> ltm.LTMConfig(flops=0.7, method="runs").method
+        'runs'
     """
-    if method.name in _OURS or _REGISTERED.get(method.name, method) is not method:
+    if method.name in _OURS or _REGISTERED.get(method.name, method) != method:
         raise RecipeError(f"a method {method.name!r} is registered already: give yours another name")
     _REGISTERED[method.name] = method
 

@@ -1,37 +1,26 @@
 """What one site, or the classifier's feature, knows of its clusters: centroids, counts by class, temperature.
 
-METHOD, "Statistics". Centroids and counts are averaged together, with one decay and from the same distances: a Q left
-over from other centroids would mean nothing. Counts take the soft assignments, centroids only the samples nearest to
-them. Were they soft means as well, each update would draw all of them towards the common mean, and at the perplexities
-wanted here a few hundred updates end with 64 equal centroids and a bound that no longer depends on the descriptor.
+The section "Statistics" of ``docs/method.md``. Centroids and counts are averaged together, with one decay and from the
+same distances: a Q left over from other centroids would mean nothing. Counts take the soft assignments, centroids only
+the samples nearest to them. Were they soft means as well, each update would draw all of them towards the common mean,
+and at the perplexities wanted here a few hundred updates end with 64 equal centroids and a bound that no longer depends
+on the descriptor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
-from ltm_retrofit.config import check_choice
-from ltm_retrofit.errors import DataError, RecipeError
+from ltm_retrofit.errors import DataError, RecipeError, check_choice
 from ltm_retrofit.merging import ib
-from ltm_retrofit.merging.memory import Memory
 
 #: no fit before the memory holds this many samples for each cluster
 SAMPLES_PER_CLUSTER = 4
-
-
-class Reading(NamedTuple):
-    """The statistics as the bound needs them: centroids (A, D), β, log Q(a|y) and log p(y|a) (A, C), fitted."""
-
-    centroids: Tensor
-    beta: Tensor
-    log_q: Tensor
-    log_p_y: Tensor
-    fitted: Tensor
 
 
 class Statistics(nn.Module):
@@ -72,22 +61,21 @@ class Statistics(nn.Module):
     ) -> None:
         """Start without any statistics."""
         super().__init__()
-        for name, value, least in (("dim", dim, 1), ("classes", classes, 1), ("clusters", clusters, 2)):
-            if value < least:
-                raise RecipeError(f"{name} must be a whole number from {least} on, got {value!r}")
-        if not 0 <= decay < 1:
-            raise RecipeError(f"decay is the share of the past that an update keeps, 0 ≤ decay < 1, got {decay!r}")
-        if not perplexity > 1:
-            raise RecipeError(f"perplexity is an effective number of clusters, above 1, got {perplexity!r}")
-        if not 0 <= gamma < float("inf"):
-            raise RecipeError(f"gamma must be 0 or more and finite, got {gamma!r}")
-        if capacity < SAMPLES_PER_CLUSTER * clusters:
-            raise RecipeError(
-                f"capacity must be at least {SAMPLES_PER_CLUSTER} samples for each of {clusters} clusters, "
-                f"{SAMPLES_PER_CLUSTER * clusters}, got {capacity!r}: raise it, or ask for fewer clusters"
-            )
+        least = SAMPLES_PER_CLUSTER * clusters
+        enough = f"at least {SAMPLES_PER_CLUSTER} samples for each of {clusters} clusters, {least}"
+        for name, value, fits, expected in (
+            ("dim", dim, dim >= 1, "a whole number from 1 on"),
+            ("classes", classes, classes >= 1, "a whole number from 1 on"),
+            ("clusters", clusters, clusters >= 2, "a whole number from 2 on"),
+            ("decay", decay, 0 <= decay < 1, "the share of the past that an update keeps, 0 ≤ decay < 1"),
+            ("perplexity", perplexity, perplexity > 1, "an effective number of clusters, above 1"),
+            ("gamma", gamma, 0 <= gamma < float("inf"), "0 or more and finite"),
+            ("capacity", capacity, capacity >= least, enough),
+        ):
+            if not fits:
+                raise RecipeError(f"{name} must be {expected}, got {value!r}")
         self.decay, self.gamma, self.capacity = decay, gamma, capacity
-        # Said in full: under `from_pretrained(dtype=...)` the default dtype is another.
+        # The dtype is named because under `from_pretrained(dtype=...)` the default one is another.
         self.register_buffer("centroids", torch.zeros(clusters, dim, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(clusters, classes, dtype=torch.float32))
         self.register_buffer("beta", torch.ones((), dtype=torch.float32))
@@ -106,13 +94,12 @@ class Statistics(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Follow a change of device, not of dtype: counts in half precision would stop growing."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != torch.float32:
-                self._buffers[name] = old.to(new.device, torch.float32)
-        return self
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     @torch.no_grad()
     def update(
@@ -204,13 +191,11 @@ class Statistics(nn.Module):
         check_choice(kind, ("ceb", "ibb"), "kind")
         if not bool(self.fitted):
             return (x * 0).sum(dtype=torch.float32)
-        reading = self._read()
-        log_phi = ib.log_assign(x, reading.centroids, reading.beta)
+        centroids, beta, q, p_y, _ = self._read()
+        log_phi = ib.log_assign(x, centroids, beta)
         if kind == "ibb":
-            return ib.ibb(log_phi, None, reading.log_q.exp(), targets.detach())
-        gamma = self.gamma if gamma is None else gamma
-        log_terms = torch.add(reading.log_q, reading.log_p_y, alpha=gamma)
-        return ib.ceb_of_logs(*ib.lift(log_phi, log_terms, targets.detach()))
+            return ib.ibb(log_phi, None, q, targets.detach())
+        return ib.ceb(log_phi, q, targets.detach(), p_y, self.gamma if gamma is None else gamma)
 
     def step_direction(self, x: Tensor) -> Tensor:
         """Return the gradient of each image's CEB_γ at ``x (n, D)``, ``(n, D)``: see `ib.bound_gradient`.
@@ -218,24 +203,23 @@ class Statistics(nn.Module):
         Computed also while nothing is fitted, and exactly zero then: neither the multiply-adds nor an exported graph
         change with training.
         """
-        reading = self._read()
-        return reading.fitted * ib.bound_gradient(
-            x, reading.centroids, reading.beta, reading.log_q, reading.log_p_y, self.gamma
-        )
+        centroids, beta, q, p_y, fitted = self._read()
+        return fitted * ib.bound_gradient(x, centroids, beta, q.log(), p_y.log(), self.gamma)
 
     @torch.no_grad()
     def perplexity(self, x: Tensor) -> Tensor:
         """Median over images of ``exp(H(φ_i))`` at ``x (n, D)``, a scalar from 1 to A, for reports."""
         return ib.entropy(ib.log_assign(x, self.centroids, self.beta).exp()).median().exp()
 
-    def _read(self) -> Reading:
-        """Take the statistics out; copies where a graph will keep them, so that an update before backward is safe."""
+    def _read(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return what the bound needs: centroids ``(A, D)``, β, Q(a|y) and p(y|a) ``(A, C)``, and ``fitted``."""
+        # Copies where autograd will keep them, so that an update between forward and backward pass is safe.
         centroids, beta, fitted = self.centroids, self.beta, self.fitted
         if torch.is_grad_enabled():
             centroids, beta, fitted = centroids.clone(), beta.clone(), fitted.clone()
         # One image spread evenly over all cells: a class or cluster that was never seen has a finite logarithm.
         counts = self.counts + 1 / self.counts.numel()
-        return Reading(centroids, beta, ib.q_given_y(counts).log(), ib.p_y_given_a(counts).log(), fitted)
+        return centroids, beta, ib.q_given_y(counts), ib.p_y_given_a(counts), fitted
 
     def _checked(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Check the shapes; detach and move to where the buffers are."""
@@ -246,6 +230,55 @@ class Statistics(nn.Module):
                 f"and (n, {classes}); ltm_retrofit.merging.ib.soft_targets makes soft labels of class indices"
             )
         return x.detach().to(device, torch.float32), targets.detach().to(device, torch.float32)
+
+
+class Memory:
+    """Keeps as many of the latest samples as it holds, in the batches they came in: adding one moves no other.
+
+    Args:
+        capacity: how many samples count.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.batches: list[tuple[Tensor, ...]] = []  # of as many parts as each sample has; newest last
+        self.fresh = 0  # samples since `take_fresh`
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return min(self.capacity, sum(len(batch[0]) for batch in self.batches))
+
+    def add(self, *parts: Tensor) -> None:
+        """Add a batch: tensors ``(n, …)``, the parts of its samples; what is beyond the capacity drops out."""
+        self.batches.append(tuple(part.detach()[-self.capacity :].clone() for part in parts))
+        self.fresh += len(parts[0])
+        while sum(len(batch[0]) for batch in self.batches[1:]) >= self.capacity:
+            del self.batches[0]
+
+    def latest(self, count: int | None = None) -> tuple[Tensor, ...]:
+        """Return each part of the latest samples, all that count or fewer: ``(n, …)``, oldest first, on one device."""
+        count = self.capacity if count is None else min(count, self.capacity)
+        first, held = len(self.batches), 0
+        while first > 0 and held < count:
+            first -= 1
+            held += len(self.batches[first][0])
+        device = self.batches[-1][0].device
+        parts = zip(*self.batches[first:], strict=True)
+        return tuple(torch.cat([batch.to(device) for batch in part])[max(0, held - count) :] for part in parts)
+
+    def take_fresh(self) -> tuple[Tensor, ...]:
+        """Return each part of the samples that have come since the last call, as far as they still count."""
+        count, self.fresh = self.fresh, 0
+        return self.latest(count)
+
+    def state(self) -> list[Any]:
+        """Return all that it holds, on the CPU, for `set_state`."""
+        return [[tuple(part.cpu() for part in batch) for batch in self.batches], self.fresh]
+
+    def set_state(self, state: list[Any], device: torch.device) -> None:
+        """Hold what another one held, on a device."""
+        batches, self.fresh = state
+        self.batches = [tuple(part.to(device) for part in batch) for batch in batches]
 
 
 @torch.no_grad()

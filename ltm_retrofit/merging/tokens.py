@@ -1,4 +1,4 @@
-"""What merged tokens carry with them.
+"""What a mask is, and what merged tokens carry with them.
 
 Sizes and assignments travel as an attribute of the token tensor itself, so a model holds no state between two
 blocks: copies, threads, gradient checkpointing, ``torch.compile`` and ``torch.export`` all keep working.
@@ -9,9 +9,15 @@ from __future__ import annotations
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ltm_retrofit.merging.ib import full_precision
+from ltm_retrofit.merging.methods import Place
+from ltm_retrofit.merging.statistics import Statistics
 
 ATTRIBUTE = "ltm_carried"
+#: far below the size of any token, and no zero: what a sum of sizes is divided by where all of them are padding
+TINY = 1e-12
 
 
 class Assignment(NamedTuple):
@@ -35,6 +41,7 @@ class Assignment(NamedTuple):
         destinations = tokens[:, tokens.shape[1] - self.weights.shape[-1] :]
         spread = torch.bmm(self.weights.to(tokens.dtype), destinations)
         everyone = torch.cat([tokens, spread], dim=1)
+        # Each position occurs once, so sorting them gives the inverse permutation: no token moves through a matrix.
         back = torch.cat([self.kept, self.merged], dim=1).argsort(dim=1)
         return everyone.gather(1, back.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
@@ -45,15 +52,15 @@ class Assignment(NamedTuple):
 
 
 class DenseAssignment(NamedTuple):
-    """The matrix W itself, for masks whose columns overlap: average pooling."""
+    """The matrix W itself, for masks that spread every token over many: average pooling."""
 
     kept: Tensor  # (B, P) int64: the input position that stands for each output token
-    matrix: Tensor  # (N, P), rows summing to one
+    matrix: Tensor  # (N, P) or (B, N, P), rows summing to one
 
     @property
     def whole(self) -> int:
         """N, how many tokens went in."""
-        return self.matrix.shape[0]
+        return self.matrix.shape[-2]
 
     def unmerge(self, tokens: Tensor) -> Tensor:
         """``W x̃``: bring ``(B, P, D)`` back to ``(B, N, D)``."""
@@ -67,7 +74,7 @@ class DenseAssignment(NamedTuple):
 class GridAssignment(NamedTuple):
     """The few entries of a mask on a grid: output token p gathers ``near[p]`` of N tokens with weights ``mask[b, p]``.
 
-    W is that mask with its rows scaled to one.
+    W is that mask with the entries of each input token scaled to a sum of one.
     """
 
     near: Tensor  # (P, k) int64
@@ -94,13 +101,97 @@ class Step(NamedTuple):
     """What one site did: its assignment, and the descriptor ``(B, D)`` of its merged tokens where it has one."""
 
     assignment: Assignment | DenseAssignment | GridAssignment
-    descriptor: Tensor | None
+    descriptor: Tensor | None = None
+
+
+class Merged(NamedTuple):
+    """What a mask hands on: tokens ``(B, P, D)``, sizes ``(B, P)`` and the step that led there."""
+
+    tokens: Tensor
+    sizes: Tensor
+    step: Step
+
+
+class Mask(nn.Module):
+    """Base of every mask: the module of a site that turns N tokens into P.
+
+    Scopes ``FLOW`` and ``LOCAL`` call ``forward(inner, tokens, sizes, key=None, groups=1, padded=False) -> Merged``:
+
+    - ``inner (B, N, D)``: what the attention read; in ``LOCAL`` the tokens once more.
+    - ``tokens (B, N, D)``: what is merged, the stream after the attention. Prefix tokens come first and must stay.
+    - ``sizes (B, N)``: how many original tokens each one stands for; None where nothing was merged before.
+    - ``key``: the block's present key map, ``weight (d, D)`` and ``bias (d,)`` or None, where the mask ``wants_key``.
+    - ``groups``: in ``LOCAL``, so many consecutive entries of the batch are the cells of one sequence.
+    - ``padded``: whether tokens of size zero are padding.
+
+    Scope ``GRID`` calls ``forward(tokens, grid) -> (merged, kept, step)``: ``tokens (B, H·W, D)`` line by line,
+    ``grid`` (H, W), ``merged (B, H'·W', D)``, ``kept`` (H', W'). Such a mask has the planned sizes as attributes,
+    ``grid`` and ``kept``.
+
+    The shape of what comes out follows from the shape of what goes in and from nothing else: ``torch.compile``, export
+    and counting MACs rely on it. Images of another size bring other counts than planned: keep the same share of them
+    (`kept_at`). A mask that knows its W leaves the rest to `merge_by`; `methods.register_method` shows one.
+
+    Args:
+        tokens_in: N, as planned.
+        tokens_out: P.
+        prefix: leading tokens that always stay, in place.
+    """
+
+    #: whether ``forward`` is given the block's present key map
+    wants_key = False
+
+    def __init__(self, tokens_in: int, tokens_out: int, prefix: int = 0) -> None:
+        super().__init__()
+        self.tokens_in, self.tokens_out, self.prefix = tokens_in, tokens_out, prefix
+        #: of its descriptors; a mask that learns has some, and a descriptor in each of its steps. Set here and not on
+        #: the class, where it would hide the submodule of that name
+        self.statistics: Statistics | None = None
+
+    def extra_repr(self) -> str:
+        """Say what the module does in a printed model."""
+        return f"{self.tokens_in} → {self.tokens_out} tokens, {self.prefix} prefix"
+
+    def kept_at(self, count: int) -> int:
+        """Return P for ``count`` tokens: the planned one, or as large a share of the patch tokens."""
+        if count == self.tokens_in:
+            return self.tokens_out
+        patches, before, after = (each - self.prefix for each in (count, self.tokens_in, self.tokens_out))
+        return self.prefix + max(1, round(patches * after / before))
+
+    def learned(self) -> dict[str, float]:
+        """Return the numbers that tell what training made of the mask, for the history of a run: its scalars."""
+        return {name: value.item() for name, value in self.named_parameters(recurse=False) if value.ndim == 0}
+
+
+def merge_by(matrix: Tensor, tokens: Tensor, sizes: Tensor | None) -> Merged:
+    """Merge by a dense W: ``s' = Wᵀ s`` and ``x̃_p = Σ_j s_j W_jp z_j / s'_p``, a mean over the original tokens.
+
+    Args:
+        matrix: W, ``(N, P)`` or ``(B, N, P)`` in float32, rows summing to one.
+        tokens: z ``(B, N, D)``.
+        sizes: s ``(B, N)``, or None for ones.
+    """
+    batch, count = tokens.shape[:2]
+    with full_precision(tokens):
+        sizes = matrix.new_ones(batch, count) if sizes is None else sizes.to(matrix.dtype)
+        merged_sizes = torch.matmul(sizes.unsqueeze(1), matrix).squeeze(1).clamp_min(TINY)
+        # Small weights first, wide tokens afterwards: dividing x̃ instead would be one more pass over (B, P, D).
+        weighted = (sizes.unsqueeze(-1) * matrix / merged_sizes.unsqueeze(1)).to(tokens.dtype)
+        merged = torch.matmul(weighted.transpose(1, 2), tokens)
+    kept = matrix.argmax(dim=-2).expand(batch, -1)
+    return Merged(merged, merged_sizes, Step(DenseAssignment(kept, matrix)))
+
+
+def dense_unmerge_macs(place: Place) -> int:
+    """``NPD``, the multiply–adds of ``W x̃`` with a dense W, in each of a sequence's cells."""
+    return place.groups * place.tokens_in * place.tokens_out * (place.width or place.dim)
 
 
 class Carried(NamedTuple):
     """What the tokens of one tensor know of their past: sizes ``(B, P)`` and one `Step` for each site passed.
 
-    Where they are ``padded``, a token that only fills up has size zero.
+    Where they are ``padded``, padding has size zero.
     """
 
     sizes: Tensor

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltm_retrofit.convert import disabled, is_retrofitted
-from ltm_retrofit.converted.record import masks_of
+from ltm_retrofit.converted.record import disabled, is_retrofitted, masks_of
 from ltm_retrofit.finding.example import Example, home, repeat_batch, run
 from ltm_retrofit.undisturbed import undisturbed
 

@@ -6,7 +6,7 @@ import colorsys
 import dataclasses
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from ltm_retrofit.convert import get_plan
-from ltm_retrofit.errors import DataError, ExampleError
+from ltm_retrofit.converted.record import forwards_of, get_plan
+from ltm_retrofit.errors import CountError, DataError, ExampleError
 from ltm_retrofit.finding.example import home, run
-from ltm_retrofit.reporting.groups import FEW, Panel, panels_of, patches_before
-from ltm_retrofit.tracing import trace
+from ltm_retrofit.plan import MergePlan
+from ltm_retrofit.scopes import SCOPES, rules_of
+from ltm_retrofit.scopes.base import Panel, Seen
+from ltm_retrofit.tracing import MergeTrace, trace
 from ltm_retrofit.tuning.preprocessing import Preprocessing, make_transform, preprocessing_of, reversed_channels
 from ltm_retrofit.undisturbed import undisturbed
 
@@ -59,6 +61,14 @@ def show_merges(model: nn.Module, image: Image.Image | Tensor, *, index: int = 0
         NotRetrofitted: where the model is not converted.
         ExampleError: where the image is of another kind or size, or there is no such index.
         CountError: where the patches make no grid, or merging is disabled at the moment.
+
+    Example:
+        >>> import timm, torch, ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> model = ltm.retrofit(model, ltm.LTMConfig(tokens=(12, 9)))
+        >>> figure = ltm.show_merges(model, torch.randn(3, 32, 32))
+        >>> [ax.get_title() for ax in figure.axes][1:]
+        ['blocks.1 · 17 → 12 tokens', 'blocks.2 · 12 → 9 tokens']
     """
     plan = get_plan(model)
     name, shape = next((key, size) for key, size in plan.input_size.items() if len(size) == 4)
@@ -67,24 +77,57 @@ def show_merges(model: nn.Module, image: Image.Image | Tensor, *, index: int = 0
     with undisturbed(model), torch.no_grad(), trace(model) as traced:
         run(model, {name: pixels} if name else pixels)
     shown = _shown(pixels[0], wanted)
-    panels = panels_of(model, traced, *shown.shape[:2])
-    patches, prefix = patches_before(model)
+    panels = panels_of(model, traced, (shown.shape[0], shown.shape[1]))
 
-    figure, axes = _panels(len(panels) + 1)
-    _draw_image(axes[0], shown, panels[0].groups.shape if panels else (1, 1))
-    count = f" · {patches} patches" + (f" + {prefix} prefix" if prefix else "") if patches else ""
-    axes[0].set_title("input" + count)
+    figure, axes = _axes(len(panels) + 1)
+    first = next((panel.groups.shape for panel in panels.values()), (1, 1))
+    _draw_image(axes[0], shown, first)
+    axes[0].set_title("input" + _counted(model, plan))
     dropping = plan.config.method == "slice"
-    for ax, panel in zip(axes[1:], panels, strict=True):
+    for ax, panel in zip(axes[1:], panels.values(), strict=True):
         _draw_image(ax, shown if panel.placed else np.full_like(shown, 0.75), panel.groups.shape)
         ax.set_title(panel.title, fontsize=min(11.0, 11 * 40 / max(map(len, panel.title.split("\n")))))
         if dropping:
             _draw_dropped(ax, ~panel.alive)
         else:
             _draw_groups(ax, panel.groups, panel.names)
-    text = _caption(panels, sum(row.scope == "LOCAL" for row in plan.rows), dropping)
+    text = _caption(plan, panels, dropping)
     figure.supxlabel("\n".join(textwrap.wrap(text, int(figure.get_figwidth() * 11))), fontsize=11)
     return figure
+
+
+def panels_of(model: nn.Module, traced: MergeTrace, size: tuple[int, int]) -> dict[str, Panel]:
+    """Return what is drawn of each site that merged, in the plan's order.
+
+    Args:
+        model: a converted model.
+        traced: its pass over one image, of the size that it was converted for.
+        size: height and width of the image.
+
+    Raises:
+        CountError: where patches make no grid, or merging is disabled at the moment.
+    """
+    rows = [row for row in get_plan(model).rows if not row.slices]
+    if len(traced.steps) != len(rows):
+        raise CountError(
+            f"the plan merges at {len(rows)} sites and {len(traced.steps)} did: merging is disabled at the moment. "
+            "Call show_merges outside `with ltm_retrofit.disabled(model):`"
+        )
+    seen = Seen(traced.by_site, {forward.name: forward for forward in forwards_of(model)}, size)
+    drawn: dict[str, Panel] = {}
+    for scope in SCOPES:
+        if own := [row for row in rows if row.scope == scope.name]:
+            drawn |= scope.panels(own, seen)
+    return {row.site: drawn[row.site] for row in rows if row.site in drawn}
+
+
+def _counted(model: nn.Module, plan: MergePlan) -> str:
+    """Say how many tokens enter the first block after which they stay merged; nothing where there is none."""
+    row = next((row for row in plan.rows if rules_of(row.scope).stays), None)
+    if row is None:
+        return ""
+    prefix = next(forward.prefix for forward in forwards_of(model) if forward.name == row.site)
+    return f" · {row.tokens_in - prefix} patches" + (f" + {prefix} prefix" if prefix else "")
 
 
 def _preprocessing(model: nn.Module, size: Sequence[int]) -> Preprocessing:
@@ -129,7 +172,7 @@ def _shown(pixels: Tensor, wanted: Preprocessing) -> np.ndarray:
     return np.asarray(image.permute(1, 2, 0).numpy())
 
 
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
+def _axes(count: int) -> tuple[Figure, list[Axes]]:
     columns = min(count, COLUMNS)
     rows = -(-count // columns)
     # A lone panel would be too narrow for its caption.
@@ -209,24 +252,22 @@ def _colour(place: int) -> tuple[float, float, float]:
     return colorsys.hsv_to_rgb(place * 0.618034 % 1.0, saturation, value)
 
 
-def _caption(panels: Sequence[Panel], local: int, dropping: bool) -> str:
+def _caption(plan: MergePlan, panels: Mapping[str, Panel], dropping: bool) -> str:
     if not panels:
         return "This plan merges no patches."
     if dropping:
         text = "Crossed out in grey = dropped by slicing. Nothing is merged; all other patches stay."
     else:
         text = "Same colour and number = one token, also where the patches do not touch. Untinted = a token of its own."
-    if local:
-        text += " In scope LOCAL a site merges for one module and starts anew: each of its groups lies in one cell."
-        if local > FEW:
-            text += f" Drawn: {FEW} of {local} such sites, the first, the last and evenly between."
-    if not all(panel.placed for panel in panels):
+    shares: list[np.ndarray] = []
+    for scope in SCOPES:
+        rows = [row for row in plan.rows if row.scope == scope.name and not row.slices]
+        text += scope.legend(rows, dropping) if rows else ""
+        taken = [panels[row.site].share.ravel() for row in rows if row.site in panels]
+        shares += taken[-1:] if scope.stays else taken  # where tokens stay merged, the last panel holds all before it
+    if not all(panel.placed for panel in panels.values()):
         text += " On plain grey: one of several sequences, whose places in the image are not known."
-    if any(panel.scope == "GRID" for panel in panels) and not dropping:
-        text += " In scope GRID the map goes on smaller; its places are drawn with the output token that takes most."
-    flow = [panel for panel in panels if panel.scope == "FLOW"]  # the last one holds all that happened before it
-    others = [panel for panel in panels if panel.scope != "FLOW"]
-    share = np.concatenate([panel.share.ravel() for panel in (*flow[-1:], *others)])
+    share = np.concatenate(shares)
     soft = share[share < 0.999]
     if len(soft) and not dropping:
         text += (

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltm_retrofit.convert import disabled, get_plan, is_retrofitted, was_finetuned
-from ltm_retrofit.converted.record import CHILD
+from ltm_retrofit.converted.record import disabled, get_plan, is_retrofitted, was_finetuned
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.example import Example, home, prepare_example
 from ltm_retrofit.macs import MacCount, count_macs
 from ltm_retrofit.reporting.bench import batch_latencies
+from ltm_retrofit.scopes.base import CHILD
+from ltm_retrofit.tuning.classes import evaluate
 from ltm_retrofit.tuning.data import Data
-from ltm_retrofit.tuning.evaluate import evaluate
 
 ACCURACIES = {
     "original": "original",

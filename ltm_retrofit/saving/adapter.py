@@ -9,13 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ltm_retrofit.convert import restore, retrofit
-from ltm_retrofit.converted.fingerprints import bytes_of, fingerprint
-from ltm_retrofit.converted.record import get_retrofit
+from ltm_retrofit.converted.record import bytes_of, fingerprint, get_retrofit
+from ltm_retrofit.converted.resizing import example_of, resized
 from ltm_retrofit.errors import BaseMismatch, CheckpointError
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.base import base_state, differing, is_ours, load_exactly
-from ltm_retrofit.saving.sizes import example_of, resized
-from ltm_retrofit.tuning.heads import NEW_HEAD, set_classes
+from ltm_retrofit.tuning.classes import NEW_CLASSIFIER, set_classes
 from ltm_retrofit.undisturbed import remembered
 
 #: an adapter that carries more than this share of the host's numbers is no adapter
@@ -42,7 +41,7 @@ def adapter_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "save it whole (adapter=False)"
         )
     # a classifier that was new before the conversion, or one of another shape since
-    fresh = set(model.__dict__.get(NEW_HEAD, ()))
+    fresh = set(model.__dict__.get(NEW_CLASSIFIER, ()))
     fresh |= {key for key in before if before[key][0] != host[key].shape}
     carried = [key for key, value in host.items() if key in fresh or before.get(key) != fingerprint(value)]
     weight = sum(host[key].numel() for key in carried if key not in fresh)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.convert import disabled, get_plan, is_retrofitted
-from ltm_retrofit.converted.record import CHILD, load_state
+from ltm_retrofit.converted.record import disabled, get_plan, is_retrofitted, load_state
+from ltm_retrofit.converted.resizing import present_example
 from ltm_retrofit.errors import CheckpointError, DataError, RetrofitError
 from ltm_retrofit.finding.example import home, prepare_example, run
 from ltm_retrofit.finding.proofs import all_equal
-from ltm_retrofit.saving.sizes import present_example
+from ltm_retrofit.scopes.base import CHILD
 from ltm_retrofit.tuning.preprocessing import RECORDED, REFUSED, Preprocessing, preprocessing_of
 from ltm_retrofit.undisturbed import undisturbed
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.config import check_keys
-from ltm_retrofit.convert import is_retrofitted, restore, retrofit
-from ltm_retrofit.converted.resizing import planned_size, set_size
+from ltm_retrofit.convert import restore, retrofit
+from ltm_retrofit.converted.record import is_retrofitted
+from ltm_retrofit.converted.resizing import example_of, planned_size, set_size, size_from
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError
 from ltm_retrofit.folders import OURS
 from ltm_retrofit.plan import MergePlan
@@ -22,7 +23,6 @@ from ltm_retrofit.saving.adapter import attach
 from ltm_retrofit.saving.base import create_timm, differing, is_ours, load_exactly, public_class, rebuild_base
 from ltm_retrofit.saving.fetch import fetch, is_repository
 from ltm_retrofit.saving.save import CONFIG, FORMAT_VERSION, WEIGHTS, digest
-from ltm_retrofit.saving.sizes import example_of, size_from
 
 #: the model that comes with the package
 EMBEDDED = "digits_vit"

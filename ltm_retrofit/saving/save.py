@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 from torch import Tensor, nn
 
-from ltm_retrofit.convert import get_plan
-from ltm_retrofit.converted.classifier import follow_head
+from ltm_retrofit.converted.classifier import follow_classifier
+from ltm_retrofit.converted.record import get_plan
+from ltm_retrofit.converted.resizing import resized
 from ltm_retrofit.folders import OURS, check_ours, written_whole
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import adapter_state, labels_of
 from ltm_retrofit.saving.base import describe_base, proven_base
-from ltm_retrofit.saving.sizes import resized
 
 FORMAT_VERSION = 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -64,7 +64,7 @@ def save_pretrained(
     get_plan(model)
     target = Path(path).expanduser()
     check_ours(target, CONFIG, overwrite=overwrite)
-    follow_head(model, thorough=True)
+    follow_classifier(model, thorough=True)
     plan, size = get_plan(model), resized(model)
     extra: dict[str, Any] = {} if size is None else {"resized": list(size)}
     state, attached = adapter_state(model) if adapter else (model.state_dict(), None)

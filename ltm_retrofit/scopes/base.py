@@ -1,17 +1,140 @@
-"""What every interceptor is: a callable in a module's ``__dict__`` that stands in for its ``forward``."""
+"""What every scope answers, and what the answers are made of: rows and budgets, interceptors and masks, panels."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 from torch import nn
 
+from ltm_retrofit.config import LTMConfig, Strict
+from ltm_retrofit.errors import CountError, UnsupportedBlock
+from ltm_retrofit.finding.call import Settings, changed_setting
+from ltm_retrofit.finding.example import home
+from ltm_retrofit.finding.sites import AttentionSite, Found, Sites
+from ltm_retrofit.finding.walk import Walk
+from ltm_retrofit.merging.methods import Keys, Place, Scope, get_method
 from ltm_retrofit.merging.tokens import Step
 
 #: name under which masks are registered, and the plan on the model
 CHILD = "ltm"
+
+# ------------------------------------------------------------------------------------------------ what may be spent
+
+
+@dataclass(frozen=True)
+class Row(Strict):
+    """A line of a plan: what one site does.
+
+    Its ``action`` is ``"merge"``, N tokens into P, or ``"slice"``, to the prefix tokens after the last attention.
+    Counts are of one sequence of one image, prefix tokens included; ``grid`` is H'×W' in scope ``GRID``.
+    """
+
+    site: str
+    scope: str
+    tokens_in: int
+    tokens_out: int
+    action: str = "merge"
+    grid: tuple[int, int] | None = None
+
+    @property
+    def slices(self) -> bool:
+        """Whether the row only drops tokens, without a mask."""
+        return self.action == "slice"
+
+
+#: rows, and by how many MACs they change the model
+Option = tuple[tuple[Row, ...], int]
+S = TypeVar("S", bound=AttentionSite)
+
+
+def quarters(blocks: Sequence[S]) -> list[S]:
+    """Return the blocks ⌊d/4⌋, ⌊d/2⌋ and ⌊3d/4⌋ of d, counted from 0."""
+    return [blocks[place] for place in sorted({len(blocks) * quarter // 4 for quarter in (1, 2, 3)})]
+
+
+#: which blocks merge first, by the name of the schedule
+SCHEDULES: dict[str, Callable[[Sequence[Any]], list[Any]]] = {"stages": quarters}
+
+
+class Budget(ABC, Generic[S]):
+    """What plans of one scope cost, and the search for those that meet a budget.
+
+    Args:
+        sites: what was found.
+        config: what is asked for.
+        blocks: the scope's sites, in depth order.
+        mergeable: those of them that may merge, unless ``config`` names others.
+    """
+
+    def __init__(self, sites: Sites, config: LTMConfig, blocks: Sequence[S], mergeable: Sequence[S]) -> None:
+        self.config, self.method, self.classes = config, get_method(config.method), sites.ending.classes
+        self.blocks = blocks
+        self.mergeable = [site for site in mergeable if config.sites is None or site.block in config.sites]
+
+    @abstractmethod
+    def search(self, change: int) -> Iterator[list[Option]]:
+        """Yield batches of plans that change the MACs by about ``change`` (negative), simplest first."""
+
+    @abstractmethod
+    def change(self, rows: Sequence[Row]) -> int:
+        """Return by how many MACs rows change the model, masks included.
+
+        Raises:
+            CountError: where they do not fit the sites.
+        """
+
+    @abstractmethod
+    def from_tokens(self, tokens: Sequence[int]) -> tuple[Row, ...]:
+        """Turn a user's counts into rows, none of a site at which nothing merges.
+
+        Raises:
+            CountError: where they do not fit the sites.
+        """
+
+    def rank(self, option: Option) -> Any:
+        """Return what the best of several plans that meet a budget has most of: MACs left."""
+        return option[1]
+
+    def scheduled(self) -> list[S]:
+        """Return the sites of the schedule, or all that the user named."""
+        if self.config.sites is not None:
+            return self.mergeable
+        first = {site.block for site in SCHEDULES[self.config.schedule](self.blocks)}
+        return [site for site in self.mergeable if site.block in first]
+
+    def widening(self) -> Iterator[list[S]]:
+        """Yield the scheduled sites, then one more each time: the simplest plan that meets a budget wins."""
+        chosen = self.scheduled()
+        yield chosen
+        for site in self.mergeable if self.config.sites is None else []:
+            if site not in chosen:
+                chosen = [other for other in self.mergeable if other in chosen or other is site]
+                yield chosen
+
+    def counted(self, tokens: Sequence[int], chosen: Sequence[S]) -> list[tuple[S, int]]:
+        """Pair a user's counts with ``chosen`` sites, or with all that may merge.
+
+        Raises:
+            CountError: where there are as many counts as neither.
+        """
+        if len(tokens) == len(self.mergeable):
+            chosen = self.mergeable
+        if len(tokens) != len(chosen):
+            every = f", or {len(self.mergeable)}, one after each site that may merge"
+            raise CountError(
+                f"tokens has {len(tokens)} counts; expected {len(chosen)}, one after each of "
+                f"{', '.join(site.block for site in chosen)}{every if len(self.mergeable) > len(chosen) else ''}. Name "
+                "other blocks in sites="
+            )
+        return list(zip(chosen, tokens, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------- what runs
 
 
 class Record(nn.Module):
@@ -25,23 +148,29 @@ class Record(nn.Module):
 class Interceptor:
     """Stands in for one module's ``forward``.
 
-    A plain object in the module's ``__dict__``: it pickles and deep-copies with the module then it belongs to the copy.
+    A plain object in the module's ``__dict__``: it is pickled and deep-copied with the module, and belongs to the copy.
 
     Args:
         block: the module it belongs to.
         name: the site it works for.
     """
 
-    #: told of each step while a trace is on; never compiled in
+    #: told of each step while a trace is on
     listener: Callable[[str, Step], None] | None = None
     #: or "identity" (nothing merged: proof (e)) or "original"
     mode = "merge"
+    #: tokens that it slices to, where it does
+    keep: int | None = None
+    #: leading tokens that always stay
+    prefix = 0
+    #: whether what the host reads next has fewer tokens
+    shortens = True
 
     def __init__(self, block: nn.Module, name: str) -> None:
         self.block, self.name = block, name
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is so for a while: nobody would end it for a copy or a pickle."""
+        """Leave out what holds for a while: nobody would end it for a copy or a pickle."""
         return {key: value for key, value in vars(self).items() if key not in ("listener", "mode")}
 
     @property
@@ -60,6 +189,11 @@ class Interceptor:
         child = self.host._modules.get(CHILD)
         return child.mask if isinstance(child, Record) else child
 
+    def tell(self, step: Step) -> None:
+        """Let a trace know what the mask did."""
+        if self.listener is not None:
+            self.listener(self.name, step)
+
     def put_in_place(self) -> None:
         """Intercept from now on."""
         self.block.__dict__["forward"] = self
@@ -71,3 +205,184 @@ class Interceptor:
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Run the host's own forward."""
         return type(self.block).forward(self.block, *args, **kwargs)
+
+
+def watch(module: nn.Module, watching: Callable[..., None]) -> None:
+    """Have the calls of a module watched, once by each kind of watch."""
+    unwatch(module, type(watching))
+    module.register_forward_pre_hook(watching, with_kwargs=True)
+
+
+def unwatch(module: nn.Module, kind: type) -> None:
+    """Take watches of this kind away.
+
+    By their class, not by the handles that registering gives: those of a deep copy would belong to the original.
+    """
+    for number in [number for number, kept in module._forward_pre_hooks.items() if isinstance(kept, kind)]:
+        del module._forward_pre_hooks[number]
+        module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+def check_settings(module: nn.Module, settings: Settings, block: str) -> None:
+    """Check that the attributes that a block was cut with, or sliced for, are those of now.
+
+    Raises:
+        UnsupportedBlock: where one differs.
+    """
+    if (changed := changed_setting(module, settings)) is not None:
+        name, old, new = changed
+        raise UnsupportedBlock(
+            f"{name!r} of a {type(module).__name__} was {old!r} when block {block!r} was converted and is {new!r} now, "
+            "which the conversion would not follow: set it back, or call ltm_retrofit.restore(model), set it, and "
+            "retrofit again"
+        )
+
+
+class Planned(Protocol):
+    """What a scope reads of a `MergePlan`."""
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """One a site."""
+
+    @property
+    def config(self) -> LTMConfig:
+        """What was asked for."""
+
+    @property
+    def classes(self) -> int:
+        """C, of the statistics."""
+
+    @property
+    def clusters(self) -> int:
+        """A, likewise."""
+
+    @property
+    def unmerge(self) -> bool:
+        """Whether every token is brought back after the last block."""
+
+
+#: interceptors in the order of the sites, and the mask of each host
+Parts = tuple[list[Interceptor], dict[nn.Module, nn.Module]]
+
+
+def make_mask(method: str, place: Place, keys: Keys, host: nn.Module) -> nn.Module:
+    """Make the mask of a place, on the device and in the mode of the module beside it."""
+    return get_method(method).build(place, keys).to(home(host)[0]).train(host.training)
+
+
+# ---------------------------------------------------------------------------------------------------- what is drawn
+
+
+class Seen(NamedTuple):
+    """A pass over one image."""
+
+    steps: Mapping[str, Step]  # what each site did
+    forwards: Mapping[str, Interceptor]  # one of each site
+    size: tuple[int, int]  # height and width of the image, in pixels
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one site made of the first image's patches, which lie in a grid of ``groups.shape``.
+
+    ``groups`` are equal where patches are one token; ``names`` are the groups of more than one patch that get a
+    number, in its order; ``share`` is how much of each patch the token that it is drawn with got. ``placed`` says
+    whether it is known where in the image the patches lie.
+    """
+
+    title: str
+    groups: np.ndarray
+    alive: np.ndarray
+    share: np.ndarray
+    names: list[int]
+    placed: bool = True
+
+
+def title_of(row: Row) -> str:
+    """Return what stands over a panel."""
+    return f"{row.site} · {row.tokens_in} → {row.tokens_out} tokens"
+
+
+def names_of(groups: Sequence[np.ndarray]) -> list[int]:
+    """Return every group that holds more than one patch after some site, in raster order."""
+    merged: set[int] = set()
+    for labels in groups:
+        values, counts = np.unique(labels, return_counts=True)
+        merged |= set(values[counts > 1].tolist())
+    return sorted(merged)
+
+
+def patch_grid(patches: int, height: int, width: int) -> tuple[int, int]:
+    """Return height and width, in patches, of an image of ``height`` × ``width`` pixels.
+
+    Raises:
+        CountError: where square patches do not divide the image into so many, and the number is no square.
+    """
+    for size in range(1, min(height, width) + 1):
+        if height % size == width % size == 0 and (height // size) * (width // size) == patches:
+            return height // size, width // size
+    side = round(patches**0.5)
+    if patches < 1 or side * side != patches:
+        raise CountError(
+            f"{patches} patches of a {height}×{width} image make no grid: expected (height / p) × (width / p) for a "
+            "whole p, or a square number. Merging can only be drawn where patches lie in a grid"
+        )
+    return side, side
+
+
+# --------------------------------------------------------------------------------------------------- the questions
+
+
+class ScopeRules(ABC):
+    """What a scope answers: where is it found, what may be spent, what runs, what is drawn."""
+
+    #: its name in configs, plans and methods
+    name: Scope
+    #: whether tokens stay merged, so that what sites did adds up
+    stays = False
+
+    @abstractmethod
+    def find(self, walk: Walk) -> Found:
+        """Return the sites in this scope by the number of their attention, and what was refused."""
+
+    def needs_whole(self, walk: Walk) -> bool:
+        """Say whether a shortened twin of a model on the meta device would hide sites of this scope."""
+        return False
+
+    @abstractmethod
+    def budget(self, sites: Sites, config: LTMConfig) -> Budget[Any] | None:
+        """Return what may be spent; None where there are no such sites, or the method does not serve this scope."""
+
+    @abstractmethod
+    def build(self, model: nn.Module, sites: Sites, plan: Planned) -> Parts:
+        """Make the interceptors and masks of the plan's rows in this scope; touch nothing."""
+
+    @abstractmethod
+    def panels(self, rows: Sequence[Row], seen: Seen) -> dict[str, Panel]:
+        """Return what is drawn, by site.
+
+        Args:
+            rows: of the plan, in this scope, that merge.
+            seen: what the sites did to one image.
+
+        Raises:
+            CountError: where patches make no grid.
+        """
+
+    def legend(self, rows: Sequence[Row], dropping: bool) -> str:
+        """Return what a reader of panels has to know.
+
+        Args:
+            rows: of the plan, in this scope, that merge.
+            dropping: whether tokens are dropped, not merged.
+        """
+        return ""
+
+    def serves(self, sites: Sequence[AttentionSite], config: LTMConfig) -> bool:
+        """Say whether there are sites, and the method knows this scope."""
+        return bool(sites) and self.name in get_method(config.method).scopes
+
+    def rows(self, plan: Planned) -> dict[str, Row]:
+        """Return the plan's rows in this scope, by site."""
+        return {row.site: row for row in plan.rows if row.scope == self.name}

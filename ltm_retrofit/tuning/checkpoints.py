@@ -1,7 +1,11 @@
-"""Where an interrupted fine-tune goes on: one file, replaced whole or not at all, that holds no pickled objects."""
+"""Where an interrupted fine-tune goes on: one file, replaced whole or not at all, that holds no pickled objects.
+
+A checkpoint holds random numbers too, so that a run which goes on draws what it would have drawn.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -12,21 +16,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ltm_retrofit.converted.record import fingerprints_of, get_plan, is_retrofitted
 from ltm_retrofit.errors import CheckpointError
+from ltm_retrofit.tuning.settings import TrainConfig
 
 #: file name in the folder that a fine-tune is given
 NAME = "checkpoint.safetensors"
 #: the one before, until the weights of the latest have given a finite loss
 BEFORE = "before.safetensors"
-FORMAT = 3
+FORMAT = 4
 #: entries above which a list of floats is kept as a tensor: the text of a file has room for some millions
 LONG = 64
+#: settings that a run may change when it goes on
+FREE = ("workers", "checkpoint_every")
 
 
 def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -58,17 +64,14 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Turn what `pack` made back."""
     if isinstance(value, list):
         return [unpack(entry, tensors) for entry in value]
-    if isinstance(value, dict) and "tensor" in value:
-        return tensors[value["tensor"]]
-    if isinstance(value, dict) and "floats" in value:
-        return unpack(value["floats"], tensors).tolist()
-    if isinstance(value, dict) and "tuple" in value:
-        return tuple(unpack(entry, tensors) for entry in value["tuple"])
-    if isinstance(value, dict) and "dtype" in value:
-        return getattr(torch, value["dtype"])
-    if isinstance(value, dict):
-        return {unpack(key, tensors): unpack(entry, tensors) for key, entry in value["items"]}
-    return value
+    if not isinstance(value, dict):
+        return value
+    ((kind, held),) = value.items()
+    if kind == "tensor":
+        return tensors[held]
+    if kind == "dtype":
+        return getattr(torch, held)
+    return {"items": dict, "tuple": tuple, "floats": Tensor.tolist}[kind](unpack(held, tensors))
 
 
 def write(folder: Path, state: Mapping[str, Any]) -> None:
@@ -182,6 +185,44 @@ def own_random_state(seed: int) -> Iterator[None]:
         set_random_state(before)
 
 
-def of_every_rank(value: Any, accelerator: Accelerator) -> list[Any]:
-    """Return a value of every process, in rank order; all have to call it."""
-    return list(gather_object([value])) if accelerator.num_processes > 1 else [value]
+def checkpoints_beside(out: Path, resume: bool) -> Path:
+    """Return the folder for the checkpoints of a run that writes to ``out``.
+
+    Raises:
+        CheckpointError: where an interrupted run left some there, and this one is not to go on from them.
+    """
+    folder = out.absolute().parent / f".{out.name}.checkpoints"
+    if not resume and any(path.is_file() for path in folder.rglob("*")):
+        raise CheckpointError(
+            f"a run to {out} was interrupted, and its checkpoints lie in {folder}: go on from them with --resume, or "
+            "remove that folder to begin anew"
+        )
+    return folder
+
+
+def beginning_of(model: nn.Module, config: TrainConfig, **given: Any) -> dict[str, Any]:
+    """Say what a run starts from: settings, weights, plan, and what else is given. No other run goes on from there."""
+    settings = {key: value for key, value in config.to_dict().items() if key not in FREE}
+    weights = repr(sorted(fingerprints_of(model).items()))
+    # token counts and the like are in no weight
+    plan = json.dumps(get_plan(model).to_dict(), sort_keys=True) if is_retrofitted(model) else ""
+    return {**settings, "weights": _digest(weights), "plan": _digest(plan), **given}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_same(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Check that a checkpoint's run began as this one did.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    differing = [key for key in here if there.get(key) != here[key]]
+    if differing:
+        shown = ", ".join(f"{key} ({there.get(key)!r} there, {here[key]!r} here)" for key in differing)
+        raise CheckpointError(
+            f"the checkpoint is of another run, which differs in {shown}: go on with the same settings, model and "
+            "data, or start anew in another folder"
+        )

@@ -6,33 +6,26 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ltm_retrofit.convert import mark_finetuned
-from ltm_retrofit.converted.record import CHILD, load_state
+from ltm_retrofit.converted.record import learns, load_state, mark_finetuned
 from ltm_retrofit.errors import TrainingError
-from ltm_retrofit.merging.grid import GridMask
-from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
-from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.scopes.masks import LEARNABLE
+from ltm_retrofit.merging.mask import GridMask, MaskModule
+from ltm_retrofit.merging.statistics import SAMPLES_PER_CLUSTER, Statistics
+from ltm_retrofit.scopes.base import CHILD
 from ltm_retrofit.tuning import checkpoints
-from ltm_retrofit.tuning.data import Data, batches_on, size_of
-from ltm_retrofit.tuning.evaluate import evaluate_in_memory
-from ltm_retrofit.tuning.history import History, Progress, beginning
-from ltm_retrofit.tuning.images import Stream
-from ltm_retrofit.tuning.information import SAMPLES
-from ltm_retrofit.tuning.objective import Objective
-from ltm_retrofit.tuning.parameters import make_optimizer
-from ltm_retrofit.tuning.passes import Passes
-from ltm_retrofit.tuning.resuming import keep
-from ltm_retrofit.tuning.schedule import make_schedule
+from ltm_retrofit.tuning.classes import evaluate
+from ltm_retrofit.tuning.data import Data, Images, Passes, Stream, batches_on, is_table, size_of
+from ltm_retrofit.tuning.objective import SAMPLES, Objective
+from ltm_retrofit.tuning.parameters import make_optimizer, make_schedule
+from ltm_retrofit.tuning.processes import Accelerator, of_every_process, with_memory_for
 from ltm_retrofit.tuning.settings import TrainConfig
 
 #: steps between two copies of the weights that a non-finite loss falls back to, of which it loses that many at most
@@ -41,17 +34,76 @@ KEEP_EVERY = 20
 SKIPPED = 30
 
 
+@dataclass
+class History:
+    """What a fine-tune went through: one entry an epoch, and the loss of every batch.
+
+    Example:
+        >>> import ltm_retrofit as ltm
+        >>> epoch = {"seconds": 2.0, "waiting": 0.5, "images_per_second": 64.0, "unreadable": 0}
+        >>> print(ltm.History([epoch]))
+        64 images/s, 25% of the time waiting for the loader
+
+    Args:
+        epochs: of each, ``loss`` and its terms (means over the batches; the bound's over those that had one), ``lr``,
+            ``val_accuracy``, ``images_per_second``, ``seconds`` and how many of them ``waiting`` for the loader,
+            ``unreadable`` images, what the masks of ``sites`` have learned, and, where the bound has statistics,
+            ``ib``, ``i_input``, ``i_label`` in nats with their ``perplexity`` and ``beta``.
+        losses: of each batch.
+    """
+
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Say how fast it went, and whether the loader kept up."""
+        if not self.epochs:
+            return "no epoch"
+        seconds, waiting = (sum(entry[key] for entry in self.epochs) for key in ("seconds", "waiting"))
+        images = sum(entry["images_per_second"] * entry["seconds"] for entry in self.epochs)
+        missing = self.epochs[-1]["unreadable"]
+        return (
+            f"{images / seconds:.0f} images/s, {waiting / seconds:.0%} of the time waiting for the loader"
+            + f"; {missing} images could not be read" * bool(missing)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass
+class Progress:
+    """How far a fine-tune has come.
+
+    Epochs done, batches done of the next one; steps and images in all, batches whose loss held the bound, steps that
+    fp16 left out in a row, whether the statistics have been fitted to a full memory; sums over the epoch.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    images: int = 0
+    joined: int = 0
+    skipped: int = 0
+    refreshed: bool = False
+    sums: dict[str, float] = field(default_factory=dict)
+
+
 class Run:
-    """Optimizer, schedule, bound, and the weights to fall back to.
+    """A fine-tune under way: `go` takes it to its end, `state` and `load_state` from one process to another.
 
     Args:
         model: what is trained.
         accelerator: of this run.
         config: as asked for.
         classes: C.
-        accumulate: batches that make a step, in the memory that there is.
-        passes: through the training data, as Accelerate prepared it.
+        passes: through the training data.
         folder: of checkpoints, or None.
+
+    Raises:
+        CheckpointError: from `load_state`, where the checkpoint is of another run.
+        TrainingError: where nothing trains.
     """
 
     def __init__(
@@ -61,17 +113,14 @@ class Run:
         config: TrainConfig,
         classes: int,
         passes: Passes,
-        accumulate: int,
         folder: Path | None,
     ) -> None:
         self.model, self.accelerator, self.config = model, accelerator, config
-        self.passes, self.accumulate, self.folder, self.length = passes, accumulate, folder, passes.length
-        self.total = -(-self.length // accumulate) * config.epochs  # steps of the optimizer
-        self.began: dict[str, Any] = {}  # what checkpoints are told apart by; without any, nobody asks
-        if folder is not None:
-            images = self.length * passes.images
-            digest, stream = passes.digest(), isinstance(passes.place, Stream)
-            self.began = beginning(model, config, images, digest, accelerator.num_processes, stream=stream)
+        self.passes, self.folder, self.length = passes, folder, passes.length
+        #: batches that make a step, in the memory that there is
+        self.accumulate = config.accumulate * config.batch_size // passes.images
+        self.total = -(-self.length // self.accumulate) * config.epochs  # steps of the optimizer
+        self.began = self._beginning() if folder is not None else {}
         for _, module in self.statistics():
             module.aim(config.perplexity)
         self.objective = Objective(model, config, classes, accelerator)
@@ -85,46 +134,39 @@ class Run:
         self.unproven = False  # whether no loss has been seen yet of the latest checkpoint's weights
         self.optimizer.zero_grad()
 
+    def _beginning(self) -> dict[str, Any]:
+        """Say what checkpoints of this run are told apart by."""
+        passes, config = self.passes, self.config
+        if getattr(passes.loader, "persistent_workers", False):
+            warnings.warn(
+                "the loader's persistent workers keep random numbers from epoch to epoch that no checkpoint holds: what"
+                " they draw differs after a resume. Set persistent_workers=False for the same images bit for bit",
+                stacklevel=2,
+            )
+        given = {"images": self.length * passes.images, "data": passes.digest()}
+        given["processes"] = self.accelerator.num_processes
+        if isinstance(passes.data, Stream):
+            given["workers"] = config.workers  # they share out its files
+        return checkpoints.beginning_of(self.model, config, **given)
+
+    # ------------------------------------------------------------------------------------------------- the run
+
     def go(self, val: Data | None) -> History:
         """Train to the end from wherever the progress is."""
-        progress = self.progress
         self.keep_good()
-        while progress.epoch < self.config.epochs:
-            self.train_mode()
-            bar = tqdm(
-                total=self.length,
-                initial=progress.batch,
-                desc=f"epoch {progress.epoch + 1}/{self.config.epochs}",
-                leave=False,
-                disable=None if self.accelerator.is_local_main_process else True,
-            )
-            drawn = self.passes.draw(progress.batch)
-            with bar, self.objective.informed():
-                clock = time.perf_counter()
-                for inputs, labels in batches_on(drawn, self.accelerator.device, labelled=not self.config.distill):
-                    came = time.perf_counter()
-                    losses = self.train_batch(inputs, labels)
-                    self._add("waiting", came - clock)
-                    self._add("seconds", time.perf_counter() - clock)
-                    bar.update()
-                    bar.set_postfix(loss=f"{losses['loss']:.3f}")
-                    if self._due():
-                        self.keep()
-                    clock = time.perf_counter()
-            clock = time.perf_counter()
-            known = self.objective.estimate()  # with the statistics that the epoch ended with
-            self.refresh()
-            self._add("seconds", time.perf_counter() - clock)
-            self.finish_epoch(val, known)
+        while self.progress.epoch < self.config.epochs:
+            self.train_epoch()
+            self.finish_epoch(val)
             if self.folder is not None:
                 self.keep()
         if self.folder is not None and self.accelerator.is_main_process:
             checkpoints.settle(self.folder)
-        if self.objective.bounded and not progress.joined:
+        if self.objective.statistics is not None and not self.progress.joined:
+            needed = SAMPLES_PER_CLUSTER * len(self.objective.statistics.centroids)
             warnings.warn(
-                f"the bound never joined the loss: it waits for {self.objective.needed()} images and for "
-                f"{self.config.bound_warmup:.0%} of the steps, and this run has seen {progress.images} in {self.total} "
-                "steps. More images or epochs bring it in, bound='none' leaves it out",
+                f"the bound never joined the loss: it waits for {needed} images and for "
+                f"{self.config.bound_warmup:.0%} of the steps, and this run has seen {self.progress.images} in "
+                f"{self.total} steps. More images or epochs bring it in, bound='none' leaves it out",
                 stacklevel=2,
             )
         if self.ema is not None:
@@ -132,6 +174,33 @@ class Run:
                 for parameter, mean in zip(self.model.parameters(), self.ema.module.parameters(), strict=True):
                     parameter.copy_(mean)
         return self.history
+
+    def train_epoch(self) -> None:
+        """Learn from the batches of an epoch that are not done."""
+        progress = self.progress
+        self.train_mode()
+        bar = tqdm(
+            total=self.length,
+            initial=progress.batch,
+            desc=f"epoch {progress.epoch + 1}/{self.config.epochs}",
+            leave=False,
+            disable=None if self.accelerator.is_local_main_process else True,
+        )
+        drawn = self.passes.draw(progress.batch)
+        with bar, self.objective.information.listening():
+            clock = time.perf_counter()
+            for inputs, labels in batches_on(drawn, self.accelerator.device, labelled=not self.config.distill):
+                came = time.perf_counter()
+                losses = self.train_batch(inputs, labels)
+                self._add("waiting", came - clock)
+                self._add("seconds", time.perf_counter() - clock)
+                bar.update()
+                bar.set_postfix(loss=f"{losses['loss']:.3f}")
+                # between two steps, and not at the end, where there is a checkpoint anyway
+                whole = progress.batch % self.accumulate == 0 and progress.batch < self.length
+                if self.folder is not None and whole and progress.step % self.config.checkpoint_every == 0:
+                    self.keep()
+                clock = time.perf_counter()
 
     def train_mode(self) -> None:
         """Let layers train; batch norms whose weights stay keep their averages too, unless everything trains."""
@@ -145,26 +214,19 @@ class Run:
     def train_batch(self, inputs: Any, labels: Tensor | None) -> dict[str, float]:
         """Learn from one batch; stops before the step where the loss or its gradient is not finite."""
         progress = self.progress
-        before = progress.batch // self.accumulate * self.accumulate
-        together = min(self.accumulate, self.length - before)  # fewer are left at the end of an epoch
-        self.anneal()
-        joins = progress.step >= self.config.bound_warmup * self.total
+        first = progress.batch // self.accumulate * self.accumulate
+        together = min(self.accumulate, self.length - first)  # fewer are left at the end of an epoch
+        last = progress.batch + 1 == first + together
         ready = self.objective.ready()
-        progress.joined += ready and joins
-        losses = self.objective(self.wrapped, inputs, labels, bound=joins)
+        progress.joined += ready and progress.step >= self.config.bound_warmup * self.total
+        losses = self.objective(self.wrapped, inputs, labels, progress.step, self.total)
         means = self.means(losses)
         value = means["loss"]
         if math.isfinite(value):
             self.accelerator.backward(losses["loss"] / together)
             self.objective.learn()
-            if progress.batch + 1 == before + together:
-                norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip or math.inf)
-                if norm is not None and not bool(torch.isfinite(norm)):
-                    progress.skipped += 1  # in fp16 the scaler leaves the step out, and scales less from then on
-                    if self.config.mixed_precision != "fp16" or progress.skipped > SKIPPED:
-                        value = math.nan
-                else:
-                    progress.skipped = 0
+            if last and not self.clip():
+                value = math.nan
         if not math.isfinite(value):
             self.fall_back(value)
         if self.unproven and self.accelerator.is_main_process:
@@ -173,7 +235,7 @@ class Run:
         images = size_of(inputs) * self.accelerator.num_processes
         progress.images += images
         progress.batch += 1
-        if progress.batch == before + together:
+        if last:
             self.step()
         self.history.losses.append(means["loss"])
         for key, mean in means.items():
@@ -181,6 +243,21 @@ class Run:
         self._add("bounded", float(ready) / self.length)
         self._add("images", images)
         return means
+
+    def means(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the means over all processes."""
+        stacked = torch.stack([value.detach().float().to(self.accelerator.device) for value in losses.values()])
+        return dict(zip(losses, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+
+    def clip(self) -> bool:
+        """Clip the gradient that has come together; return whether the step can be taken or left out."""
+        norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip or math.inf)
+        if norm is None or bool(torch.isfinite(norm)):
+            self.progress.skipped = 0
+            return True
+        # in fp16 the scaler leaves the step out by itself, and scales less afterwards
+        self.progress.skipped += 1
+        return self.config.mixed_precision == "fp16" and self.progress.skipped <= SKIPPED
 
     def step(self) -> None:
         """Change the weights by the gradient that has come together."""
@@ -198,33 +275,24 @@ class Run:
             progress.refreshed = True
             self.refresh()  # the first fit saw few images for each cluster; now the memory is full
 
-    def keep_good(self) -> None:
-        """Copy the weights that a loss which is not finite falls back to."""
-        self.good = {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
-        self.good_step = self.progress.step
+    def refresh(self) -> None:
+        """Fit all statistics anew to their memories."""
+        for _, module in self.statistics():
+            module.refresh()
+        if self.ema is not None:  # which copies buffers with each step, and is what validation sees
+            for theirs, ours in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
+                theirs.copy_(ours)
 
-    def anneal(self) -> None:
-        """Let the token counts fall towards the plan's, over the first steps of the run."""
-        if not self.config.anneal:
-            return
-        share = self.progress.step / (self.config.anneal * self.total)
-        for model in (self.model,) if self.ema is None else (self.model, self.ema.module):
-            for module in model.modules():
-                if isinstance(module, SimilarityMask):
-                    module.reached = min(1.0, share)
-
-    def _due(self) -> bool:
-        """Say whether it is time for a checkpoint: between two steps, and not at the end, where there is one anyway."""
-        progress = self.progress
-        whole = progress.batch % self.accumulate == 0 and progress.batch < self.length
-        return self.folder is not None and whole and progress.step % self.config.checkpoint_every == 0
-
-    def finish_epoch(self, val: Data | None, known: Mapping[str, float]) -> None:
+    def finish_epoch(self, val: Data | None) -> None:
         """Note what the epoch brought, and what is known of the feature."""
+        clock = time.perf_counter()
+        known = self.objective.information.estimate()  # with the statistics that the epoch ended with
+        self.refresh()
+        self._add("seconds", time.perf_counter() - clock)
         progress, sums = self.progress, self.progress.sums
         images, bounded = int(sums.pop("images")), sums.pop("bounded")
         sums["bound"] /= bounded or 1.0  # the mean over the batches that had one
-        rows = checkpoints.of_every_rank(self.passes.unreadable(), self.accelerator)
+        damaged = of_every_process(self.passes.damaged(), self.accelerator)
         entry = {
             "epoch": progress.epoch + 1,
             **sums,
@@ -232,24 +300,65 @@ class Run:
             "lr": self.schedule.get_last_lr()[0],
             "val_accuracy": None if val is None else self.validate(val),
             "images_per_second": images / sums["seconds"],
-            "unreadable": len(set().union(*rows)),
+            "unreadable": len(set().union(*damaged)),
             "sites": self.sites(),
         }
         self.history.epochs.append(entry)
         progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, {}
 
     def validate(self, val: Data) -> float:
-        """Return the accuracy on validation data, which the processes share."""
-        model = self.model if self.ema is None else self.ema.module
-        return evaluate_in_memory(model, val, self.config.batch_size, self.accelerator)
+        """Return the accuracy on validation data, which the processes share; in smaller batches where memory ends.
 
-    def means(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the means over all processes."""
-        stacked = torch.stack([value.detach().float().to(self.accelerator.device) for value in losses.values()])
-        return dict(zip(losses, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+        Raises:
+            TrainingError: where one image is too much, or where the batches are not this process's to choose.
+        """
+        model = self.model if self.ema is None else self.ema.module
+
+        def fewer(images: int) -> int:
+            if not is_table(val):
+                raise TrainingError(
+                    "a batch of the validation loader does not fit into memory: pass one of smaller batches"
+                )
+            if self.accelerator.num_processes > 1 or images == 1:
+                raise TrainingError(f"a batch of {images} validation images does not fit into memory")
+            return images // 2
+
+        return with_memory_for(
+            self.config.batch_size, lambda images: evaluate(model, val, images, self.accelerator), fewer
+        )
+
+    def sites(self) -> dict[str, dict[str, float]]:
+        """Return what each mask has learned: η and the temperature of its softmax."""
+        return {
+            name.removesuffix(CHILD).rstrip("."): {
+                "eta": module.eta.item(),
+                **({"temperature": math.exp(-module.log_scale.item())} if isinstance(module, MaskModule) else {}),
+                **({"alpha": module.alpha.item()} if isinstance(module, GridMask) else {}),
+            }
+            for name, module in self.model.named_modules()
+            if learns(module)
+        }
+
+    def _add(self, key: str, value: float) -> None:
+        self.progress.sums[key] = self.progress.sums.get(key, 0.0) + value
+
+    def statistics(self) -> Iterator[tuple[str, Statistics]]:
+        """Go through what the model knows of its descriptors."""
+        return ((name, module) for name, module in self.model.named_modules() if isinstance(module, Statistics))
+
+    # ----------------------------------------------------------------------------------- where it can go back to
+
+    def keep_good(self) -> None:
+        """Copy the weights that a loss which is not finite falls back to."""
+        self.good = {key: tensor.detach().clone() for key, tensor in self.model.state_dict().items()}
+        self.good_step = self.progress.step
 
     def fall_back(self, value: float) -> None:
-        """Put the last good weights back and stop."""
+        """Put the last good weights back and stop.
+
+        Raises:
+            TrainingError: always.
+        """
         load_state(self.model, self.good)
         kept = ""
         if self.folder is not None:
@@ -267,34 +376,58 @@ class Run:
             "check the images for NaN, or use mixed_precision='no'"
         )
 
-    def refresh(self) -> None:
-        """Fit all statistics anew to their memories."""
-        for _, module in self.statistics():
-            module.refresh()
-        if self.ema is not None:  # which copies buffers with each step, and is what validation sees
-            for theirs, ours in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
-                theirs.copy_(ours)
-
-    def sites(self) -> dict[str, dict[str, float]]:
-        """Return what each mask has learned: η and the temperature of its softmax."""
-        return {
-            name.removesuffix(CHILD).rstrip("."): {
-                "eta": module.eta.item(),
-                **({"temperature": math.exp(-module.log_scale.item())} if isinstance(module, MaskModule) else {}),
-                **({"alpha": module.alpha.item()} if isinstance(module, GridMask) else {}),
-            }
-            for name, module in self.model.named_modules()
-            if isinstance(module, LEARNABLE)
-        }
-
     def keep(self) -> None:
         """Write a checkpoint; all processes have to call it."""
-        keep(self)
+        state = self.state()
+        if self.accelerator.is_main_process:
+            checkpoints.write(cast("Path", self.folder), state)
+        self.accelerator.wait_for_everyone()
         self.unproven = True
 
-    def _add(self, key: str, value: float) -> None:
-        self.progress.sums[key] = self.progress.sums.get(key, 0.0) + value
+    def state(self) -> dict[str, Any]:
+        """Return all that the run goes on from; all processes have to call it, for each draws numbers of its own."""
+        own = {
+            "passes": self.passes.state(),
+            "unreadable": self.passes.damaged(),
+            "information": self.objective.information.memory.state(),  # the statistics' are of all processes' images
+        }
+        return {
+            **{name: part.state_dict() for name, part in self._parts().items()},
+            "began": self.began,
+            "batch_images": self.passes.images,
+            "random": of_every_process(own, self.accelerator),
+            "progress": asdict(self.progress),
+            "history": asdict(self.history),
+            "memories": {name: module.memory.state() for name, module in self.statistics()},
+        }
 
-    def statistics(self) -> Iterator[tuple[str, Statistics]]:
-        """Go through what the model knows of its descriptors."""
-        return ((name, module) for name, module in self.model.named_modules() if isinstance(module, Statistics))
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned.
+
+        Raises:
+            CheckpointError: where it is of another run: other settings, model, data, or number of processes.
+        """
+        checkpoints.check_same(state["began"], self.began)
+        for name, part in self._parts().items():
+            if isinstance(part, nn.Module):
+                load_state(part, state[name])
+            else:
+                part.load_state_dict(state[name])
+        device = self.accelerator.device
+        for name, module in self.statistics():
+            module.memory.set_state(state["memories"][name], device)
+        self.progress, self.history = Progress(**state["progress"]), History(**state["history"])
+        own = state["random"][self.accelerator.process_index]
+        self.passes.load_state(own["passes"])
+        if isinstance(self.passes.data, Images):
+            self.passes.data.unreadable[own["unreadable"]] = True
+        self.objective.information.memory.set_state(own["information"], device)
+        # its own run may have been killed before it saw a loss of these weights
+        self.unproven = self.folder is not None and not checkpoints.is_settled(self.folder)
+        if self.progress.step:
+            mark_finetuned(self.model)
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
+        parts |= {} if self.ema is None else {"ema": self.ema.module}
+        return parts | ({} if self.accelerator.scaler is None else {"scaler": self.accelerator.scaler})

@@ -1,18 +1,21 @@
-"""What trains, and how fast: masks, norms, low-rank additions, or everything."""
+"""What trains, and how fast: masks, norms, low-rank additions or everything, each with its rate over the run."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay  # type: ignore[attr-defined]
+from timm.scheduler import create_scheduler_v2  # type: ignore[attr-defined]
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
+from ltm_retrofit.converted.record import learns
 from ltm_retrofit.errors import RecipeError, TrainingError
-from ltm_retrofit.scopes.masks import LEARNABLE
-from ltm_retrofit.tuning.heads import new_head
+from ltm_retrofit.tuning.classes import new_classifier
 from ltm_retrofit.tuning.settings import TrainConfig
 
 #: how much faster masks learn than weights that are trained already (docs/ablation.md: 1, 10, 30 and 100 were tried)
@@ -23,11 +26,11 @@ CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
 
 def masks_in(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of all learnable masks."""
-    return [p for module in model.modules() if isinstance(module, LEARNABLE) for p in module.parameters()]
+    return [p for module in model.modules() if learns(module) for p in module.parameters()]
 
 
 def chosen(model: nn.Module, train: str) -> set[nn.Parameter]:
-    """Return the parameters that ``train`` names; a head that is new is always among them.
+    """Return the parameters that ``train`` names; a classifier that is new is always among them.
 
     Raises:
         TrainingError: where it names masks and there is none.
@@ -39,19 +42,31 @@ def chosen(model: nn.Module, train: str) -> set[nn.Parameter]:
         raise TrainingError(f"train={train!r} finds no mask: convert the model with method='ltm' first")
     if train == "masks+norms":
         norms = (module for module in model.modules() if "Norm" in type(module).__name__)
-        found |= {p for norm in norms for p in norm.parameters(recurse=False) if p.ndim == 1}  # not a head with a norm
+        # vectors only: a classifier whose class is called after its norm holds a matrix, too
+        found |= {p for norm in norms for p in norm.parameters(recurse=False) if p.ndim == 1}
     if train == "lora":
         found |= {p for name, p in model.named_parameters() if ".lora_" in name}
-    return found | new_head(model)
+    return found | new_classifier(model)
+
+
+def choose(model: nn.Module, train: str) -> None:
+    """Let the parameters train that ``train`` names, and no others; with ``"all"`` those that did.
+
+    Raises:
+        TrainingError: where it names masks and there is none.
+    """
+    if train != "all":
+        training = chosen(model, train)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in training)
 
 
 @contextmanager
 def low_rank(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """With ``train="lora"``, add low-rank matrices (Hu et al. 2021, by peft) beside every linear map.
+    """With ``train="lora"``, add low-rank matrices (Hu et al. 2021, by peft) beside every linear map, while inside.
 
-    Masks are left out, and a head that is new: these train as they are.
-
-    Afterwards they are merged into the weights, whose names are as before.
+    Masks are left out, and a classifier that is new: these train themselves. Afterwards the matrices are merged into
+    the weights, whose names are as before.
 
     Raises:
         TrainingError: where peft is not installed, or nothing is linear.
@@ -67,8 +82,6 @@ def low_rank(model: nn.Module, config: TrainConfig) -> Iterator[None]:
     names = _linear_maps(model)
     if not names:
         raise TrainingError(f"train='lora' finds no linear map in {type(model).__name__} to add to")
-    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    before = set(model.__dict__)
     lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
     inject_adapter_in_model(lora, model)
     try:
@@ -79,24 +92,20 @@ def low_rank(model: nn.Module, config: TrainConfig) -> Iterator[None]:
                 module.merge()
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.get_base_layer())
-        for attribute in set(model.__dict__) - before:
-            del model.__dict__[attribute]
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
 
 
 def _linear_maps(model: nn.Module) -> list[str]:
-    """Name the linear maps that are called as modules, masks and head left out."""
+    """Name the linear maps that are called as modules, masks and a new classifier left out."""
     packed = tuple(name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
-    masks = {module for mask in model.modules() if isinstance(mask, LEARNABLE) for module in mask.modules()}
-    head = new_head(model)
+    masks = {module for mask in model.modules() if learns(mask) for module in mask.modules()}
+    classifier = new_classifier(model)
     return [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module not in masks
         and not any(name.startswith(f"{owner}.") for owner in packed)
-        and not head & set(module.parameters())
+        and not classifier & set(module.parameters())
     ]
 
 
@@ -160,6 +169,39 @@ def _depth_scales(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
             layer = depth + 1  # what is registered behind the blocks
         scales[parameter] = decay ** (depth + 1 - layer)
     return scales
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int) -> LambdaLR:
+    """Return a schedule over ``total`` steps: every group's own highest rate, times the factor of timm's schedule.
+
+    Timm's cosine is written out, so that its warm-up scales with each group's rate.
+    """
+    rising = config.warmup * total
+
+    def cosine(step: int) -> float:
+        done = step / max(1, total)
+        return (step + 1) / (rising + 1) if step < rising else 0.5 * (1 + math.cos(math.pi * done))
+
+    if config.sched == "cosine":
+        return LambdaLR(optimizer, cosine)
+    unit = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)  # whose rate is the factor
+    theirs, _ = create_scheduler_v2(
+        unit,
+        sched=config.sched,
+        num_epochs=total,
+        decay_epochs=max(1, round(0.3 * total)),  # of "step"
+        decay_rate=0.1 if config.sched == "step" else 1.0,  # of "poly" it is the power
+        warmup_epochs=round(rising),
+        warmup_lr=1 / (rising + 1),
+        updates_per_epoch=1,
+        step_on_epochs=False,
+    )
+
+    def factor(step: int) -> float:
+        theirs.step_update(step)
+        return float(unit.param_groups[0]["lr"])
+
+    return LambdaLR(optimizer, factor)
 
 
 @contextmanager

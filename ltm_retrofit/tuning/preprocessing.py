@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import DataError
 from ltm_retrofit.finding.example import input_size
 
-AUGMENTS = ("none", "crop")
 #: attribute under which a reloaded Hugging Face model keeps what its image processor said
 RECORDED = "ltm_preprocessing"
 #: stands there for all else where it was an image processor that does more than we do, with what is said of it
@@ -95,14 +94,8 @@ def _said_by(model: nn.Module) -> dict[str, Preprocessing]:
 
 def _declared(model: nn.Module) -> Mapping[str, Any] | None:
     """Return settings as timm writes them: recorded, timm's own, or those in the config of transformers' wrapper."""
-    config = getattr(model, "config", None)
-    wrapped = getattr(getattr(model, "timm_model", None), "pretrained_cfg", None)
-    places = (
-        model.__dict__.get(RECORDED),
-        getattr(model, "pretrained_cfg", None),
-        getattr(config, "pretrained_cfg", None),
-        wrapped,
-    )
+    owners = (model, getattr(model, "config", None), getattr(model, "timm_model", None))
+    places = [model.__dict__.get(RECORDED), *(getattr(owner, "pretrained_cfg", None) for owner in owners)]
     return next((place for place in places if isinstance(place, Mapping) and place), None)
 
 
@@ -110,15 +103,9 @@ def _of_config(declared: Mapping[str, Any]) -> Preprocessing:
     if REFUSED in declared:
         raise DataError(str(declared[REFUSED]))
     said = resolve_data_config(pretrained_cfg=dict(declared))  # type: ignore[no-untyped-call]
-    return Preprocessing(
-        tuple(said["input_size"][1:]),
-        tuple(said["mean"]),
-        tuple(said["std"]),
-        said["interpolation"],
-        said["crop_pct"],
-        said["crop_mode"],
-        reverse=bool(declared.get("reverse", False)),
-    )
+    size, mean, std = (tuple(said[key]) for key in ("input_size", "mean", "std"))
+    resizing = (said[key] for key in ("interpolation", "crop_pct", "crop_mode"))
+    return Preprocessing(size[1:], mean, std, *resizing, reverse=bool(declared.get("reverse", False)))
 
 
 def _origin(model: nn.Module) -> str:
@@ -153,17 +140,14 @@ def _of_processor(processor: Any) -> Preprocessing:
         read = _read_processor(processor)
         picture = _smooth_picture()
         theirs, ours = processor(picture, return_tensors="pt")["pixel_values"][0], make_transform(read)(picture)
-        same = theirs.shape == ours.shape and bool(
-            ((theirs - ours).abs().amax(dim=(1, 2)) * torch.tensor(read.std) <= TOLERANCE).all()
-        )
-        reason: Exception | None = None
+        away = (theirs - ours).abs().amax(dim=(1, 2)) * torch.tensor(read.std)
+        if theirs.shape != ours.shape or not bool((away <= TOLERANCE).all()):
+            raise ValueError(f"a picture comes out otherwise: {tuple(theirs.shape)}, off by {away.max():.2f} of white")
     except Exception as error:  # whatever an attribute that says other things than those we know leads to
-        same, reason = False, error
-    if not same:
         raise DataError(
             f"{type(processor).__name__} does more to an image than resizing, cropping and normalising it, or does it "
             "otherwise than can be read off it: pass loaders whose batches are ready for the model"
-        ) from reason
+        ) from error
     return read
 
 

@@ -1,26 +1,39 @@
-"""One process or several: every process that was asked for takes part, or says that it does not."""
+"""One process or several, and the memory that each has: the only room that knows Accelerate.
+
+Every process that was asked for takes part, or says that it does not.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from pathlib import Path
+from typing import Any, TypeVar
 
-from accelerate import Accelerator
+from accelerate import Accelerator as Accelerator  # others type with it
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
+    find_executable_batch_size,
+    gather_object,
 )
+from torch.utils.data import DataLoader
 
-from ltm_retrofit.errors import CheckpointError, TrainingError
+from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.tuning.settings import TrainConfig
 
+T = TypeVar("T")
 #: what shards or wraps the model itself; merged tokens carry their sizes on the tensor, which these copy away
 WRAPPERS = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+#: what a launch says in the environment: its variable, what stands for nothing, our setting, how it is called
+LAUNCHED = (
+    ("MIXED_PRECISION", "no", "mixed_precision", "mixed precision {!r}"),
+    ("GRADIENT_ACCUMULATION_STEPS", "1", "accumulate", "{} gradient accumulation steps"),
+)
 
 
 @contextmanager
@@ -61,18 +74,13 @@ def check_launch(config: TrainConfig) -> None:
     for wrapper in WRAPPERS:
         if os.environ.get(f"ACCELERATE_USE_{wrapper}", "").lower() in ("true", "1"):
             raise _wrapped(wrapper)
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", config.mixed_precision):
-        raise TrainingError(
-            f"accelerate was launched with mixed precision {precision!r}, and TrainConfig has "
-            f"mixed_precision={config.mixed_precision!r}: say it there, or leave it out of the launch"
-        )
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if steps not in ("1", str(config.accumulate)):
-        raise TrainingError(
-            f"accelerate was launched with {steps} gradient accumulation steps, and TrainConfig has "
-            f"accumulate={config.accumulate}: say it there, or leave it out of the launch"
-        )
+    for variable, default, setting, words in LAUNCHED:
+        value, ours = os.environ.get(f"ACCELERATE_{variable}", default), getattr(config, setting)
+        if value not in (default, str(ours)):
+            raise TrainingError(
+                f"accelerate was launched with {words.format(value)}, and TrainConfig has {setting}={ours!r}: say it "
+                "there, or leave it out of the launch"
+            )
 
 
 def check_kind(accelerator: Accelerator, config: TrainConfig) -> None:
@@ -131,16 +139,47 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def checkpoints_beside(out: Path, resume: bool) -> Path:
-    """Return the folder for the checkpoints of a run that writes to ``out``.
+def shared(loader: Any, accelerator: Accelerator) -> Any:
+    """Return a loader of which each process gets its part of every batch.
 
     Raises:
-        CheckpointError: where an interrupted run left some there, and this one is not to go on from them.
+        DataError: where it is none that can be shared.
     """
-    folder = out.absolute().parent / f".{out.name}.checkpoints"
-    if not resume and any(path.is_file() for path in folder.rglob("*")):
-        raise CheckpointError(
-            f"a run to {out} was interrupted, and its checkpoints lie in {folder}: go on from them with --resume, or "
-            "remove that folder to begin anew"
+    count = accelerator.num_processes
+    if count == 1:
+        return loader
+    if not isinstance(loader, DataLoader):
+        raise DataError(
+            f"{count} processes share a torch DataLoader or a data set among them, got {type(loader).__name__}"
         )
-    return folder
+    if loader.batch_size is not None and loader.batch_size % count:
+        raise DataError(
+            f"{count} processes share each batch, and the loader's have {loader.batch_size} images: pass one whose "
+            "batch_size they divide"
+        )
+    sampler = loader.sampler
+    whole = not isinstance(sampler, Sized) or not loader.batch_size or not len(sampler) % loader.batch_size
+    if not whole and not loader.drop_last:
+        warnings.warn(
+            "the last batch of an epoch is short, and the processes fill it up with images of the first one: set the "
+            "loader's drop_last to learn what one process would",
+            stacklevel=2,
+        )
+    return accelerator.prepare_data_loader(loader)
+
+
+def of_every_process(value: Any, accelerator: Accelerator) -> list[Any]:
+    """Return a value of every process, in rank order; all have to call it."""
+    return list(gather_object([value])) if accelerator.num_processes > 1 else [value]
+
+
+def with_memory_for(images: int, call: Callable[[int], T], fewer: Callable[[int], int]) -> T:
+    """Call a function with a number of images; where memory ends, again with as many as ``fewer`` makes of them."""
+
+    def less() -> int:
+        nonlocal images
+        images = fewer(images)
+        return images
+
+    result: T = find_executable_batch_size(lambda batch_size: call(batch_size), images, less)()
+    return result

@@ -1,16 +1,33 @@
-"""Where images come from: the embedded canvases, a folder, or the Hub."""
+"""Where images come from: the embedded digits, a folder, or the Hub.
+
+The embedded data are handwritten digits on large, cluttered canvases. A digit covers a small part of its canvas and
+the rest is background and fragments of other digits, so there is something to merge. The 1797 source digits are split
+*before* anything is drawn: no stroke of a test digit, not even as clutter, is ever seen in training.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from ltm_retrofit.config import Strict, check_choice
-from ltm_retrofit.errors import DataError, RecipeError
-from ltm_retrofit.tuning.data import columns_of, is_stream
-from ltm_retrofit.tuning.digits import SPLITS, Split, load_canvases
-from ltm_retrofit.tuning.images import BUFFER
+import numpy as np
+from PIL import Image
+
+from ltm_retrofit.config import Strict
+from ltm_retrofit.errors import DataError, RecipeError, check_choice
+from ltm_retrofit.tuning.data import BUFFER, columns_of, is_stream
+from ltm_retrofit.tuning.settings import check_types
+
+if TYPE_CHECKING:
+    import datasets
+
+Split = Literal["train", "validation", "test"]
+#: source digits of each split
+SPLITS: dict[Split, tuple[int, int]] = {"train": (0, 1257), "validation": (1257, 1437), "test": (1437, 1797)}
+CANVAS = 64
+#: images (1797, 8, 8) of 0 to 16, and labels: UCI's Optical Recognition of Handwritten Digits (see the README there)
+DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
 
 
 @dataclass(frozen=True)
@@ -35,16 +52,7 @@ class DataSection(Strict):
 
     def __post_init__(self) -> None:
         """Check every value; nothing is corrected silently."""
-        for name in ("name", "train_split", "test_split", "image", "label"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise RecipeError(f"{name} must be a name, got {getattr(self, name)!r}")
-        for name in ("train_per_digit", "test_per_digit", "limit"):
-            value = getattr(self, name)
-            if (type(value) is not int or value < 1) and not (name == "limit" and value is None):
-                raise RecipeError(f"{name} must be a whole number from 1 on, got {value!r}")
-        for name in ("labelled", "streaming"):
-            if not isinstance(getattr(self, name), bool):
-                raise RecipeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        check_types(self)
         if self.streaming and self.name == "digits":
             raise RecipeError("the embedded digits are drawn, not streamed: set streaming to false")
         if self.train_split == self.test_split:
@@ -64,44 +72,129 @@ def load_split(section: DataSection, split: str) -> Any:
     if section.name == "digits":
         # training canvases are drawn with another seed than those of the base's own training
         seed, per_digit = (0, section.test_per_digit) if test else (1, section.train_per_digit)
-        return _limited(load_canvases(cast("Split", split), per_digit=per_digit, seed=seed), section, test)
+        table: Any = load_digits(cast("Split", split), per_digit=per_digit, seed=seed)
+    else:
+        table = _fetch(section.name, split, stream=section.streaming and not test)
+        columns = columns_of(table)
+        for wanted in ("image", "label") if test or section.labelled else ("image",):
+            if (name := getattr(section, wanted)) not in columns:
+                raise DataError(
+                    f"data {section.name!r} has columns {', '.join(columns)}, not {name!r}: name its {wanted} "
+                    "column in the data section"
+                )
+            table = table if name == wanted else table.rename_column(name, wanted)
+    if test:
+        return table
+    if section.limit is not None and is_stream(table):
+        table = table.shuffle(seed=0, buffer_size=BUFFER).take(section.limit)
+    elif section.limit is not None and len(table) > section.limit:
+        table = table.shuffle(seed=0).select(range(section.limit))
+    return table if section.labelled else table.select_columns(["image"])
+
+
+def _fetch(name: str, split: str, *, stream: bool) -> Any:
+    """Return a split of a folder or of a data set on the Hub, as it is there.
+
+    Raises:
+        DataError: where there is none.
+    """
     import datasets
 
-    folder, stream = Path(section.name), section.streaming and not test
+    folder = Path(name)
     try:
-        if folder.is_dir():
-            files = sorted(str(file) for file in folder.glob(f"{split}*.parquet"))
-            kind = "parquet" if files else "imagefolder"
-            # explicit files: `datasets` guesses splits from file names otherwise
-            files = files or sorted(str(file) for file in (folder / split).glob("*/*") if file.is_file())
-            if not files:
-                raise DataError(f"{folder} has neither {split}*.parquet nor {split}/CLASS/IMAGE files")
-            table = datasets.load_dataset(kind, data_files={split: files}, split=split, streaming=stream)
-        else:
-            table = datasets.load_dataset(section.name, split=split, streaming=stream)
+        if not folder.is_dir():
+            return datasets.load_dataset(name, split=split, streaming=stream)
+        files = sorted(str(file) for file in folder.glob(f"{split}*.parquet"))
+        kind = "parquet" if files else "imagefolder"
+        # explicit files: `datasets` guesses splits from file names otherwise
+        files = files or sorted(str(file) for file in (folder / split).glob("*/*") if file.is_file())
+        if not files:
+            raise DataError(f"{folder} has neither {split}*.parquet nor {split}/CLASS/IMAGE files")
+        return datasets.load_dataset(kind, data_files={split: files}, split=split, streaming=stream)
     except DataError:
         raise
     except Exception as error:
         raise DataError(
-            f"cannot load split {split!r} of data {section.name!r} (no such folder here, so a Hub id): "
+            f"cannot load split {split!r} of data {name!r} (no such folder here, so a Hub id): "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
-    wants = [("image", section.image), ("label", section.label)]
-    columns = columns_of(table)
-    for wanted, name in wants if test or section.labelled else wants[:1]:
-        if name not in columns:
-            raise DataError(
-                f"data {section.name!r} has columns {', '.join(columns)}, not {name!r}: name its {wanted} "
-                "column in the data section"
-            )
-        if name != wanted:
-            table = table.rename_column(name, wanted)
-    return _limited(table, section, test)
 
 
-def _limited(table: Any, section: DataSection, test: bool) -> Any:
-    if not test and section.limit is not None and is_stream(table):
-        table = table.shuffle(seed=0, buffer_size=BUFFER).take(section.limit)
-    elif not test and section.limit is not None and len(table) > section.limit:
-        table = table.shuffle(seed=0).select(range(section.limit))
-    return table if test or section.labelled else table.select_columns(["image"])
+def source_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return the split's source digits: images ``(n, 8, 8)`` uint8 in 0..255, labels ``(n,)``."""
+    with np.load(DIGITS) as stored:
+        images, labels = stored["images"], stored["labels"]
+    start, stop = SPLITS[split]
+    chosen = np.random.default_rng(0).permutation(len(labels))[start:stop]
+    return (images[chosen] * (255 / 16)).astype(np.uint8), labels[chosen].astype(np.int64)
+
+
+def draw_canvas(
+    digit: np.ndarray, others: np.ndarray, rng: np.random.Generator, *, crowded: bool = False
+) -> np.ndarray:
+    """Draw one canvas ``(64, 64)`` uint8: clutter cut out of ``others``, then ``digit`` at a random place and scale.
+
+    ``crowded`` canvases have smaller digits and brighter clutter; the base is trained on them first.
+    """
+    scales, inks = ((2.0, 3.5), (0.4, 0.9)) if crowded else ((2.5, 4.0), (0.3, 0.7))
+    canvas = np.zeros((CANVAS, CANVAS), dtype=np.float32)
+
+    def paste(patch: np.ndarray, size: int, ink: float) -> None:
+        scaled = np.asarray(Image.fromarray(patch).resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
+        top, left = rng.integers(0, CANVAS - size + 1, size=2)
+        region = canvas[top : top + size, left : left + size]
+        np.maximum(region, ink * scaled, out=region)
+
+    for _ in range(rng.integers(6, 11)):
+        side = int(rng.integers(3, 6))
+        top, left = rng.integers(0, 8 - side + 1, size=2)
+        fragment = others[rng.integers(len(others)), top : top + side, left : left + side]
+        paste(np.ascontiguousarray(fragment), int(side * rng.uniform(2.0, 3.0)), rng.uniform(*inks))
+    paste(digit, int(8 * rng.uniform(*scales)), rng.uniform(0.7, 1.0))
+    noise = rng.normal(0.0, 20.0, size=canvas.shape).astype(np.float32)
+    drawn: np.ndarray = np.clip(canvas + noise, 0, 255).astype(np.uint8)
+    return drawn
+
+
+def draw_split(split: Split, per_digit: int, seed: int, *, crowded: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Draw ``per_digit`` canvases of every source digit of a split: ``(n, 64, 64)`` uint8 and labels ``(n,)``."""
+    digits, labels = source_digits(split)
+    rng = np.random.default_rng([seed, list(SPLITS).index(split)])
+    canvases = np.stack(
+        [draw_canvas(digit, digits, rng, crowded=crowded) for _ in range(per_digit) for digit in digits]
+    )
+    return canvases, np.tile(labels, per_digit)
+
+
+def load_digits(split: Split = "train", *, per_digit: int = 1, seed: int = 0) -> datasets.Dataset:
+    """Return handwritten digits on cluttered canvases: a data set that needs no download, and has something to merge.
+
+    Example:
+        >>> import ltm_retrofit as ltm
+        >>> data = ltm.load_digits("validation")
+        >>> data.column_names, len(data), data[0]["image"].size
+        (['image', 'label'], 180, (64, 64))
+
+    Args:
+        split: ``"train"``, ``"validation"`` or ``"test"``; no digit is in two of them.
+        per_digit: canvases drawn of each of the split's 1257, 180 or 360 digits.
+        seed: of the drawing, and of the order.
+
+    Returns:
+        A `datasets` data set with columns ``image`` (RGB, 64 × 64) and ``label``.
+
+    Raises:
+        RecipeError: where there is no such split.
+    """
+    import datasets
+
+    check_choice(split, SPLITS, "a split of the embedded digits")
+    canvases, labels = draw_split(split, per_digit, seed)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    columns = {
+        "image": [Image.fromarray(canvases[index]).convert("RGB") for index in order],
+        "label": labels[order].tolist(),
+    }
+    names = [str(digit) for digit in range(10)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    return datasets.Dataset.from_dict(columns, features=features)

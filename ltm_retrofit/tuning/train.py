@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sized
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import find_executable_batch_size
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ltm_retrofit.converted.record import FINETUNED, load_state
 from ltm_retrofit.errors import CheckpointError, DataError, TrainingError
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.merging.mask import MaskModule, SimilarityMask
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.scopes.masks import MASKS
 from ltm_retrofit.tuning import checkpoints
-from ltm_retrofit.tuning.data import Data, columns_of, is_stream, is_table
-from ltm_retrofit.tuning.evaluate import check_data, count_classes
-from ltm_retrofit.tuning.history import History
-from ltm_retrofit.tuning.images import Order, Stream, make_loader
-from ltm_retrofit.tuning.loop import Run
-from ltm_retrofit.tuning.parameters import checkpointed, chosen, low_rank
-from ltm_retrofit.tuning.passes import Passes
-from ltm_retrofit.tuning.processes import own_accelerator
-from ltm_retrofit.tuning.resuming import resume as go_on
+from ltm_retrofit.tuning.classes import check_data, count_classes
+from ltm_retrofit.tuning.data import Data, Passes, columns_of, is_stream, is_table, make_loader
+from ltm_retrofit.tuning.loop import History, Run
+from ltm_retrofit.tuning.parameters import checkpointed, choose, low_rank
+from ltm_retrofit.tuning.processes import own_accelerator, with_memory_for
 from ltm_retrofit.tuning.settings import TrainConfig
 
 
@@ -46,6 +37,17 @@ def finetune(
     Where a batch of a data set does not fit into memory, the run starts over with batches of half the size, twice as
     many to a step, and warns.
 
+    Example:
+        >>> import timm, torch
+        >>> import ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=4,
+        ...                           num_heads=3, num_classes=7)
+        >>> model = ltm.retrofit(model, ltm.LTMConfig(flops=0.7))
+        >>> loader = [(torch.randn(14, 3, 32, 32), torch.arange(14) % 7) for _ in range(4)]
+        >>> history = ltm.finetune(model, loader, config=ltm.TrainConfig(bound="none"))
+        >>> len(history.losses), history.epochs[0]["val_accuracy"]
+        (4, None)
+
     Args:
         model: any classifier; the bound is left out where there is no learnable mask.
         train: a `datasets` data set with columns ``image`` and ``label``, streamed or not, or a loader of batches.
@@ -53,7 +55,8 @@ def finetune(
         config: see `TrainConfig`.
         checkpoints_to: folder for a checkpoint every ``config.checkpoint_every`` steps and after each epoch.
         resume: go on from that folder's checkpoint where it has one, with the model as it was given at first. On a CPU
-            losses and weights are those of a run that was never interrupted, bit for bit.
+            losses and weights are those of a run that was never interrupted, bit for bit. A loader of one's own is
+            drawn from up to the place: its batches have to follow from torch's, NumPy's and Python's random numbers.
 
     Returns:
         The history. The model keeps its device, training flags and ``requires_grad``.
@@ -71,28 +74,53 @@ def finetune(
         raise CheckpointError("resume needs the folder that the checkpoints were written to: set checkpoints_to")
     with own_accelerator(config) as accelerator:
         classes = count_classes(model)
-        places = _check_data(model, train, val, classes, config)
-        if is_stream(train) and accelerator.num_processes > 1:
-            raise DataError(
-                f"a stream cannot be shared out among {accelerator.num_processes} processes: use a data set"
-            )
-        _check_annealed(model, config)
+        class_of = _check_data(model, train, val, classes, config, accelerator.num_processes)
         state = None if folder is None else checkpoints.read(folder)
         if state is not None and not resume:
             raise CheckpointError(
                 f"{folder} holds a checkpoint of an earlier run: go on from it with resume, or name another folder"
             )
-        return _attempts(model, train, val, config, accelerator, classes, places, folder, state)
+        given = Snapshot(model)
+
+        def train_with(images: int) -> History:
+            """Make the run with so many images at once, and take it to its end."""
+            loader = make_loader(model, train, replace(config, batch_size=images), shuffle=True, class_of=class_of)
+            length = config.steps and config.steps * (config.accumulate * config.batch_size // images)
+            passes = Passes(loader, length=length, images=images, accelerator=accelerator)
+            with (
+                given.handed_back(),
+                checkpoints.own_random_state(config.seed + accelerator.process_index),
+                low_rank(model, config),
+                checkpointed(model, config.checkpointing),
+            ):
+                choose(model, config.train)
+                run = Run(model, accelerator, config, classes, passes, folder)
+                if state is not None:
+                    run.load_state(state)
+                return run.go(val)
+
+        def fewer(images: int) -> int:
+            """Take back what was learned, and say how many images to try next."""
+            accelerator.free_memory()  # it holds on to the optimizer of the attempt that failed
+            given.undo()
+            return _halved(images, train, config, accelerator.num_processes, resumed=state is not None)
+
+        images = config.batch_size
+        if state is not None and images % int(state["batch_images"]) == 0:  # they did not all fit into memory
+            images = int(state["batch_images"])
+        return with_memory_for(images, train_with, fewer)
 
 
 def _check_data(
-    model: nn.Module, train: Data, val: Data | None, classes: int, config: TrainConfig
+    model: nn.Module, train: Data, val: Data | None, classes: int, config: TrainConfig, processes: int
 ) -> tuple[int, ...] | None:
     """Check the data; return the model's class of each of the training data's, where they differ.
 
     Raises:
         DataError: see `finetune`.
     """
+    if is_stream(train) and processes > 1:
+        raise DataError(f"a stream cannot be shared out among {processes} processes: use a data set")
     if val is not None and is_stream(val):
         raise DataError("validation data is read anew after every epoch and cannot be a stream: load it whole")
     if val is not None and is_table(val):
@@ -108,183 +136,69 @@ def _check_data(
     return None
 
 
-def _attempts(
-    model: nn.Module,
-    train: Data,
-    val: Data | None,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    classes: int,
-    places: tuple[int, ...] | None,
-    folder: Path | None,
-    state: Mapping[str, Any] | None,
-) -> History:
-    """Run with as many images at once as there is memory for."""
-    start = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
-    statistics = [module for module in model.modules() if isinstance(module, Statistics)]
-    known = [(module.memory.state(), module.target_perplexity) for module in statistics]
-    size = config.batch_size
-    if state is not None and config.batch_size % int(state["batch_images"]) == 0:  # it did not all fit into memory
-        size = int(state["batch_images"])
-    retried, marked = False, FINETUNED in model.__dict__
-
-    def halve() -> int:
-        nonlocal size, retried
-        accelerator.free_memory()  # it holds on to the optimizer of the attempt that failed
-        load_state(model, start)
-        if not marked:
-            model.__dict__.pop(FINETUNED, None)
-        for module, (memory, perplexity) in zip(statistics, known, strict=True):
-            module.memory.set_state(memory, home(model)[0])
-            module.aim(perplexity)
-        if not is_table(train):
-            raise TrainingError("a batch of the training loader does not fit into memory: pass one of smaller batches")
-        if state is not None and not retried:
-            raise TrainingError(
-                f"the checkpoint's run had {size} images at once, which do not fit into memory here: go on where there "
-                "is as much of it, or begin anew in another folder"
-            )
-        if size % 2 or accelerator.num_processes > 1:
-            raise TrainingError(
-                f"a batch of {size} images does not fit into memory, and cannot be halved"
-                + (f" in {accelerator.num_processes} processes" if accelerator.num_processes > 1 else "")
-                + ": lower batch_size"
-            )
-        size, retried = size // 2, True
-        together = config.batch_size * config.accumulate // size
-        warnings.warn(f"out of memory: starting over with {size} images at once, {together} times a step", stacklevel=1)
-        return size
-
-    @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)  # type: ignore[untyped-decorator]
-    def attempt(batch_size: int) -> History:
-        loader = make_loader(
-            model,
-            train,
-            batch_size=batch_size,
-            shuffle=True,
-            augment=config.augment,
-            seed=config.seed,
-            workers=config.workers,
-            unreadable=config.unreadable,
-            places=places,
-        )
-        if folder is not None and getattr(loader, "persistent_workers", False):
-            warnings.warn(
-                "the loader's persistent workers keep random numbers from epoch to epoch that no checkpoint holds: what"
-                " they draw differs after a resume. Set persistent_workers=False for the same images bit for bit",
-                stacklevel=2,
-            )
-        passes = _passes(loader, accelerator, config, batch_size)
-        with ExitStack() as stack:
-            stack.enter_context(checkpoints.own_random_state(config.seed + accelerator.process_index))
-            stack.enter_context(low_rank(model, config))
-            stack.enter_context(checkpointed(model, config.checkpointing))
-            stack.enter_context(_kept_state(model, config.train))
-            stack.enter_context(_gated(model, config.gate))
-            accumulate = config.accumulate * config.batch_size // batch_size
-            run = Run(model, accelerator, config, classes, passes, accumulate, folder)
-            if state is not None and not retried:
-                go_on(run, state)
-            return run.go(val)
-
-    history: History = attempt()
-    return history
-
-
-def _passes(loader: object, accelerator: Accelerator, config: TrainConfig, images: int) -> Passes:
-    """Let the processes share a loader.
+def _halved(images: int, train: Data, config: TrainConfig, processes: int, *, resumed: bool) -> int:
+    """Return half as many images at once, and warn.
 
     Raises:
-        DataError: where it is none that can be shared.
+        TrainingError: where a run cannot be started over with so many.
     """
-    place: Order | Stream | None = None
-    if isinstance(loader, DataLoader):
-        place = next((part for part in (loader.sampler, loader.dataset) if isinstance(part, (Order, Stream))), None)
-    if accelerator.num_processes > 1:
-        if not isinstance(loader, DataLoader):
-            raise DataError(
-                f"{accelerator.num_processes} processes share a torch DataLoader or a data set among them, got "
-                f"{type(loader).__name__}"
-            )
-        if loader.batch_size is not None and loader.batch_size % accelerator.num_processes:
-            raise DataError(
-                f"{accelerator.num_processes} processes share each batch, and the loader's have {loader.batch_size} "
-                "images: pass one whose batch_size they divide"
-            )
-        sampler = loader.sampler
-        whole = not isinstance(sampler, Sized) or not loader.batch_size or not len(sampler) % loader.batch_size
-        if not whole and not loader.drop_last:
-            warnings.warn(
-                "the last batch of an epoch is short, and the processes fill it up with images of the first one: set "
-                "the loader's drop_last to learn what one process would",
-                stacklevel=2,
-            )
-        loader = accelerator.prepare_data_loader(loader)
-    together = config.accumulate * config.batch_size // images
-    length = None if config.steps is None else config.steps * together
-    return Passes(loader, place, length=length, images=images)
-
-
-def _check_annealed(model: nn.Module, config: TrainConfig) -> None:
-    """Check that token counts can fall during training.
-
-    Raises:
-        TrainingError: where there is nothing to anneal, or a mask has a fixed grid.
-    """
-    masks = [module for module in model.modules() if isinstance(module, MASKS)]
-    if config.anneal and not (masks and all(isinstance(mask, SimilarityMask) for mask in masks)):
-        kinds = ", ".join(sorted({type(mask).__name__ for mask in masks})) or "no mask"
+    if not is_table(train):
+        raise TrainingError("a batch of the training loader does not fit into memory: pass one of smaller batches")
+    if resumed:
         raise TrainingError(
-            f"anneal lets the counts of masks by similarity fall (methods ltm and tome, no grids), and this model has "
-            f"{kinds}: set it to 0"
+            f"the checkpoint's run had {images} images at once, which do not fit into memory here: go on where there "
+            "is as much of it, or begin anew in another folder"
         )
+    if images % 2 or processes > 1:
+        among = f" in {processes} processes" * (processes > 1)
+        raise TrainingError(
+            f"a batch of {images} images does not fit into memory, and cannot be halved{among}: lower batch_size"
+        )
+    half = images // 2
+    together = config.batch_size * config.accumulate // half
+    warnings.warn(f"out of memory: starting over with {half} images at once, {together} times a step", stacklevel=1)
+    return half
 
 
-@contextmanager
-def _gated(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Let masks learn which tokens merge, while inside.
+class Snapshot:
+    """A model as it was given: what of it is handed back after a run, and what if the run comes to nothing."""
 
-    Raises:
-        TrainingError: where no mask could.
-    """
-    masks = [module for module in model.modules() if isinstance(module, MaskModule)] if wanted else []
-    if wanted and not masks:
-        raise TrainingError("gate is for learnable masks by similarity (method ltm, no grids), and there is none here")
-    for mask in masks:
-        mask.gated = True
-    try:
-        yield
-    finally:
-        for mask in masks:
-            del mask.gated
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.device = model, home(model)[0]
+        self.attributes, self.forward = set(model.__dict__), model.__dict__.get("forward")
+        self.flags = {module: module.training for module in model.modules()}
+        self.wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        self.marked = FINETUNED in model.__dict__
+        self.values = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+        self.statistics = [
+            (module, module.memory.state(), module.target_perplexity)
+            for module in model.modules()
+            if isinstance(module, Statistics)
+        ]
 
+    @contextmanager
+    def handed_back(self) -> Iterator[None]:
+        """Put back on the way out what a run needs and nobody else: all but weights, statistics and their mark."""
+        try:
+            yield
+        finally:
+            # Accelerate wraps the forward of the model itself for mixed precision, and leaves a mark; peft does, too
+            for name in set(self.model.__dict__) - self.attributes - {FINETUNED}:
+                del self.model.__dict__[name]
+            if self.forward is not None:
+                self.model.__dict__["forward"] = self.forward
+            self.model.to(self.device)
+            for parameter, flag in self.wanted.items():
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+            for module, flag in self.flags.items():
+                module.training = flag
 
-@contextmanager
-def _kept_state(model: nn.Module, train: str) -> Iterator[None]:
-    """Choose what trains, and put training flags and ``requires_grad`` back afterwards."""
-    device = home(model)[0]
-    flags = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    if train != "all":
-        training = chosen(model, train)
-        for parameter in wanted:
-            parameter.requires_grad_(parameter in training)
-    attributes = set(model.__dict__)
-    forward = model.__dict__.get("forward")
-    try:
-        yield
-    finally:
-        # Accelerate wraps the forward of the model itself for mixed precision, and leaves a mark
-        for name in set(model.__dict__) - attributes - {FINETUNED}:
-            del model.__dict__[name]
-        if forward is not None:
-            model.__dict__["forward"] = forward
-        for module in model.modules():
-            if isinstance(module, SimilarityMask):
-                module.__dict__.pop("reached", None)
-        model.to(device)
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
-            parameter.grad = None
-        for module, flag in flags.items():
-            module.training = flag
+    def undo(self) -> None:
+        """Take back what a run has learned: weights, statistics, and the mark of a fine-tune."""
+        load_state(self.model, self.values)
+        if not self.marked:
+            self.model.__dict__.pop(FINETUNED, None)
+        for module, memory, perplexity in self.statistics:
+            module.memory.set_state(memory, self.device)
+            module.aim(perplexity)

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ltm_retrofit.merging.baselines import PoolMask
-from ltm_retrofit.merging.grid import CropGrid, GridMask, PoolGrid, grid_at, grid_macs, grid_overlaps
-from ltm_retrofit.merging.overlap import overlaps
+from ltm_retrofit.merging.mask import GridMask
+from ltm_retrofit.merging.methods import Place, get_method
+from ltm_retrofit.merging.pool import PoolGrid, PoolMask, grid_at, grid_overlaps, overlaps
+from ltm_retrofit.merging.slice import CropGrid
 
 torch.set_num_threads(1)
 DIM, KEY, CLASSES, CLUSTERS = 8, 4, 3, 6
@@ -78,9 +79,10 @@ def test_every_weight_of_a_grid_mask_gets_a_gradient():
 
 
 def test_a_crop_costs_nothing_and_pooling_its_products():
-    assert grid_macs("slice", DIM, KEY, (8, 8), (6, 6), CLASSES, CLUSTERS) == 0
+    place = Place("GRID", DIM, KEY, 64, 36, 0, CLASSES, CLUSTERS, (8, 8), (6, 6))
+    assert get_method("slice").macs(place) == 0
     places, width = grid_overlaps((8, 8), (6, 6))[0].shape
-    assert grid_macs("pool", DIM, KEY, (8, 8), (6, 6), CLASSES, CLUSTERS) == places * width * DIM
+    assert get_method("pool").macs(place) == places * width * DIM
 
 
 @given(tokens=st.integers(2, 40), prefix=st.integers(0, 3), data=st.data())

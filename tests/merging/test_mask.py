@@ -1,4 +1,4 @@
-"""Masks: equality with published ToMe, and the mathematics of METHOD.md, "The mask module", computed naively."""
+"""Masks: equality with published ToMe, and the formulas of docs/method.md, "The mask module", computed naively."""
 
 from __future__ import annotations
 
@@ -12,11 +12,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ltm_retrofit.errors import CountError
-from ltm_retrofit.merging.baselines import PoolMask, SliceMask, ToMeMask
 from ltm_retrofit.merging.ib import soft_targets
-from ltm_retrofit.merging.mask import MaskModule, Merged
-from ltm_retrofit.merging.partition import kept_at, merge_macs, partition, split, unmerge_macs
-from ltm_retrofit.merging.tokens import Assignment, Carried, accumulated, carried_by, carry, unmerge_all
+from ltm_retrofit.merging.mask import MaskModule, descend
+from ltm_retrofit.merging.matching import partition, split
+from ltm_retrofit.merging.methods import Place, get_method
+from ltm_retrofit.merging.pool import PoolMask
+from ltm_retrofit.merging.slice import SliceMask
+from ltm_retrofit.merging.tokens import (
+    Assignment,
+    Carried,
+    Mask,
+    Merged,
+    accumulated,
+    carried_by,
+    carry,
+    unmerge_all,
+)
+from ltm_retrofit.merging.tome import ToMeMask
 
 torch.set_num_threads(1)
 DIM, KEY, CLASSES, CLUSTERS, BATCH = 10, 4, 3, 6, 2
@@ -180,7 +192,7 @@ def run_soft(n: int, p: int, prefix: int, **options) -> tuple[MaskModule, Tensor
 
 
 def naive(mask: MaskModule, tokens: Tensor, sizes: Tensor, dense: Tensor) -> dict[str, Tensor]:
-    """METHOD's formulas with dense W (B, N, P), a loop over nothing, nothing factored."""
+    """The formulas of docs/method.md with dense W (B, N, P), a loop over nothing, nothing factored."""
     prefix = mask.prefix
 
     def columns(epsilon: Tensor) -> Tensor:
@@ -222,15 +234,14 @@ def test_epsilon_is_the_standardised_step_down_the_bound(n, p, prefix):
     mask, tokens, sizes, merged = run_soft(n, p, prefix, fit=True, eta=0.7)
     with torch.no_grad():
         want = naive(mask, tokens, sizes, merged.step.assignment.dense())
-        source, destination = split(tokens[:, prefix:], mask.counts(tokens))
+        halves = split(tokens[:, prefix:], mask.counts(tokens))
         places = torch.arange(n).expand(BATCH, n)[:, prefix:]
         share = uniform_share(sizes, merged.step.assignment.dense())[:, prefix:]
         shares = split(share, mask.counts(tokens))
-        _, of_sources, of_destinations = mask.descend(source, destination, *shares, p - prefix, 1)
+        z, share = torch.cat(halves, dim=1), torch.cat(shares, dim=1)
+        _, epsilon = descend(z, share / (p - prefix), mask.statistics, mask.eta)
         positions = torch.cat(split(places, mask.counts(tokens)), dim=1)
-    torch.testing.assert_close(
-        torch.cat([of_sources, of_destinations], dim=1), want["epsilon"].gather(1, positions), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(epsilon, want["epsilon"].gather(1, positions), rtol=1e-5, atol=1e-5)
     assert want["epsilon"][:, prefix:].std() > 0.3
     assert bool((want["epsilon"][:, :prefix] == 0).all())
 
@@ -462,7 +473,7 @@ def test_another_count_than_planned_keeps_the_same_share(kind, count):
     given_mask = soft(17, 12, 1)
     key = (given_mask.key.weight.detach(), given_mask.key.bias.detach())
     kept = round(count * 12 / 17) if kind == "slice" else 1 + round((count - 1) * 11 / 16)
-    assert kept_at(count, 17, 12, 0 if kind == "slice" else 1) == kept and (count != 17 or kept == 12)
+    assert Mask(17, 12, 0 if kind == "slice" else 1).kept_at(count) == kept and (count != 17 or kept == 12)
     make = {
         "ltm": lambda n, p: soft(n, p, 1),
         "tome": lambda n, p: ToMeMask(DIM, n, p, 1),
@@ -495,69 +506,10 @@ def test_a_slice_keeps_the_first_tokens_and_gives_the_lost_ones_the_last():
 
 @pytest.mark.parametrize("n, p, prefix", COUNTS)
 def test_macs_of_methods_are_ordered(n, p, prefix):
-    slice_, tome, ltm = (merge_macs(m, DIM, KEY, n, p, prefix, CLASSES, CLUSTERS) for m in ("slice", "tome", "ltm"))
+    place = Place("FLOW", DIM, KEY, n, p, prefix, CLASSES, CLUSTERS)
+    slice_, tome, ltm = (get_method(name).macs(place) for name in ("slice", "tome", "ltm"))
     assert slice_ == 0 < tome < ltm
-    assert unmerge_macs("slice", DIM, n, p, prefix) == (n - p) * DIM
-
-
-# --------------------------------------------------------------------------------------------------------------- gate
-
-
-@pytest.mark.parametrize("n, p, prefix", COUNTS)
-def test_a_gate_changes_gradients_and_no_value(n, p, prefix):
-    read = {}
-    for gated in (False, True):
-        mask = soft(n, p, prefix, fit=True, eta=0.3)
-        mask.gated = gated
-        inner, tokens, sizes = double_inputs(n, DIM, 3, sized=True)
-        merged = mask(inner, tokens, sizes)
-        (merged.tokens.square().sum() + merged.sizes.square().sum()).backward()
-        step = merged.step
-        read[gated] = merged.tokens, merged.sizes, step.descriptor, step.assignment.dense(), mask.key.weight.grad
-        mask.eval()
-        torch.testing.assert_close(mask(inner, tokens, sizes).tokens, merged.tokens)
-    for plain, gated in zip(read[False][:-1], read[True][:-1], strict=True):
-        torch.testing.assert_close(gated, plain)
-    chosen = 0 < n - p < len(mask.source_positions)
-    assert (
-        (read[True][-1] - read[False][-1]).abs().max() > 1e-4
-        if chosen
-        else (torch.equal(read[True][-1], read[False][-1]))
-    )
-
-
-def test_gradient_of_a_gate_is_that_of_the_formula():
-    n, p, prefix = 17, 12, 1
-    mask = soft(n, p, prefix)
-    mask.gated = True
-    inner, tokens, sizes = double_inputs(n, DIM, 3, sized=True)
-    merged = mask(inner, tokens, sizes)
-    weight = torch.randn(merged.tokens.shape, generator=torch.Generator().manual_seed(1)).double()
-    loss = (merged.tokens * weight).sum() + (merged.sizes * weight[..., 0]).sum()
-    (ours,) = torch.autograd.grad(loss, mask.key.weight)
-
-    keys = F.normalize(mask.key(inner[:, prefix:]), dim=-1)
-    places = mask.source_positions.tolist()
-    others = [place for place in range(n - prefix) if place not in places]
-    similarity = keys[:, places] @ keys[:, others].transpose(1, 2)
-    assignment = (similarity * mask.log_scale.exp()).softmax(dim=-1)
-    loss = torch.zeros(()).double()
-    for image in range(BATCH):
-        most, z, s = similarity[image].amax(dim=-1), tokens[image, prefix:], sizes[image, prefix:]
-        order = most.argsort(descending=True)
-        threshold = (most[order[n - p - 1]] + most[order[n - p]]).detach() / 2
-        soft_gate = ((most - threshold) / 0.1).sigmoid()
-        staying = order[n - p :].sort().values
-        hard_gate = torch.ones_like(most).scatter(0, staying, 0.0)
-        gate = hard_gate + soft_gate - soft_gate.detach()
-        moved = (gate * s[places])[:, None] * assignment[image]
-        size = s[others] + moved.sum(dim=0)
-        z_merged = (s[others, None] * z[others] + moved.T @ z[places]) / size[:, None]
-        rows = torch.cat([tokens[image, :prefix], z[places][staying], z_merged])
-        leave = torch.cat([sizes[image, :prefix], (s[places] * (1 - gate))[staying], size])
-        loss = loss + (rows * weight[image]).sum() + (leave * weight[image, :, 0]).sum()
-    (theirs,) = torch.autograd.grad(loss, mask.key.weight)
-    torch.testing.assert_close(ours, theirs)
+    assert get_method("slice").unmerge_macs(place) == (n - p) * DIM
 
 
 # -------------------------------------------------------------------------------------------------------- composition

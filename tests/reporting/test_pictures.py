@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import ltm_retrofit as ltm
-from ltm_retrofit.config import METHODS
 from ltm_retrofit.converted.record import forwards_of
 from ltm_retrofit.errors import BudgetError, CountError, ExampleError, NotRetrofitted
 from ltm_retrofit.finding.example import run
-from ltm_retrofit.reporting import groups, pictures
+from ltm_retrofit.merging.methods import method_names
+from ltm_retrofit.reporting import pictures
+from ltm_retrofit.scopes import base, flow, local
 
 Build = Callable[..., nn.Module]
 SHARE = 0.75
+METHODS = method_names()
 
 
 def converted(build: Build, family: str = "timm-vit", method: str = "ltm") -> nn.Module:
@@ -61,16 +63,16 @@ def test_groups_are_a_partition_with_one_group_for_each_token(
     model = converted(build, family, method)
     with torch.no_grad(), ltm.trace(model) as traced:
         run(model, images)
-    _, prefix = groups.patches_before(model)
+    prefix = next(forward.prefix for forward in forwards_of(model))
     rows = merges(model)
     for site, row in enumerate(rows):
-        labels = groups.groups_of(traced.steps[: site + 1], prefix)
+        labels = flow.groups_of(traced.steps[: site + 1], prefix)
         assert labels.shape == (rows[0].tokens_in - prefix,)
         names = np.unique(labels)
         assert len(names) == row.tokens_out - prefix
         if method != "pool":  # a group is named after a patch of its own; boxes in boxes share their patches
             np.testing.assert_array_equal(labels[names], names)
-        np.testing.assert_array_equal(np.flatnonzero(groups.survivors(traced.steps[: site + 1], prefix)), names)
+        np.testing.assert_array_equal(np.flatnonzero(flow.survivors(traced.steps[: site + 1], prefix)), names)
 
 
 def test_slicing_shows_what_it_drops(build: Build, images: Tensor) -> None:
@@ -78,7 +80,7 @@ def test_slicing_shows_what_it_drops(build: Build, images: Tensor) -> None:
     with torch.no_grad(), ltm.trace(model) as traced:
         model(images)
     for site, row in enumerate(merges(model)):
-        alive = groups.survivors(traced.steps[: site + 1], prefix=1)
+        alive = flow.survivors(traced.steps[: site + 1], prefix=1)
         np.testing.assert_array_equal(alive, np.arange(64) < row.tokens_out - 1)
     figure = ltm.show_merges(model, images)
     assert "dropped" in figure.get_supxlabel()
@@ -97,8 +99,8 @@ def test_a_group_keeps_its_number_and_every_merged_patch_has_one(build: Build, i
     model = converted(build)
     with torch.no_grad(), ltm.trace(model) as traced:
         model(images[:1])
-    labelled = [groups.groups_of(traced.steps[: site + 1], 1) for site in range(len(traced.steps))]
-    names = groups.names_of(labelled)
+    labelled = [flow.groups_of(traced.steps[: site + 1], 1) for site in range(len(traced.steps))]
+    names = base.names_of(labelled)
     for labels, ax in zip(labelled, ltm.show_merges(model, images).axes[1:], strict=True):
         counts = np.bincount(labels, minlength=64)
         expected = {
@@ -122,11 +124,11 @@ def test_boundaries_lie_between_different_groups_only() -> None:
 
 
 def test_the_grid_of_patches() -> None:
-    assert groups.patch_grid(64, 64, 64) == (8, 8)
-    assert groups.patch_grid(8, 32, 64) == (2, 4)
-    assert groups.patch_grid(9, 32, 32) == (3, 3)  # a stem that leaves a margin
+    assert base.patch_grid(64, 64, 64) == (8, 8)
+    assert base.patch_grid(8, 32, 64) == (2, 4)
+    assert base.patch_grid(9, 32, 32) == (3, 3)  # a stem that leaves a margin
     with pytest.raises(CountError, match="10 patches of a 32×32 image"):
-        groups.patch_grid(10, 32, 32)
+        base.patch_grid(10, 32, 32)
 
 
 # ---------------------------------------------------------------------------------------------- scopes GRID and LOCAL
@@ -143,17 +145,17 @@ def of_zoo(name: str, method: str, scope: str, share: float = 0.8) -> tuple[nn.M
     return ltm.retrofit(model, example=example, plan=plan), example
 
 
-def drawn(model: nn.Module, image: Tensor) -> list[groups.Panel]:
+def drawn(model: nn.Module, image: Tensor) -> list[base.Panel]:
     with torch.no_grad(), ltm.trace(model) as traced:
         run(model, image)
-    return groups.panels_of(model, traced, *image.shape[-2:])
+    return list(pictures.panels_of(model, traced, tuple(image.shape[-2:])).values())
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_local_groups_lie_in_cells_with_one_group_for_each_token(method: str) -> None:
     model, image = of_zoo("timm-swin", method, "LOCAL")
     rows, panels = merges(model), drawn(model, image)
-    assert {row.scope for row in rows} == {"LOCAL"} and 2 <= len(panels) == min(len(rows), groups.FEW)
+    assert {row.scope for row in rows} == {"LOCAL"} and 2 <= len(panels) == min(len(rows), local.FEW)
     for panel in panels:
         row = next(row for row in rows if panel.title.startswith(f"{row.site} ·"))
         forward = next(f for f in forwards_of(model) if f.name == row.site)
@@ -193,8 +195,7 @@ def test_few_of_many_local_sites_are_drawn(build: Build, images: Tensor, monkeyp
     model = ltm.retrofit(build("timm-vit"), ltm.LTMConfig(flops=0.8, scope="LOCAL"))
     sites = [row.site for row in merges(model)]
     assert len(sites) == 6 and len(ltm.show_merges(model, images).axes) == 7
-    for module in (groups, pictures):
-        monkeypatch.setattr(module, "FEW", 3)
+    monkeypatch.setattr(local, "FEW", 3)
     figure = ltm.show_merges(model, images)
     assert [title.partition(" ·")[0] for title in titles(figure)[1:]] == [sites[0], sites[2], sites[5]]
     assert "3 of 6 such sites" in " ".join(figure.get_supxlabel().split())

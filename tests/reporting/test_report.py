@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import ltm_retrofit as ltm
-from ltm_retrofit.convert import mark_finetuned
+from ltm_retrofit.converted.record import mark_finetuned
 from ltm_retrofit.errors import CountError, DataError
 from ltm_retrofit.finding.example import prepare_example, repeat_batch
 from ltm_retrofit.macs import count_macs
@@ -126,7 +126,7 @@ def test_accuracy_goes_into_the_one_entry_that_the_model_is(convert, finetuned, 
     data = pictures(14)
     accuracy = ltm.measure(model, data=data, batches=()).accuracy
     assert set(accuracy) == set(ACCURACIES)
-    assert accuracy.pop(entry) == ltm.tuning.evaluate.evaluate(model, data)
+    assert accuracy.pop(entry) == ltm.evaluate(model, data)
     assert set(accuracy.values()) == {None}
 
 

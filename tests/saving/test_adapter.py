@@ -11,9 +11,9 @@ from pieces import batches, equal, weights
 from torch import nn
 
 import ltm_retrofit as ltm
-from ltm_retrofit.converted.fingerprints import fingerprint
+from ltm_retrofit.converted.record import fingerprint
 from ltm_retrofit.errors import BaseMismatch, CheckpointError
-from ltm_retrofit.tuning.heads import set_classes
+from ltm_retrofit.tuning.classes import set_classes
 from ltm_retrofit.tuning.settings import TrainConfig
 
 FAMILIES = ["timm-vit", "hf-vit"]

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ltm_retrofit.errors import DataError
-from ltm_retrofit.tuning.data import batches_on, check_labels, classes_in, size_of, split_batch
+from ltm_retrofit.tuning.classes import check_labels, classes_in
+from ltm_retrofit.tuning.data import batches_on, size_of, split_batch
 
 # ------------------------------------------------------------------------------------------------------------ labels
 

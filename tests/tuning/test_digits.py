@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from ltm_retrofit.tuning import digits
-from ltm_retrofit.tuning.digits import CANVAS, SPLITS, draw_canvas, draw_split, load_canvases, source_digits
+import ltm_retrofit as ltm
+from ltm_retrofit.tuning import sources
+from ltm_retrofit.tuning.sources import CANVAS, SPLITS, draw_canvas, draw_split, source_digits
 
 
 def test_splits_are_disjoint_ranges_that_cover_every_source_digit() -> None:
@@ -47,7 +48,7 @@ def test_a_canvas_is_drawn_from_its_own_split_only(split, monkeypatch: pytest.Mo
         seen.append((digit.tobytes(), others.tobytes()))
         return np.zeros((CANVAS, CANVAS), np.uint8)
 
-    monkeypatch.setattr(digits, "draw_canvas", spy)
+    monkeypatch.setattr(sources, "draw_canvas", spy)
     draw_split(split, 2, seed=0)
     assert [digit for digit, _ in seen] == 2 * [image.tobytes() for image in pool]
     assert {others for _, others in seen} == {pool.tobytes()}
@@ -84,8 +85,8 @@ def test_drawing_leaves_global_random_state() -> None:
     np.testing.assert_array_equal(before, np.random.get_state()[1])
 
 
-def test_load_canvases_is_a_shuffled_table_of_rgb_images() -> None:
-    table = load_canvases("validation", per_digit=1, seed=4)
+def test_the_data_set_is_a_shuffled_table_of_rgb_images() -> None:
+    table = ltm.load_digits("validation", per_digit=1, seed=4)
     assert table.column_names == ["image", "label"] and len(table) == 180
     assert table.features["label"].names == [str(digit) for digit in range(10)]
     image = table[0]["image"]

@@ -13,22 +13,21 @@ from torch import nn
 
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import DataError
-from ltm_retrofit.tuning.data import is_stream, is_table
-from ltm_retrofit.tuning.evaluate import evaluate
-from ltm_retrofit.tuning.images import make_loader, seed_of
+from ltm_retrofit.tuning.classes import evaluate
+from ltm_retrofit.tuning.data import is_stream, is_table, make_loader, seed_of
 
 
 def test_a_loader_passes_through_untouched() -> None:
     model = nn.Linear(3, 3)
     for loader in ([(torch.zeros(1, 3), torch.zeros(1))], iter(())):
-        assert make_loader(model, loader, batch_size=4, shuffle=True) is loader
+        assert make_loader(model, loader, ltm.TrainConfig(), shuffle=True) is loader
         assert not is_table(loader)
 
 
 def test_loader_of_a_table_goes_through_all_images_in_order(pictures, build) -> None:
     data = pictures(11)
     assert is_table(data)
-    batches = list(make_loader(build("timm-vit"), data, batch_size=4, shuffle=False))
+    batches = list(make_loader(build("timm-vit"), data, ltm.TrainConfig(batch_size=4), shuffle=False))
     assert [len(labels) for _, labels in batches] == [4, 4, 3]
     assert torch.cat([labels for _, labels in batches]).tolist() == data["label"][:]
     assert batches[0][0].shape == (4, 3, 32, 32)
@@ -38,20 +37,21 @@ def test_training_loader_shuffles_by_its_seed_and_drops_a_rest(pictures, build) 
     model, data = build("timm-vit"), pictures(30)
 
     def order(seed: int) -> list[int]:
-        loader = make_loader(model, data, batch_size=8, shuffle=True, seed=seed)
+        loader = make_loader(model, data, ltm.TrainConfig(batch_size=8, seed=seed), shuffle=True)
         return torch.cat([labels for _, labels in loader]).tolist()
 
     assert len(order(0)) == 24
     assert order(0) == order(0) != order(1)
-    assert len(list(make_loader(model, pictures(7), batch_size=8, shuffle=True))) == 1, "fewer images than a batch"
+    few = make_loader(model, pictures(7), ltm.TrainConfig(batch_size=8), shuffle=True)
+    assert len(list(few)) == 1, "fewer images than a batch"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_is_the_same_from_any_place_on(workers: int, pictures, build) -> None:
     model, data = build("timm-vit"), pictures(30)
-    shared = {"batch_size": 8, "shuffle": True, "augment": "crop", "seed": 3}
-    whole = make_loader(model, data, workers=0, **shared)
-    later = make_loader(model, data, workers=workers, **shared)
+    shared = {"batch_size": 8, "augment": "crop", "seed": 3}
+    whole = make_loader(model, data, ltm.TrainConfig(workers=0, **shared), shuffle=True)
+    later = make_loader(model, data, ltm.TrainConfig(workers=workers, **shared), shuffle=True)
     torch.manual_seed(workers)  # of no consequence
     for epoch in (0, 1):
         whole.sampler.begin(epoch)
@@ -72,7 +72,7 @@ def test_augmentation_leaves_the_processs_own_random_numbers_alone(pictures, bui
     torch.manual_seed(5)
     expected = torch.rand(4)
     torch.manual_seed(5)
-    list(make_loader(build("timm-vit"), pictures(16), batch_size=8, shuffle=True, augment="crop"))
+    list(make_loader(build("timm-vit"), pictures(16), ltm.TrainConfig(batch_size=8, augment="crop"), shuffle=True))
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -96,7 +96,8 @@ def test_damaged_images_are_counted_and_replaced_by_the_next(workers: int, conve
 
 
 def test_what_replaces_a_damaged_image_brings_its_own_label(build) -> None:
-    loader = make_loader(build("timm-vit"), encoded(6, damaged=(1, 5)), batch_size=6, shuffle=False, unreadable=0.5)
+    config = ltm.TrainConfig(batch_size=6, unreadable=0.5)
+    loader = make_loader(build("timm-vit"), encoded(6, damaged=(1, 5)), config, shuffle=False)
     ((images, labels),) = loader
     assert labels.tolist() == [0, 2, 2, 3, 4, 0]
     assert torch.equal(images[1], images[2]) and torch.equal(images[5], images[0])
@@ -140,7 +141,8 @@ def test_damaged_images_of_a_stream_are_left_out_and_counted(workers: int, build
 
 def test_the_damaged_images_of_a_whole_pass_stay_counted_when_the_next_begins(build) -> None:
     stream = encoded(44, damaged=(5, 6, 30)).to_iterable_dataset()
-    dataset = make_loader(build("timm-vit"), stream, batch_size=4, shuffle=False, unreadable=0.5).dataset
+    config = ltm.TrainConfig(batch_size=4, unreadable=0.5)
+    dataset = make_loader(build("timm-vit"), stream, config, shuffle=False).dataset
     for _ in range(2):
         assert len(list(dataset)) == 41 and int(dataset.unreadable.sum()) == 3
         assert next(iter(dataset)) is not None and int(dataset.unreadable.sum()) == 3
@@ -160,7 +162,8 @@ def test_an_epoch_of_a_table_may_be_cut_or_repeated(steps: int, converted) -> No
 
 def test_nothing_but_damaged_images_is_an_error(build) -> None:
     with pytest.raises(DataError, match="7 of 7 images cannot be read"):
-        list(make_loader(build("timm-vit"), encoded(7, tuple(range(7))), batch_size=7, shuffle=False, unreadable=1.0))
+        config = ltm.TrainConfig(batch_size=7, unreadable=1.0)
+        list(make_loader(build("timm-vit"), encoded(7, tuple(range(7))), config, shuffle=False))
 
 
 @pytest.mark.parametrize("label", [None, -2, "ant"], ids=str)
@@ -193,6 +196,7 @@ def test_a_transform_that_leaves_no_image_is_named(build, pictures) -> None:
 def test_images_of_any_format_are_the_same(kind: str, build, pictures) -> None:
     model, data = build("timm-vit"), pictures(7, size=40)
     expected, given = (
-        next(iter(make_loader(model, rows, batch_size=7, shuffle=False))) for rows in (data, data.with_format(kind))
+        next(iter(make_loader(model, images, ltm.TrainConfig(batch_size=7), shuffle=False)))
+        for images in (data, data.with_format(kind))
     )
     assert torch.equal(expected[1], given[1]) and torch.allclose(expected[0], given[0], atol=1e-5)

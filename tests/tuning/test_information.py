@@ -1,4 +1,4 @@
-"""What is logged of every epoch, and token counts that fall during training."""
+"""What is logged of every epoch: the information that the feature keeps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from pieces import batches
 from torch import nn
 
 import ltm_retrofit as ltm
-from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.merging import ib
-from ltm_retrofit.merging.mask import SimilarityMask
-from ltm_retrofit.scopes.masks import LEARNABLE
-from ltm_retrofit.tuning.information import Information, entrances_of
-from ltm_retrofit.tuning.loop import Run
+from ltm_retrofit.tuning.objective import Information, entrances_of
 
 MANY = batches(50, 7)
 
@@ -96,67 +92,3 @@ def test_where_images_are_folded_into_the_batch_the_module_around_is_read(name: 
     drawn = [(torch.randn(32, *example.shape[1:]), torch.arange(32) % classes) for _ in range(9)]
     history = ltm.finetune(model, drawn, config=ltm.TrainConfig(batch_size=32, lr=1e-4))
     assert {"ib", "i_input", "i_label"} <= set(history.epochs[-1])
-
-
-# --------------------------------------------------------------------------------------------------------- annealing
-
-
-@pytest.mark.parametrize("method", ["ltm", "tome"])
-def test_counts_fall_from_all_to_the_plans(method: str, converted) -> None:
-    model, seen = converted("timm-vit", method), []
-    model.blocks[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    with torch.no_grad():
-        model(torch.zeros(1, 3, 32, 32))
-    planned = seen.pop()
-    ltm.finetune(model, batches(10), config=ltm.TrainConfig(batch_size=7, anneal=0.5))
-    assert seen[0] == max(seen) > planned and seen[5:] == [planned] * 5
-    assert seen == sorted(seen, reverse=True)
-    assert all("reached" not in vars(module) for module in model.modules() if isinstance(module, SimilarityMask))
-
-
-def test_the_average_of_the_weights_has_the_counts_that_are_reached(converted, monkeypatch) -> None:
-    """Else an accuracy that is noted on the way would be that of counts which nobody has trained yet."""
-    model, seen = converted("timm-vit"), []
-
-    def validate(run: Run, val: object) -> float:
-        for network in (run.model, run.ema.module):
-            masks = (module for module in network.modules() if isinstance(module, SimilarityMask))
-            seen.append({round(mask.reached, 3) for mask in masks})
-        return 0.0
-
-    monkeypatch.setattr(Run, "validate", validate)
-    config = ltm.TrainConfig(batch_size=7, epochs=2, anneal=1.0, ema=0.9)
-    ltm.finetune(model, batches(5), batches(1), config=config)
-    assert seen == [{0.4}, {0.4}, {0.9}, {0.9}]
-
-
-def test_all_tokens_are_the_original_model(converted, build) -> None:
-    model, host = converted("timm-vit"), build("timm-vit")
-    masks = [module for module in model.modules() if isinstance(module, LEARNABLE)]
-    for mask in masks:
-        mask.reached = 0.0
-    images = MANY[0][0]
-    with torch.no_grad():
-        assert torch.allclose(model(images), host(images), atol=1e-5)
-        for mask in masks:
-            mask.reached = 1.0
-        assert not torch.allclose(model(images), host(images), atol=1e-5)
-
-
-def test_fixed_counts_cannot_be_annealed(converted, build) -> None:
-    for model, named in ((converted("timm-vit", "slice"), "SliceMask"), (build("timm-vit"), "no mask")):
-        with pytest.raises(TrainingError, match=rf"anneal lets .* this model has {named}"):
-            ltm.finetune(model, batches(2), config=ltm.TrainConfig(anneal=0.3))
-
-
-def test_who_leaves_is_learned_behind_a_gate_only_while_training(converted, build) -> None:
-    keys = {}
-    for gate in (False, True):
-        model = converted("timm-vit")
-        ltm.finetune(model, batches(3), config=ltm.TrainConfig(batch_size=7, gate=gate, bound="none"))
-        masks = [module for module in model.modules() if isinstance(module, LEARNABLE)]
-        assert not any(mask.gated for mask in masks)
-        keys[gate] = masks[0].key.weight.detach()
-    assert not torch.equal(keys[False], keys[True])
-    with pytest.raises(TrainingError, match="gate is for learnable masks by similarity"):
-        ltm.finetune(converted("timm-vit", "tome"), batches(2), config=ltm.TrainConfig(gate=True))

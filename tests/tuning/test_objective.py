@@ -23,7 +23,7 @@ from ltm_retrofit.tuning.settings import TrainConfig
 
 def losses_of(model: torch.nn.Module, inputs: Tensor, labels: Tensor | None, **options: object) -> dict[str, Tensor]:
     objective = Objective(model, TrainConfig(**options), 7)
-    return objective(model, inputs, labels, bound=True)
+    return objective(model, inputs, labels)
 
 
 # ------------------------------------------------------------------------------------------------------------ the task
@@ -141,9 +141,9 @@ def test_the_bound_takes_the_teachers_word_where_there_are_no_labels(converted) 
     images = torch.cat([images for images, _ in batches(40)])
     objective = Objective(model.train(), TrainConfig(distill=1.0), 7)
     with torch.no_grad():
-        objective(model, images, None, bound=True)
+        objective(model, images, None)
         objective.learn()
-        losses = objective(model, images, None, bound=True)
+        losses = objective(model, images, None)
         counts = ltm.convert.get_retrofit(model).readout.counts
         taught = teacher_of(model)(images).softmax(-1)
     assert float(losses["bound"]) > 0
@@ -210,8 +210,8 @@ def test_the_teacher_computes_as_precisely_as_the_run(build) -> None:
     with half():
         expected = model(images).float()
     for accelerator, equal_to_half in ((there, True), (None, False)):
-        with Objective(model, TrainConfig(distill=1.0), 7, accelerator)._teaching(images) as (taught, _):
-            assert torch.equal(taught, expected) == equal_to_half and taught.dtype == torch.float32
+        taught, _ = Objective(model, TrainConfig(distill=1.0), 7, accelerator).teach(images)
+        assert torch.equal(taught, expected) == equal_to_half and taught.dtype == torch.float32
 
 
 def test_mixing_finds_the_images_among_other_entries(build) -> None:

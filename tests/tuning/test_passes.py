@@ -13,9 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import CheckpointError, DataError
-from ltm_retrofit.tuning.images import make_loader
+from ltm_retrofit.tuning.data import Passes, make_loader
 from ltm_retrofit.tuning.loop import Run
-from ltm_retrofit.tuning.passes import Passes
 
 
 class Says:
@@ -32,7 +31,7 @@ class Says:
 
 
 def epochs(loader: Any, length: int | None, count: int) -> list[list[int]]:
-    passes = Passes(loader, None, length=length, images=1)
+    passes = Passes(loader, length=length, images=1)
     return [[int(batch) for batch in passes.draw(0)] for _ in range(count)]
 
 
@@ -87,8 +86,8 @@ def test_a_loader_without_a_batch_is_refused(loader: Any, length: int | None) ->
 def test_the_epochs_of_a_stream_have_other_images(pictures, build) -> None:
     """A stream of one shard is shuffled within a buffer only: its passes would all begin with the same images."""
     stream = pictures(28).to_iterable_dataset()
-    loader = make_loader(build("timm-vit"), stream, batch_size=7, shuffle=True)
-    passes = Passes(loader, loader.dataset, length=2, images=7)
+    loader = make_loader(build("timm-vit"), stream, ltm.TrainConfig(batch_size=7), shuffle=True)
+    passes = Passes(loader, length=2, images=7)
     first, second, third = (torch.cat([images for images, _ in passes.draw(0)]) for _ in range(3))
     assert len(torch.unique(torch.cat([first, second]), dim=0)) == 28, "all of them in two epochs"
     assert passes.turn == 1 and not torch.equal(first, third)

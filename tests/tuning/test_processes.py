@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.tuning import processes
+from ltm_retrofit.tuning.data import Passes
 from ltm_retrofit.tuning.settings import TrainConfig
-from ltm_retrofit.tuning.train import _passes
 
 SCRIPT = textwrap.dedent(
     """
@@ -53,7 +53,7 @@ SCRIPT = textwrap.dedent(
         step = Run.step
         Run.step = lambda run: os.kill(os.getpid(), 9) if run.progress.step == stop else step(run)
     history = ltm.finetune(model, loader, val, checkpoints_to=kept, resume=kept is not None, config=ltm.TrainConfig(
-        epochs=2, batch_size=16, lr=1e-3, bound_weight=0.2, bound_sites=0.5, bound_warmup=0.3, checkpoint_every=4))
+        epochs=2, batch_size=16, lr=1e-3, bound_weight=0.2, bound_warmup=0.3, checkpoint_every=4))
     rank = os.environ.get("RANK", "0")
     torch.save(model.state_dict(), f"{sys.argv[1]}/state{rank}.pt")
     with open(f"{sys.argv[1]}/history{rank}.json", "w") as file:
@@ -222,7 +222,7 @@ def test_a_short_last_batch_is_not_what_one_process_would_learn(count, drop):
     two = SimpleNamespace(num_processes=2, prepare_data_loader=lambda loader: loader)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        _passes(loader, two, TrainConfig(batch_size=8), 8)
+        processes.shared(loader, two)
     assert ["set the loader's drop_last" in str(warning.message) for warning in seen] == [True] * (
         count % 8 > 0 and not drop
     )
@@ -257,9 +257,9 @@ class Endless(IterableDataset):
 
 def test_loaders_of_any_kind_can_be_shared_or_say_why_not() -> None:
     two = SimpleNamespace(num_processes=2, prepare_data_loader=lambda loader: loader)
-    config = TrainConfig(batch_size=8, steps=2)
-    assert _passes(DataLoader(Endless(), batch_size=8), two, config, 8).length == 2
+    shared = {"length": 2, "images": 8, "accelerator": two}
+    assert Passes(DataLoader(Endless(), batch_size=8), **shared).length == 2
     with pytest.raises(DataError, match="2 processes share each batch, and the loader's have 5 images"):
-        _passes(DataLoader(Endless(), batch_size=5), two, config, 8)
+        Passes(DataLoader(Endless(), batch_size=5), **shared)
     with pytest.raises(DataError, match=r"share a torch DataLoader or a data set among them, got list"):
-        _passes(batches(2), two, config, 8)
+        Passes(batches(2), **shared)

@@ -26,17 +26,17 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import ltm_retrofit as ltm
 from ltm_retrofit.cli import _be_quiet
-from ltm_retrofit.convert import was_finetuned
+from ltm_retrofit.converted.record import was_finetuned
 from ltm_retrofit.errors import CheckpointError, TrainingError
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints
-from ltm_retrofit.tuning.images import Images, Order
+from ltm_retrofit.tuning.data import Images, Order
 from ltm_retrofit.tuning.loop import Run
 
 #: all that has a state of its own: dropout, mixing, an average of weights, gradients over two batches, a teacher
 CONFIG = ltm.TrainConfig(
     **{"epochs": 2, "batch_size": 8, "accumulate": 2, "lr": 1e-3, "ema": 0.9, "mixup": 0.4, "cutmix": 0.4},
-    **{"distill": 0.5, "distill_token": 0.1, "augment": "crop", "workers": 2, "bound_warmup": 0.3, "anneal": 0.5},
+    **{"distill": 0.5, "distill_token": 0.1, "augment": "crop", "workers": 2, "bound_warmup": 0.3},
     checkpoint_every=2,
 )
 STEPS = 2 * 3  # six batches an epoch

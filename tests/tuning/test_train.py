@@ -19,10 +19,10 @@ from pieces import Own, batches, equal, weights
 from torch import Tensor, nn
 
 import ltm_retrofit as ltm
-from ltm_retrofit.convert import was_finetuned
+from ltm_retrofit.converted.record import was_finetuned
 from ltm_retrofit.errors import DataError, RecipeError, TrainingError
 from ltm_retrofit.tuning import processes
-from ltm_retrofit.tuning.evaluate import count_classes, evaluate, predictions
+from ltm_retrofit.tuning.classes import count_classes, evaluate, predictions
 from ltm_retrofit.tuning.loop import SKIPPED, Run
 from ltm_retrofit.tuning.settings import TrainConfig
 
@@ -48,7 +48,6 @@ METHODS = ("ltm", "tome", "pool", "slice")
         ({"bound_warmup": -0.1}, "bound_warmup must be a number from 0 to 1"),
         ({"label_smoothing": 2}, "label_smoothing must be a number from 0 to 1"),
         ({"bound_weight": True}, "bound_weight must be a number"),
-        ({"bound_sites": -1}, "bound_sites must be a number"),
         ({"weight_decay": "no"}, "weight_decay must be a number"),
         ({"clip": -1}, "clip must be a number"),
         ({"train": "mask"}, "train must be one of 'all', 'masks', 'masks+norms', 'lora', got 'mask'"),
@@ -56,7 +55,7 @@ METHODS = ("ltm", "tome", "pool", "slice")
         ({"mixed_precision": "fp8"}, "mixed_precision must be one of 'no', 'bf16', 'fp16', got 'fp8'"),
         ({"learning_rate": 1}, "TrainConfig: unknown key 'learning_rate'"),
         ({"epoch": 2}, "unknown key 'epoch'; did you mean 'epochs'?"),
-        ({"bound_sits": 2}, "unknown key 'bound_sits'; did you mean 'bound_sites'?"),
+        ({"bound_weigth": 2}, "unknown key 'bound_weigth'; did you mean 'bound_weight'?"),
     ],
 )
 def test_impossible_settings_are_refused(values: dict, message: str) -> None:
@@ -389,14 +388,6 @@ def test_the_bound_joins_the_loss_after_its_warm_up(converted) -> None:
     assert all(abs(one - other) > 1e-3 for one, other in zip(without[4:], with_bound[4:], strict=True))
     assert bounded["bound"] != 0 and bounded["loss"] != pytest.approx(bounded["task"], abs=1e-3)
     assert plain["loss"] == pytest.approx(plain["task"])
-
-
-def test_the_bound_on_sites_has_a_weight_of_its_own(converted) -> None:
-    def losses(sites: float) -> list[float]:
-        config = TrainConfig(bound_weight=1.0, bound_sites=sites, bound_warmup=0.0)
-        return ltm.finetune(converted("timm-vit"), batches(5, 70), config=config).losses
-
-    assert losses(0.0)[-1] != losses(5.0)[-1]
 
 
 def test_no_bound_where_there_is_no_mask(converted, build) -> None:

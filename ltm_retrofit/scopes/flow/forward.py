@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError, UnsupportedBlock
-from ltm_retrofit.finding.call import hides_or_shows, seen_by
-from ltm_retrofit.finding.settings import frozen
-from ltm_retrofit.finding.sites import FlowSite
+from ltm_retrofit.finding.call import frozen, hides_or_shows, seen_by
 from ltm_retrofit.merging.tokens import Carried, carried_by, carry, positions, unmerge_all
-from ltm_retrofit.scopes.base import Interceptor
-from ltm_retrofit.scopes.watch import check_settings
+from ltm_retrofit.scopes.base import Interceptor, check_settings
+from ltm_retrofit.scopes.flow.site import FlowSite
 
 
-class BlockForward(Interceptor):
-    """Stands in for one block's ``forward``: head → mask or slice → tail, handing on what the tokens carry.
+class FlowForward(Interceptor):
+    """Stands in for one block's ``forward``: front half, mask or slice, back half.
+
+    What masks leave behind travels on the tokens from block to block, so that the model holds no state.
 
     Args:
         block: the block it belongs to.
@@ -33,7 +33,7 @@ class BlockForward(Interceptor):
     ) -> None:
         super().__init__(block, site.block)
         self.signature, self.halves, self.key, self.bias = site.signature, site.halves, site.key, site.bias
-        self.tokens, self.prefix = site.layout.tokens, site.layout.prefix
+        self.prefix = site.layout.prefix
         self.expects, self.keep, self.last, self.unmerge = expects, keep, last, unmerge
         self.settings = frozen(halves.settings for halves in site.halves.values())
 
@@ -57,43 +57,61 @@ class BlockForward(Interceptor):
             )
         if self.mode == "identity":
             halves = self.halves[block.training, padding is not None]
-            return halves.tail(block, halves.head(block, tokens, padding, followers)[0])
+            return halves.back(block, halves.front(block, tokens, padding, followers)[0])
+
+        carried = self.arriving(tokens, padding)
+        bias: Tensor | None = None
+        if carried is not None and self.bias is not None:
+            # a token that stands for s is attended to as often as s tokens: exp(q·k + log s) = s exp(q·k)
+            bias = carried.sizes.log()[:, None, None, :].to(tokens.dtype)
+        if carried is not None and carried.steps and followers:
+            whole = carried.steps[0].assignment.whole
+            followers = self.signature.gather(followers, whole, positions(carried.steps))
+        halves = self.halves[block.training, bias is not None]
+        stream, inner = halves.front(block, tokens, bias, followers)
+        stream, carried = self.merge(stream, inner, carried)
+        if self.keep is not None:
+            stream = stream[:, : self.keep]
+        out = halves.back(block, stream)
+        if not self.last:
+            return carry(out, carried)
+        return unmerge_all(out, carried.steps) if self.unmerge and carried is not None else out
+
+    def arriving(self, tokens: Tensor, padding: Tensor | None) -> Carried | None:
+        """Return what tokens ``(B, N, D)`` bring with them; None before anything was merged."""
         carried = carried_by(tokens)
         if carried is None:
-            self._check_fresh()
-            if padding is not None:  # a token that only fills up stands for none: it weighs nothing in any merge
-                carried = Carried(self.valid(padding, tokens).to(tokens.dtype), (), padded=True)
-        elif carried.sizes.shape[1] != tokens.shape[1]:
+            if self.expects:
+                raise CountError(
+                    f"block {self.name!r} received tokens without the sizes that earlier merges gave them: something "
+                    "between the blocks made a new tensor (reentrant gradient checkpointing, an FSDP wrapper that "
+                    "copies inputs, an operation between blocks), or the block was called by itself. Use "
+                    "non-reentrant checkpointing (use_reentrant=False), or `with ltm_retrofit.disabled(model):`"
+                )
+            if padding is None:
+                return None
+            # padding stands for no token: with size zero it weighs nothing in any merge
+            return Carried(self.valid(padding, tokens).to(tokens.dtype), (), padded=True)
+        if carried.sizes.shape[1] != tokens.shape[1]:
             raise CountError(
                 f"block {self.name!r} received {tokens.shape[1]} tokens that carry {carried.sizes.shape[1]} sizes"
             )
-        bias: Tensor | None = None
-        if carried is not None and self.bias is not None:
-            bias = carried.sizes.log()[:, None, None, :].to(tokens.dtype)
-        if carried is not None and carried.steps and followers:
-            at = positions(carried.steps)
-            whole = carried.steps[0].assignment.whole
-            followers = self.signature.gather(followers, whole, at)
-        halves = self.halves[block.training, bias is not None]
-        stream, inner = halves.head(block, tokens, bias, followers)
+        return carried
+
+    def merge(self, stream: Tensor, inner: Tensor, carried: Carried | None) -> tuple[Tensor, Carried | None]:
+        """Merge ``(B, N, D)`` tokens behind the attention, which read ``inner``; where there is no mask, hand on."""
         mask = self.mask
-        if mask is not None:
-            sizes = None if carried is None else carried.sizes
-            key = self.key.mean_map(block) if mask.wants_key else None
-            padded = carried is not None and carried.padded
-            stream, new_sizes, step = mask(inner, stream, sizes, key, padded=padded)
-            carried = Carried(new_sizes, (*(carried.steps if carried else ()), step), padded)
-        if self.keep is not None:
-            stream = stream[:, : self.keep]
-        out = halves.tail(block, stream)
-        if self.last and carried is not None:
-            if self.unmerge:
-                out = unmerge_all(out, carried.steps)
-            carried = carried._replace(sizes=out.new_ones(out.shape[:2]))  # only the trace still looks at it
-        return carry(out, carried)
+        if mask is None:
+            return stream, carried
+        sizes, steps, padded = (None, (), False) if carried is None else carried
+        # the published baseline compares by the keys that the block has now, also while it trains
+        key = self.key.mean_map(self.block) if getattr(mask, "wants_key", False) else None
+        stream, sizes, step = mask(inner, stream, sizes, key, padded=padded)
+        self.tell(step)
+        return stream, Carried(sizes, (*steps, step), padded)
 
     def valid(self, padding: Tensor, tokens: Tensor) -> Tensor:
-        """Read off an attention mask ``(B, 1, 1 or N, N)`` which tokens are more than filling: ``(B, N)`` bool.
+        """Read off an attention mask ``(B, 1, 1 or N, N)`` which tokens are no padding: ``(B, N)`` bool.
 
         Raises:
             UnsupportedBlock: where valid tokens see different others, which merged tokens could not.
@@ -106,21 +124,11 @@ class BlockForward(Interceptor):
             )
         seen = seen_by(padding).expand(tokens.shape[0], -1, -1, -1).any(dim=1)
         valid = seen.any(dim=1)
-        if not torch.compiler.is_compiling():
-            rows = seen if seen.shape[1] > 1 else seen.expand(-1, tokens.shape[1], -1)
-            if not bool(((rows == valid[:, None, :]) | ~valid[:, :, None]).all()):
+        if not torch.compiler.is_compiling():  # no value may be read there
+            views = seen if seen.shape[1] > 1 else seen.expand(-1, tokens.shape[1], -1)
+            if not bool(((views == valid[:, None, :]) | ~valid[:, :, None]).all()):
                 raise UnsupportedBlock(
                     f"converted block {self.name!r} was called with a mask {tuple(padding.shape)} by which tokens see "
                     "different others: only padding, the same for all, is supported once tokens are merged"
                 )
         return valid
-
-    def _check_fresh(self) -> None:
-        """Check tokens that carry nothing."""
-        if self.expects:
-            raise CountError(
-                f"block {self.name!r} received tokens without the sizes that earlier merges gave them: something "
-                "between the blocks made a new tensor (reentrant gradient checkpointing, an FSDP wrapper that copies "
-                "inputs, an operation between blocks), or the block was called by itself. Use non-reentrant "
-                "checkpointing (use_reentrant=False), or `with ltm_retrofit.disabled(model):`"
-            )

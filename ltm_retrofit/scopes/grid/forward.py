@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ltm_retrofit.finding.layouts import as_tokens, from_tokens, spatial_of
-from ltm_retrofit.finding.sites import GridSite
 from ltm_retrofit.scopes.base import Interceptor
+from ltm_retrofit.scopes.grid.site import GridSite
 
 
 class GridForward(Interceptor):
@@ -17,11 +17,12 @@ class GridForward(Interceptor):
     Args:
         block: the module it belongs to.
         site: what was found of it.
+        grid: height and width of the map that arrives, at the planned size.
     """
 
-    def __init__(self, block: nn.Module, site: GridSite) -> None:
+    def __init__(self, block: nn.Module, site: GridSite, grid: tuple[int, int]) -> None:
         super().__init__(block, site.block)
-        self.order, self.where = site.layout.order, site.where
+        self.order, self.where, self.grid = site.layout.order, site.where, grid
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
@@ -33,10 +34,9 @@ class GridForward(Interceptor):
 
     def merge(self, x: Tensor) -> Tensor:
         """Merge a map into a smaller one."""
-        rows, columns = (int(size) for size in spatial_of(tuple(x.shape), self.order))  # a trace has tensors there
+        height, width = (int(size) for size in spatial_of(tuple(x.shape), self.order))  # tensors while it is traced
         mask = self.mask
         assert mask is not None
-        merged, grid, step = mask(as_tokens(x, self.order), (rows, columns))
-        if self.listener is not None:
-            self.listener(self.name, step)
+        merged, grid, step = mask(as_tokens(x, self.order), (height, width))
+        self.tell(step)
         return from_tokens(merged, self.order, grid)

@@ -8,55 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.finding.layouts import as_tokens, from_tokens, spatial_of
-from ltm_retrofit.finding.sites import LocalSite
 from ltm_retrofit.merging.tokens import Assignment, DenseAssignment, GridAssignment
-from ltm_retrofit.scopes.base import Interceptor
-from ltm_retrofit.scopes.local.find import choose_cell
-from ltm_retrofit.scopes.watch import MaskWatch, unwatch, watch
-
-Grid = tuple[int, int]
-
-
-class Cells:
-    """How the tokens of one tensor lie in cells: ``(R, N, C)`` to ``(R · cells, tokens of a cell, C)`` and back."""
-
-    def __init__(self, count: int, lead: int, trail: int, grid: Grid, cell: Grid) -> None:
-        self.lead, self.grid, self.cell = lead, grid, cell
-        self.patches = count - lead - trail
-        self.rest = self.patches % (cell[0] * cell[1]) + trail
-
-    @property
-    def per_row(self) -> int:
-        """Return the number of cells of one sequence."""
-        return self.patches // (self.cell[0] * self.cell[1])
-
-    def ends(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take leading tokens, those that are in cells, and the rest apart."""
-        stop = x.shape[1] - self.rest
-        return x[:, : self.lead], x[:, self.lead : stop], x[:, stop:]
-
-    def apart(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take leading tokens, cells and the rest apart."""
-        lead, middle, rest = self.ends(x)
-        (rows, columns), (h, w) = self.grid, self.cell
-        if h == 1 and (columns % w or rows * columns != middle.shape[1]):
-            cells = middle.reshape(-1, w, x.shape[-1])
-        else:
-            tiles = middle.reshape(x.shape[0], rows // h, h, columns // w, w, x.shape[-1])
-            cells = tiles.transpose(2, 3).reshape(-1, h * w, x.shape[-1])
-        return lead, cells, rest
-
-    def together(self, lead: Tensor, cells: Tensor, rest: Tensor) -> Tensor:
-        """Put back together what `apart` took apart."""
-        (rows, columns), (h, w) = self.grid, self.cell
-        batch = lead.shape[0]
-        if h == 1 and (columns % w or rows * columns != self.per_row * w):
-            middle = cells.reshape(batch, -1, cells.shape[-1])
-        else:
-            cells = cells.reshape(batch, rows // h, columns // w, h, w, cells.shape[-1])
-            middle = cells.transpose(2, 3).reshape(batch, rows * columns, cells.shape[-1])
-        return torch.cat([lead, middle, rest], dim=1)
+from ltm_retrofit.scopes.base import Interceptor, unwatch, watch
+from ltm_retrofit.scopes.local.cells import Cells, choose_cell
+from ltm_retrofit.scopes.local.site import LocalSite, names_of, side_tensors
 
 
 class Open:
@@ -80,6 +37,8 @@ class LocalForward(Interceptor):
         attention: the module before it, whose masks are watched.
     """
 
+    shortens = False
+
     def __init__(
         self, block: nn.Module, site: LocalSite, host: nn.Module, *, first: bool, last: bool, attention: nn.Module
     ) -> None:
@@ -96,7 +55,7 @@ class LocalForward(Interceptor):
     def take_away(self) -> None:
         """Leave the module and the attention as they were."""
         super().take_away()
-        unwatch(self.attention)
+        unwatch(self.attention, MaskWatch)
 
     @property
     def host(self) -> nn.Module:
@@ -115,6 +74,7 @@ class LocalForward(Interceptor):
         if opened is None:
             return out
         if not self.last:
+            # on the tensor, not on the module: no state is left for threads or copies to share
             setattr(out, Open.NAME, opened)
             return out
         return self.unmerge(out, opened)
@@ -134,19 +94,18 @@ class LocalForward(Interceptor):
         return Cells(count, layout.prefix, layout.trail, grid, choose_cell(grid, self.dim))
 
     def merge(self, x: Tensor) -> tuple[Tensor, Open | None]:
-        """Merge within cells; fewer tokens than can be merged go through as they are."""
-        spatial = tuple(int(size) for size in spatial_of(tuple(x.shape), self.order))  # a trace has tensors there
+        """Merge within cells; fewer tokens than can be merged pass unchanged."""
+        spatial = tuple(int(size) for size in spatial_of(tuple(x.shape), self.order))  # tensors while it is traced
         tokens = as_tokens(x, self.order)
         cells = self.cells(prod(spatial), spatial)
-        if cells.per_row < 1 or cells.cell[0] * cells.cell[1] < 2:
+        if cells.per_sequence < 1 or cells.size < 2:
             return x, None
         lead, middle, rest = cells.apart(tokens)
         mask = self.mask
         assert mask is not None
         # one descriptor for each sequence: how many of them (windows) an image has, another input size would change
-        merged, _, step = mask(middle, middle, None, None, cells.per_row)
-        if self.listener is not None:
-            self.listener(self.name, step)
+        merged, _, step = mask(middle, middle, None, None, cells.per_sequence)
+        self.tell(step)
         merged = merged.reshape(tokens.shape[0], -1, merged.shape[-1])
         short = torch.cat([lead, merged, rest], dim=1)
         opened = Open(cells, step.assignment, spatial)
@@ -154,8 +113,56 @@ class LocalForward(Interceptor):
 
     def unmerge(self, out: Tensor, opened: Open) -> Tensor:
         """Give every token its group's result."""
-        tokens = as_tokens(out, self.order)
         cells = opened.cells
-        lead, middle, rest = cells.ends(tokens)
-        middle = opened.assignment.unmerge(middle.reshape(-1, middle.shape[1] // cells.per_row, middle.shape[2]))
+        lead, middle, rest = cells.ends(as_tokens(out, self.order))
+        middle = opened.assignment.unmerge(middle.reshape(-1, middle.shape[1] // cells.per_sequence, middle.shape[2]))
         return from_tokens(cells.together(lead, middle, rest), self.order, opened.shape)
+
+
+class MaskWatch:
+    """A forward pre-hook of an attention: refuses masks that mark padding, which the MLP behind would merge.
+
+    That there is a hook also keeps `nn.TransformerEncoderLayer` from its fused inference path, which calls none of its
+    children, so that nothing would be merged.
+
+    Args:
+        attention: the module.
+        site: what was found behind it.
+        forward: the interceptor that merges there; its mode says whether it does.
+    """
+
+    def __init__(self, attention: nn.Module, site: LocalSite, forward: LocalForward) -> None:
+        self.name, self.forward, self.names = site.attention, forward, names_of(attention)
+        self.free, self.fixed = site.side_inputs.free, dict(site.side_inputs.fixed)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at a call.
+
+        Raises:
+            UnsupportedBlock: where it holds a tensor that may mark padding: one that the example's call had not, or
+                not with that value.
+        """
+        if self.forward.mode != "merge":
+            return
+        for value in args:
+            if isinstance(value, Tensor) and value.is_nested:
+                raise UnsupportedBlock(self._refusal("a nested tensor (nn.TransformerEncoder makes one of a mask)"))
+        for path, value in side_tensors(self.names, args, kwargs):
+            expected = self.fixed.get(path)
+            if path in self.free or value.is_meta or (expected is None and value.ndim == 0):  # a size, while traced
+                continue
+            said = f"{path}={tuple(value.shape)}, which may hide tokens"
+            if expected is None and value.ndim < 2:
+                raise UnsupportedBlock(self._refusal(said))
+            same = (value == (value.flatten()[:1] if expected is None else expected)).all()
+            if torch.compiler.is_compiling():  # no value may be read: the graph checks it when it runs
+                torch._assert_async(same, self._refusal(said))
+            elif not bool(same):
+                raise UnsupportedBlock(self._refusal(said))
+
+    def _refusal(self, given: str) -> str:
+        return (
+            f"attention {self.name!r} was called with {given}; {self.forward.name!r} behind it merges tokens in scope "
+            "LOCAL, where padding would be merged with the rest: pass images without padding, convert in scope FLOW, "
+            "or call the model within `with ltm_retrofit.disabled(model):`"
+        )

@@ -12,8 +12,7 @@ from torch import nn
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import AlreadyRetrofitted, DataError
 from ltm_retrofit.finding.example import logits_of, prepare_example, run
-from ltm_retrofit.tuning.evaluate import count_classes
-from ltm_retrofit.tuning.heads import set_classes
+from ltm_retrofit.tuning.classes import count_classes, set_classes
 
 NAMES = ["ant", "bee", "cat"]
 HEADS = {

@@ -1,0 +1,127 @@
+"""What a converted model refuses: methods that it cannot follow, and pooling that changed since it was converted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ltm_retrofit.converted.record import forwards_of
+from ltm_retrofit.errors import UnsupportedBlock
+from ltm_retrofit.finding.call import Settings, settings_of
+from ltm_retrofit.scopes.base import check_settings, unwatch, watch
+
+#: methods of host models that lay every block's tokens out on the full grid
+GRID_METHODS = ("forward_intermediates", "get_intermediate_layers")
+#: methods of host models that take blocks away, and the plan's sites with them
+CUTTING_METHODS = ("prune_intermediate_layers",)
+#: what attributes that say how tokens are pooled have in their names
+POOLING = "pool"
+
+
+def guard(model: nn.Module) -> None:
+    """Refuse what would give other results silently.
+
+    Methods of a model, and of whatever in it holds converted blocks, that want tokens which are merged; where a scope
+    gives every token back, they keep theirs.
+    """
+    for path, module in model.named_modules():
+        shorten = [forward.shortens for forward in forwards_of(module)]
+        refused = (*CUTTING_METHODS, *(GRID_METHODS if any(shorten) else ()))
+        for name in refused if shorten else ():
+            if callable(getattr(module, name, None)):
+                module.__dict__[name] = Refusal(module, path, name)
+    watch_pooling(model)
+
+
+def unguard(model: nn.Module) -> None:
+    """Undo `guard`."""
+    for module in model.modules():
+        unwatch(module, PoolingWatch)
+        for name, refusal in list(module.__dict__.items()):
+            if isinstance(refusal, Refusal):
+                del module.__dict__[name]
+                if refusal.original is not None:
+                    module.__dict__[name] = refusal.original
+
+
+class Refusal:
+    """Stands in for a host's method that a converted model cannot follow.
+
+    Passes on what `disabled` asks for, and a call that the model's own forward made while it was proven.
+
+    Args:
+        module: the model, or a part of it with converted blocks in it.
+        path: its name below the model.
+        name: the method's.
+    """
+
+    def __init__(self, module: nn.Module, path: str, name: str) -> None:
+        self.module, self.path, self.name = module, path, name
+        self.original: Callable[..., Any] | None = module.__dict__.get(name)  # a user's own
+        self.proven: list[Any] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse by name.
+
+        Raises:
+            UnsupportedBlock: where tokens are merged, and the call is none of the proven ones.
+        """
+        called = f"{self.path}.{self.name}".lstrip(".") + f" ({type(self.module).__name__})"
+        if self.name in CUTTING_METHODS:
+            raise UnsupportedBlock(
+                f"{called} takes blocks away, and the plan of a converted model would no longer fit it: call "
+                "ltm_retrofit.restore(model) first, and convert what is left"
+            )
+        modes = {forward.mode for forward in forwards_of(self.module)}
+        asked = [_described(args), {key: _described([value]) for key, value in kwargs.items()}]
+        if modes == {"identity"}:
+            self.proven.append(asked)
+        if "merge" not in modes or asked in self.proven:
+            return self.method(*args, **kwargs)
+        raise UnsupportedBlock(
+            f"{called} lays the tokens of every block out on the full grid, and a converted model has merged some "
+            "(output_hidden_states of transformers' wrapper of timm models calls it, too): convert with "
+            "output_tokens='full' and read the last tokens off forward_features, or call it within "
+            "`with ltm_retrofit.disabled(model):`"
+        )
+
+    @property
+    def method(self) -> Callable[..., Any]:
+        """The host's own method."""
+        if self.original is not None:
+            return self.original
+        method: Callable[..., Any] = getattr(type(self.module), self.name).__get__(self.module)
+        return method
+
+
+def _described(values: Iterable[Any]) -> list[Any]:
+    """Say what was given, one tensor like another."""
+    return [Tensor if isinstance(value, Tensor) else value for value in values]
+
+
+class PoolingWatch:
+    """A forward pre-hook of a module around the block that slices: refuses where it pools tokens otherwise now.
+
+    Args:
+        settings: what it says of its pooling.
+        block: the name of the block.
+    """
+
+    def __init__(self, settings: Settings, block: str) -> None:
+        self.settings, self.block = settings, block
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compare."""
+        check_settings(module, self.settings, self.block)
+
+
+def watch_pooling(model: nn.Module) -> None:
+    """Have the modules around a sliced block watched for how they pool, as far as an attribute of theirs says so."""
+    for name in [forward.name for forward in forwards_of(model) if forward.keep is not None]:
+        parents = [name[:end] for end, letter in enumerate(f"{name}.") if letter == "."][:-1]
+        for module in map(model.get_submodule, ["", *parents]):
+            unwatch(module, PoolingWatch)
+            if settings := tuple((name, value) for name, value in settings_of(module).items() if POOLING in name):
+                watch(module, PoolingWatch(settings, name))

@@ -1,0 +1,394 @@
+"""Which classes a model has, which the data have, whether the two agree, and how many are recognised."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset  # type: ignore[attr-defined]
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ltm_retrofit.converted.classifier import follow_classifier
+from ltm_retrofit.converted.record import get_retrofit, is_retrofitted
+from ltm_retrofit.errors import AlreadyRetrofitted, DataError, ExampleError, TrainingError
+from ltm_retrofit.finding.example import home, logits_of, prepare_example, run
+from ltm_retrofit.finding.recording import record
+from ltm_retrofit.merging.ib import soft_targets
+from ltm_retrofit.tuning.data import Data, batches_on, columns_of, is_stream, is_table, make_loader
+from ltm_retrofit.tuning.processes import Accelerator
+from ltm_retrofit.tuning.settings import TrainConfig
+from ltm_retrofit.undisturbed import undisturbed
+
+#: names on the model the parameters and buffers of a classifier that is new
+NEW_CLASSIFIER = "ltm_new_classifier"
+
+
+# --------------------------------------------------------------------------------------------- the classes of data
+
+
+def names_in(data: Data) -> list[str] | None:
+    """Return what a data set calls its classes, in their order; None where they are numbers only."""
+    names: list[str] | None = getattr((data.features or {}).get("label"), "names", None)
+    return names
+
+
+def labels_in(data: Data, split: str) -> set[int]:
+    """Return the labels that a data set has.
+
+    Raises:
+        DataError: where they are no whole numbers.
+    """
+    stored = data.with_format(None)["label"]  # as they are stored, without a transform of every image
+    others = {str(label): label for label in stored if type(label) is not int}
+    if others:
+        raise DataError(
+            f"the {split} split has labels that are no whole numbers: {[others[key] for key in sorted(others)][:5]}: "
+            "number them with dataset.class_encode_column('label'), and drop rows without one"
+        )
+    return set(stored)
+
+
+def classes_in(data: Data, split: str) -> list[str] | int:
+    """Name the classes of a data set; where they have no names, say how many there are.
+
+    Raises:
+        DataError: where there is none, or the numbers leave some out.
+    """
+    if names := names_in(data):
+        return names
+    seen = sorted(labels_in(data, split))
+    if not seen or seen != list(range(len(seen))):
+        raise DataError(
+            f"the {split} split has labels {', '.join(map(str, seen[:8])) or 'of no image'}{' …' * (len(seen) > 8)}: "
+            "number the classes from 0 on without gaps, or give them names (datasets.ClassLabel)"
+        )
+    return len(seen)
+
+
+def check_same_classes(train: Data, test: Data) -> None:
+    """Check that a label means the same in two splits, as far as they say what it means.
+
+    Raises:
+        DataError: where their classes have other names.
+    """
+    said = [names_in(data) for data in (train, test) if "label" in (data.features or {})]
+    if len(said) == 2 and said[0] != said[1]:
+        first, other = ("numbers" if names is None else f"classes {names[:5]}" for names in said)
+        raise DataError(
+            f"the training split has {first} and the test split {other}: one label would mean two things. Give both "
+            "splits the same class folders"
+        )
+
+
+def check_data(model: nn.Module, data: Data, split: str, classes: int) -> tuple[int, ...] | None:
+    """Check a data set's labels against a model's classes; return the class of each of them, where they differ.
+
+    Raises:
+        DataError: columns missing, no image, labels that do not fit the model's classes, a class without images.
+    """
+    class_of = _class_of(model, data, classes)
+    check_labels(data, classes, split, class_of)
+    return class_of
+
+
+def check_labels(data: Data, classes: int, split: str, class_of: Sequence[int] | None = None) -> None:
+    """Check a data set's columns and labels; ``class_of`` is the model's class of each label, where they differ.
+
+    Raises:
+        DataError: columns missing, labels outside the classes, or a class that no image has.
+    """
+    columns = columns_of(data)
+    if {"image", "label"} - set(columns):
+        raise DataError(
+            f"the {split} split has columns {', '.join(columns)}; expected image and label: rename them with "
+            "dataset.rename_column, or name them in the recipe's data section"
+        )
+    if is_stream(data):
+        return  # its labels are checked as they come
+    if len(data) == 0:
+        raise DataError(f"the {split} split is empty")
+    seen = labels_in(data, split)
+    if class_of is not None:
+        seen = {class_of[label] if label in range(len(class_of)) else label for label in seen}
+    outside = sorted(label for label in seen if not 0 <= label < classes)
+    if outside:
+        raise DataError(
+            f"the {split} split has labels {outside[:5]} outside the model's {classes} classes (0 to {classes - 1}): "
+            "give the model a classifier of as many classes as the data has"
+        )
+    if absent := sorted(set(range(classes)) - seen):
+        names = dict(enumerate(names_in(data) or ())) if class_of is None else {}
+        shown = ", ".join(names.get(label, str(label)) for label in absent[:5]) + " …" * (len(absent) > 5)
+        raise DataError(
+            f"no image of the {split} split has class {shown} ({len(absent)} of the model's {classes} classes): use a "
+            "split that has all of them, stratified for example, or give the model another classifier"
+        )
+
+
+# ------------------------------------------------------------------------------------------ the classes of a model
+
+
+def count_classes(model: nn.Module) -> int:
+    """Return how many classes a model's logits have.
+
+    Raises:
+        TrainingError: where it puts out no logits.
+    """
+    if is_retrofitted(model):
+        follow_classifier(model)
+        classes = get_retrofit(model).plan.classes
+    else:
+        try:
+            with undisturbed(model), torch.no_grad():
+                example = prepare_example(model, None)
+                classes = _width(model, logits_of(run(model, example)), example)
+        except ExampleError:  # nobody knows its input; what it says may be of a classifier that is gone
+            classes = next((number for number in _said(model) if number), 0)
+    if not classes:
+        raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier first")
+    return int(classes)
+
+
+def _width(model: nn.Module, logits: Tensor | None, inputs: Any) -> int:
+    """Return C of logits; 0 where a model that says it has no classes puts out features instead."""
+    if logits is None:
+        return 0
+    said = _said(model)
+    if said and not any(said) and not record(model, inputs).readouts(logits.shape[1]):
+        return 0
+    return logits.shape[1]
+
+
+def _said(model: nn.Module) -> list[int]:
+    # not of the config: every Hugging Face config says 2 unless told otherwise, a tower's too
+    return [number for name in ("num_classes", "num_labels") if (number := getattr(model, name, None)) is not None]
+
+
+def _known(model: nn.Module) -> dict[str, int]:
+    """Return the class of each name that a model knows its classes by; a name of two classes is none."""
+    said = getattr(getattr(model, "config", None), "id2label", None) or {}
+    labels = {int(index): [label, *str(label).split(",")] for index, label in said.items()}
+    given = getattr(model, "pretrained_cfg", None)
+    given = given if isinstance(given, Mapping) else {}
+    if given.get("label_names"):
+        labels = {index: [label] for index, label in enumerate(given["label_names"])}
+    elif "pretrained_cfg" in model.__dict__ and (subset := infer_imagenet_subset(model)):
+        info = ImageNetInfo(subset)
+        count = info.num_classes()  # type: ignore[no-untyped-call]
+        texts = ((info.index_to_label_name(index), info.index_to_description(index)) for index in range(count))
+        labels = {index: [synset, text, *text.split(",")] for index, (synset, text) in enumerate(texts)}
+    found: dict[str, set[int]] = {}
+    for index, names in labels.items():
+        for name in names:
+            found.setdefault(_plain(name), set()).add(index)
+    unnamed = {f"label {index}" for index in labels}  # what transformers calls classes that nobody named
+    return {name: indices.pop() for name, indices in found.items() if len(indices) == 1 and name not in unnamed}
+
+
+def _plain(name: str) -> str:
+    return str(name).lower().replace("_", " ").strip()
+
+
+def _find(known: Mapping[str, int], names: Sequence[str]) -> tuple[list[int | None], bool]:
+    """Return the model's class of each name, and whether each has one of its own."""
+    found = [known.get(_plain(name)) for name in names]
+    return found, None not in found and len(set(found)) == len(names)
+
+
+def _class_of(model: nn.Module, data: Data, classes: int) -> tuple[int, ...] | None:
+    """Return the model's class of each of a data set's, by their names; None where they are the same, or unnamed.
+
+    Raises:
+        DataError: where the model knows some of the names and has them elsewhere.
+    """
+    names = names_in(data) or []
+    known = _known(model) if names else {}
+    if not known or max(known.values()) >= classes:  # what a classifier that is gone called its classes
+        return None
+    found, complete = _find(known, names)
+    if not complete:
+        _check_unmoved(model, names, found)
+    moved = complete and found != list(range(len(names)))
+    return tuple(place for place in found if place is not None) if moved else None
+
+
+def _check_unmoved(model: nn.Module, names: Sequence[str], found: Sequence[int | None]) -> None:
+    """Check that a model has the names that it knows where the data has them.
+
+    Raises:
+        DataError: naming one that it has elsewhere.
+    """
+    elsewhere = [(at, place) for at, place in enumerate(found) if place not in (None, at)]
+    if elsewhere:
+        at, place = elsewhere[0]
+        raise DataError(
+            f"the data's class {at} is {names[at]!r}, which {type(model).__name__} knows as its class {place}, and it "
+            "does not know all of them: give the data the model's class names, or the model a classifier of its own"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ a new classifier
+
+
+def set_classes(model: nn.Module, names: Sequence[str] | int) -> str | None:
+    """Give a model the classes of these names, in this order; return how: ``"new"``, ``"by name"``, or None.
+
+    A number is that of classes without names.
+
+    Where the model knows all of the names, its classifier keeps the weights of these classes: all of them in another
+    order, or a part. Where it has another number of classes and does not know them, it gets a classifier that is
+    ``"new"``. None says that it stays. timm models get a classifier through their own ``reset_classifier``; others by
+    replacing the linear modules that put out the logits.
+
+    Raises:
+        AlreadyRetrofitted: change the classifier before converting.
+        DataError: where there is no class, or the model has no linear classifier to replace, or has as many classes,
+            knows some of the names and has them elsewhere.
+    """
+    if is_retrofitted(model):
+        raise AlreadyRetrofitted("the statistics of a converted model belong to its classes: restore it first")
+    with undisturbed(model), torch.no_grad():
+        recording = record(model, prepare_example(model, None))
+    logits = logits_of(recording.output)
+    classes = 0 if logits is None else logits.shape[1]
+    unnamed = isinstance(names, int)
+    names = [f"LABEL_{index}" for index in range(names)] if isinstance(names, int) else names  # transformers' own
+    if not names:
+        raise DataError("a classifier has at least one class, and these data have none")
+    known = {} if unnamed else _known(model)
+    found, complete = _find(known, names)
+    if classes == len(names):
+        if known and not any(place is not None for place in found) and not all(name.isdigit() for name in names):
+            own, place = min(known.items(), key=lambda item: item[1])
+            warnings.warn(
+                f"the data has as many classes as {type(model).__name__}, {len(names)}, under names that it does not "
+                f"know: its classifier stays, and the data's {names[place]!r}, class {place}, is taken for its {own!r}",
+                stacklevel=2,
+            )
+        if not complete:
+            _check_unmoved(model, names, found)
+        if not complete or found == list(range(classes)):
+            return None
+    kept = [place for place in found if place is not None] if complete else None
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)  # a new classifier is the same in every run
+        before = set(model.state_dict(keep_vars=True).values())
+        _replace_classifier(model, names, recording.readouts(classes) if classes else (), kept)
+    if isinstance(given := getattr(model, "pretrained_cfg", None), Mapping):
+        rest = {key: value for key, value in given.items() if key not in ("label_names", "label_descriptions")}
+        model.pretrained_cfg = rest if unnamed else {**rest, "label_names": list(names)}  # type: ignore[assignment]
+    state = model.state_dict(keep_vars=True)
+    model.__dict__[NEW_CLASSIFIER] = tuple(name for name, tensor in state.items() if tensor not in before)
+    return "by name" if complete else "new"
+
+
+def _replace_classifier(
+    model: nn.Module, names: Sequence[str], readouts: Sequence[str], kept: Sequence[int] | None
+) -> None:
+    """Put a new classifier in place, or one with the weights that the old one has for the ``kept`` classes."""
+    reset = getattr(model, "reset_classifier", None)
+    if callable(reset) and kept is None:
+        reset(len(names))
+        return
+    if not readouts:
+        raise DataError(
+            f"{type(model).__name__} has no linear classifier to replace: load a class that has one, such as "
+            "AutoModelForImageClassification"
+        )
+    for name in readouts:
+        old = model.get_submodule(name)
+        weight = old.get_parameter("weight")
+        linear = nn.Linear(weight.shape[1], len(names), bias=getattr(old, "bias", None) is not None)
+        if kept is not None:
+            for key, parameter in linear.named_parameters():
+                parameter.copy_(old.get_parameter(key)[list(kept)])
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear.to(weight).train(old.training))
+    config = getattr(model, "config", None)
+    if config is not None:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {label: index for index, label in enumerate(names)}
+        model.num_labels = len(names)  # type: ignore[assignment]
+    elif isinstance(getattr(model, "num_classes", None), int):
+        model.num_classes = len(names)  # type: ignore[assignment]
+
+
+def new_classifier(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of a classifier that `set_classes` made: no checkpoint of the base has them."""
+    named = dict(model.named_parameters())
+    return {named[name] for name in model.__dict__.get(NEW_CLASSIFIER, ()) if name in named}
+
+
+# ------------------------------------------------------------------------------------------------------- accuracy
+
+
+def evaluate(model: nn.Module, data: Data, batch_size: int = 128, accelerator: Accelerator | None = None) -> float:
+    """Return a model's top-1 accuracy in percent, converted or not. The model runs in eval mode and stays as it was.
+
+    Example:
+        >>> import timm, torch
+        >>> import ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> images, labels = torch.randn(14, 3, 32, 32), torch.arange(14) % 7
+        >>> 0 <= ltm.evaluate(model, [(images, labels)]) <= 100
+        True
+
+    Args:
+        model: any classifier.
+        data: a `datasets` data set with columns ``image`` and ``label``, or a loader of batches.
+        batch_size: images at once, of a data set.
+        accelerator: of a run of several processes, which share the data.
+
+    Raises:
+        DataError: where labels do not fit the model's classes, or there is no image.
+        TrainingError: where the model puts out no logits.
+    """
+    guesses, truths = predictions(model, data, batch_size, accelerator)
+    return 100 * float((guesses == truths).float().mean())
+
+
+@torch.no_grad()
+def predictions(
+    model: nn.Module, data: Data, batch_size: int = 128, accelerator: Accelerator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return predicted classes and labels ``(n,)``, in the data's order, in eval mode; both in the model's numbers.
+
+    Where there is an accelerator of several processes, they share the data and all return the whole.
+
+    Raises:
+        DataError: where there is no image, or labels do not fit the model's classes.
+        TrainingError: where the model puts out no logits.
+    """
+    guesses, truths = [], []
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        classes = count_classes(model) if is_table(data) else 0  # of a loader, what the first logits say
+        class_of = check_data(model, data, "evaluation", classes) if is_table(data) else None
+        # no image to evaluate on may be missing
+        config = TrainConfig(batch_size=batch_size, unreadable=0.0)
+        loader = make_loader(model, data, config, shuffle=False, class_of=class_of)
+        shared: Accelerator | None = None
+        if accelerator is not None and accelerator.num_processes > 1 and isinstance(loader, DataLoader):
+            shared, loader = accelerator, accelerator.prepare_data_loader(loader)
+        for inputs, labels in tqdm(batches_on(loader, home(model)[0]), desc="evaluate", leave=False, disable=None):
+            assert labels is not None
+            logits = logits_of(run(model, inputs))
+            classes = classes or _width(model, logits, inputs)
+            if logits is None or not classes:
+                raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier")
+            seen = logits.argmax(dim=-1), soft_targets(labels, classes).argmax(dim=-1)
+            if shared is not None:
+                seen = shared.gather_for_metrics(seen)
+            guesses.append(seen[0].cpu())
+            truths.append(seen[1].cpu())
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    if not guesses:
+        raise DataError("there is no image to evaluate on")
+    return torch.cat(guesses), torch.cat(truths)
