@@ -8,6 +8,8 @@ import functools
 import importlib
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +46,36 @@ def test_the_house_stays_within_its_limits(what: str) -> None:
 # ------------------------------------------------------------------------------------------------------- public names
 
 
-def test_type_checkers_see_the_public_names_where_they_are() -> None:
-    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
-    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
-    seen = {alias.asname: (node.module, alias.name) for node in block.body for alias in node.names}
-    assert seen == {name: (f"ltm_retrofit.{home}", name) for name, home in ltm._HOMES.items()}
+STUB = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+#: public name → the room that it is imported from
+HOMES = {
+    alias.name: f"ltm_retrofit.{node.module}"
+    for node in STUB.body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
 
 
-@pytest.mark.parametrize("name", ltm.__all__)
+@pytest.mark.parametrize("name", HOMES)
 def test_a_public_name_is_made_in_its_home(name: str) -> None:
-    value = getattr(ltm, name)
-    assert name == "__version__" or value.__module__ == f"ltm_retrofit.{ltm._HOMES[name]}"
+    assert getattr(ltm, name).__module__ == HOMES[name]
+
+
+def test_the_stub_says_to_type_checkers_that_its_names_are_public() -> None:
+    imports = [node for node in STUB.body if isinstance(node, ast.ImportFrom)]
+    assert all(alias.asname == alias.name and node.level == 1 for node in imports for alias in node.names)
 
 
 def test_public_names_are_shown_and_others_refused() -> None:
-    assert dir(ltm) == ltm.__all__ == sorted(ltm.__all__) and "retrofit" in dir(ltm)
-    with pytest.raises(AttributeError, match="no attribute 'retro'"):
+    assert set(ltm.__all__) == set(dir(ltm)) == set(HOMES)
+    with pytest.raises(AttributeError, match="retro"):
         ltm.retro  # noqa: B018
+
+
+def test_nothing_heavy_is_imported_until_it_is_used() -> None:
+    heavy = "torch timm transformers datasets accelerate numpy matplotlib yaml safetensors huggingface_hub"
+    code = f"import sys, ltm_retrofit; print([name for name in {heavy.split()} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 # ----------------------------------------------------------------------------------------------------------- examples
