@@ -92,7 +92,7 @@ def get_plan(model: nn.Module) -> MergePlan:
     Example:
         >>> import timm, ltm_retrofit as ltm
         >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
-        >>> ltm.get_plan(ltm.retrofit(model, ltm.LTMConfig(tokens=(15, 12, 9)))).tokens
+        >>> ltm.get_plan(ltm.retrofit(model, ltm.LTMConfig(tokens=(12, 9)))).tokens
         (12, 9, 1)
     """
     return get_retrofit(model).plan

@@ -23,13 +23,16 @@ from ltm_retrofit.errors import CountError, DataError, ExampleError
 from ltm_retrofit.finding.example import home, run
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.scopes import SCOPES, rules_of
-from ltm_retrofit.scopes.base import Panel, Seen
+from ltm_retrofit.scopes.base import Panel, Seen, names_of
 from ltm_retrofit.tracing import MergeTrace, trace
 from ltm_retrofit.tuning.preprocessing import Preprocessing, make_transform, preprocessing_of, reversed_channels
 from ltm_retrofit.undisturbed import undisturbed
 
 #: inches of a panel, panels in a row, and the widest grid whose patches have room for a number
 PANEL, COLUMNS, NUMBERED = 3.4, 4, 16
+#: how the number of a group is written
+NUMBER: dict[str, Any] = {"ha": "center", "va": "center", "color": "white", "weight": "bold"}
+NUMBER["path_effects"] = [patheffects.withStroke(linewidth=2, foreground="black")]
 
 
 class MergeFigure(Figure):
@@ -193,8 +196,7 @@ def _draw_image(ax: Axes, image: np.ndarray, grid: tuple[int, int]) -> None:
 def _draw_groups(ax: Axes, labels: np.ndarray, names: Sequence[int]) -> None:
     """Tint and number every group of more than one patch, and draw the lines between different tokens."""
     height, width = labels.shape
-    values, counts = np.unique(labels, return_counts=True)
-    merged = set(values[counts > 1].tolist())
+    merged = names_of([labels])
     tint = np.zeros((height, width, 4))
     for row, column in np.ndindex(height, width):
         label = int(labels[row, column])
@@ -203,47 +205,38 @@ def _draw_groups(ax: Axes, labels: np.ndarray, names: Sequence[int]) -> None:
         place = names.index(label)
         tint[row, column] = (*_colour(place), 0.55)
         if width <= NUMBERED:
-            ax.text(
-                column + 0.5,
-                row + 0.52,
-                str(place + 1),
-                ha="center",
-                va="center",
-                color="white",
-                weight="bold",
-                fontsize=min(11.0, 100 / width),
-                path_effects=[patheffects.withStroke(linewidth=2, foreground="black")],
-            )
-    ax.imshow(tint, extent=(0.0, width, height, 0.0), interpolation="nearest", aspect=ax.get_aspect())
-    lines = boundaries(labels)
-    thin = min(1.6, 16 / width)
+            ax.text(column + 0.5, row + 0.52, str(place + 1), fontsize=min(11.0, 100 / width), **NUMBER)
+    _lay_over(ax, tint)
+    lines, thin = boundaries(labels), min(1.6, 16 / width)
     # Two tones, so that a line shows on bright and on dark pixels.
-    ax.add_collection(LineCollection(lines, colors="black", linewidths=2 * thin, capstyle="projecting"))
-    ax.add_collection(LineCollection(lines, colors="white", linewidths=0.7 * thin, capstyle="projecting"))
+    for colour, thickness in (("black", 2 * thin), ("white", 0.7 * thin)):
+        ax.add_collection(LineCollection(lines, colors=colour, linewidths=thickness, capstyle="projecting"))
 
 
 def _draw_dropped(ax: Axes, dropped: np.ndarray) -> None:
     """Grey out and cross the patches that slicing dropped."""
-    height, width = dropped.shape
-    veil = np.zeros((height, width, 4))
-    veil[dropped] = (0.5, 0.5, 0.5, 0.75)
-    ax.imshow(veil, extent=(0.0, width, height, 0.0), interpolation="nearest", aspect=ax.get_aspect())
+    _lay_over(ax, dropped[..., None] * np.array((0.5, 0.5, 0.5, 0.75)))
     crosses = [
         line
         for row, column in np.argwhere(dropped).tolist()
         for line in (((column, row), (column + 1, row + 1)), ((column + 1, row), (column, row + 1)))
     ]
-    ax.add_collection(LineCollection(crosses, colors="black", linewidths=min(0.8, 10 / width)))
+    ax.add_collection(LineCollection(crosses, colors="black", linewidths=min(0.8, 10 / dropped.shape[1])))
+
+
+def _lay_over(ax: Axes, colours: np.ndarray) -> None:
+    """Draw ``(H, W, 4)`` colours over the patches, which are drawn already."""
+    height, width = colours.shape[:2]
+    ax.imshow(colours, extent=(0.0, width, height, 0.0), interpolation="nearest", aspect=ax.get_aspect())
 
 
 def boundaries(labels: np.ndarray) -> list[Sequence[tuple[float, float]]]:
     """Return the line segments between neighbouring patches of different groups, in units of patches."""
-    lines: list[Sequence[tuple[float, float]]] = []
-    for row, column in np.argwhere(labels[:, 1:] != labels[:, :-1]).tolist():
-        lines.append([(column + 1, row), (column + 1, row + 1)])
-    for row, column in np.argwhere(labels[1:] != labels[:-1]).tolist():
-        lines.append([(column, row + 1), (column + 1, row + 1)])
-    return lines
+    upright, level = (
+        np.argwhere(each).tolist() for each in (labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1])
+    )
+    lines: list[Sequence[tuple[float, float]]] = [((column + 1, row), (column + 1, row + 1)) for row, column in upright]
+    return lines + [((column, row + 1), (column + 1, row + 1)) for row, column in level]
 
 
 def _colour(place: int) -> tuple[float, float, float]:
