@@ -66,9 +66,7 @@ class Walk:
                 # rounding in half precision is as large as what proofs look for; sites hold names and code, no modules
                 full, given = copy.deepcopy(model).float(), in_float(example)
             return cls(full, given, full, given, record(full, given))
-        counted, inputs = runnable(model, example)
-        with undisturbed(counted), torch.no_grad():
-            macs = count_macs_quick(lambda: run(counted, inputs))
+        macs = _count(*runnable(model, example))
         if macs > SHORTENED:
             with suppress(ExampleError):  # something counts its blocks
                 return cls._by_twin(model, example, macs, kept_of(macs))
@@ -179,6 +177,11 @@ def runnable(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
         return empty, inputs
     # something looks at values, or a constant lives on a device
     return make_twin(model, example, kept=None)[:2] if is_on_meta(model) else (model, example)
+
+
+def _count(model: nn.Module, example: Example) -> int:
+    with undisturbed(model), torch.no_grad():
+        return count_macs_quick(lambda: run(model, example))
 
 
 # ---------------------------------------------------------------------------------------------------------------- twin
