@@ -71,7 +71,8 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[held]
     if kind == "dtype":
         return getattr(torch, held)
-    return {"items": dict, "tuple": tuple, "floats": Tensor.tolist}[kind](unpack(held, tensors))
+    back: dict[str, Any] = {"items": dict, "tuple": tuple, "floats": Tensor.tolist}
+    return back[kind](unpack(held, tensors))
 
 
 def write(folder: Path, state: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ def labels_in(data: Data, split: str) -> set[int]:
     if others:
         raise DataError(
             f"the {split} split has labels that are no whole numbers: {[others[key] for key in sorted(others)][:5]}: "
-            "number them with dataset.class_encode_column('label'), and drop rows without one"
+            "number them with dataset.class_encode_column('label'), and drop images without one"
         )
     return set(stored)
 
@@ -213,7 +213,7 @@ def _class_of(model: nn.Module, data: Data, classes: int) -> tuple[int, ...] | N
     if not complete:
         _check_unmoved(model, names, found)
     moved = complete and found != list(range(len(names)))
-    return tuple(place for place in found if place is not None) if moved else None
+    return tuple(own for own in found if own is not None) if moved else None
 
 
 def _check_unmoved(model: nn.Module, names: Sequence[str], found: Sequence[int | None]) -> None:
@@ -222,11 +222,11 @@ def _check_unmoved(model: nn.Module, names: Sequence[str], found: Sequence[int |
     Raises:
         DataError: naming one that it has elsewhere.
     """
-    elsewhere = [(at, place) for at, place in enumerate(found) if place not in (None, at)]
+    elsewhere = [(index, own) for index, own in enumerate(found) if own not in (None, index)]
     if elsewhere:
-        at, place = elsewhere[0]
+        index, own = elsewhere[0]
         raise DataError(
-            f"the data's class {at} is {names[at]!r}, which {type(model).__name__} knows as its class {place}, and it "
+            f"the data's class {index} is {names[index]!r}, which {type(model).__name__} knows as its class {own}, and it "
             "does not know all of them: give the data the model's class names, or the model a classifier of its own"
         )
 
@@ -262,18 +262,18 @@ def set_classes(model: nn.Module, names: Sequence[str] | int) -> str | None:
     known = {} if unnamed else _known(model)
     found, complete = _find(known, names)
     if classes == len(names):
-        if known and not any(place is not None for place in found) and not all(name.isdigit() for name in names):
-            own, place = min(known.items(), key=lambda item: item[1])
+        if known and set(found) == {None} and not all(name.isdigit() for name in names):
+            name, index = min(known.items(), key=lambda item: item[1])
             warnings.warn(
                 f"the data has as many classes as {type(model).__name__}, {len(names)}, under names that it does not "
-                f"know: its classifier stays, and the data's {names[place]!r}, class {place}, is taken for its {own!r}",
+                f"know: its classifier stays, and the data's {names[index]!r}, class {index}, is taken for its {name!r}",
                 stacklevel=2,
             )
         if not complete:
             _check_unmoved(model, names, found)
         if not complete or found == list(range(classes)):
             return None
-    kept = [place for place in found if place is not None] if complete else None
+    kept = [own for own in found if own is not None] if complete else None
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)  # a new classifier is the same in every run
         before = set(model.state_dict(keep_vars=True).values())

@@ -136,7 +136,7 @@ class Images(Dataset[tuple[Tensor, int]]):
     def _count(self, index: int, error: Exception) -> None:
         self.unreadable[index] = True
         if (found := int(self.unreadable.sum())) > self.limit * len(self) or found == len(self):
-            raise too_many(f"{found} of {len(self)} images", f"row {index}", self.limit, error) from error
+            raise too_many(f"{found} of {len(self)} images", f"image {index}", self.limit, error) from error
 
     def damaged(self) -> list[int]:
         """Return which images this process could not read so far."""
@@ -190,18 +190,18 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
             DataError: where more than the accepted share of images cannot be read.
         """
         worker, found = getattr(get_worker_info(), "id", 0), 0
-        for place, entry in enumerate(self.data):
+        for index, entry in enumerate(self.data):
             try:
                 image = self.decode(entry["image"])
             except Exception as error:  # whatever a decoder makes of damaged bytes
                 found += 1
                 # the most of any pass: workers may have begun the next one while this one is still being learned
                 self.unreadable[worker] = max(found, int(self.unreadable[worker]))
-                if found > self.limit * max(place + 1, BUFFER):
-                    some = f"{found} of the stream's first {place + 1} images"
-                    raise too_many(some, f"image {place}", self.limit, error) from error
+                if found > self.limit * max(index + 1, BUFFER):
+                    some = f"{found} of the stream's first {index + 1} images"
+                    raise too_many(some, f"image {index}", self.limit, error) from error
                 continue
-            seed = seed_of(self.seed, self.turn, worker, place)
+            seed = seed_of(self.seed, self.turn, worker, index)
             yield seeded(self.transform, image, seed), label_of(entry, self.class_of)
 
     def damaged(self) -> list[int]:
@@ -396,7 +396,7 @@ class Passes:
             return iter(self.loader)
         now = checkpoints.random_state()
         self._set_random_state(self.start)
-        flow = iter(self.loader)
+        flow: Iterator[Any] = iter(self.loader)
         for at in range(self.within):
             if next(flow, END) is END:
                 raise CheckpointError(

@@ -93,8 +93,8 @@ def terms_of(config: TrainConfig) -> list[Term]:
         Term("bound", partial(bound, kind=config.bound, gamma=config.gamma), config.bound_weight, config.bound_warmup),
     ]
     if config.distill or config.distill_token:
-        weights = {"weight": config.distill, "feature_weight": config.distill_token}
-        terms.append(Term("distill", partial(distillation, temperature=config.distill_temperature, **weights)))
+        value = partial(distillation, weight=config.distill, feature_weight=config.distill_token)
+        terms.append(Term("distill", partial(value, temperature=config.distill_temperature)))
     return terms
 
 
@@ -290,7 +290,9 @@ class Information:
     """
 
     def __init__(self, model: nn.Module, *, wanted: bool = True) -> None:
-        self.model, self.entrances, self.dim = model, list[str](), 0
+        self.model = model
+        self.entrances: list[str] = []
+        self.dim: Any = 0
         if wanted:
             site, mask = next(iter(masks_of(model).items()))
             self.entrances, self.dim = entrances_of(model, site), mask.dim

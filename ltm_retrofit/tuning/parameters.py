@@ -75,23 +75,18 @@ def low_rank(model: nn.Module, config: TrainConfig) -> Iterator[None]:
         yield
         return
     try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft import LoraConfig, LoraModel
     except ImportError as error:
         raise TrainingError("train='lora' needs peft: pip install 'ltm-retrofit[lora]'") from error
     names = _linear_maps(model)
     if not names:
         raise TrainingError(f"train='lora' finds no linear map in {type(model).__name__} to add to")
-    lora = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
-    inject_adapter_in_model(lora, model)
+    settings = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=names)
+    added = LoraModel(model, settings, "default")
     try:
         yield
     finally:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                module.merge()
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.get_base_layer())
+        added.merge_and_unload(progressbar=False)
 
 
 def _linear_maps(model: nn.Module) -> list[str]:

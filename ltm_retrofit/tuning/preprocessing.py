@@ -104,8 +104,8 @@ def _of_config(declared: Mapping[str, Any]) -> Preprocessing:
         raise DataError(str(declared[REFUSED]))
     said = resolve_data_config(pretrained_cfg=dict(declared))  # type: ignore[no-untyped-call]
     size, mean, std = (tuple(said[key]) for key in ("input_size", "mean", "std"))
-    resizing = (said[key] for key in ("interpolation", "crop_pct", "crop_mode"))
-    return Preprocessing(size[1:], mean, std, *resizing, reverse=bool(declared.get("reverse", False)))
+    interpolation, share, mode = (said[key] for key in ("interpolation", "crop_pct", "crop_mode"))
+    return Preprocessing(size[1:], mean, std, interpolation, share, mode, bool(declared.get("reverse", False)))
 
 
 def _origin(model: nn.Module) -> str:

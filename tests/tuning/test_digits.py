@@ -100,6 +100,11 @@ def test_the_data_set_is_a_shuffled_table_of_rgb_images() -> None:
     assert table["label"][:] != labels.tolist(), "not shuffled"
 
 
+def test_a_split_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ltm.RecipeError, match="a split of the embedded digits must be one of 'train', 'validation'"):
+        ltm.load_digits("testing")
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_class_is_in_every_split(split) -> None:
     assert set(source_digits(split)[1]) == set(range(10))

@@ -91,7 +91,7 @@ def test_damaged_images_are_counted_and_replaced_by_the_next(workers: int, conve
     history = ltm.finetune(model, encoded(40, damaged=(3, 4)), config=config)
     assert history.epochs[-1]["unreadable"] == 2 and len(history.losses) == 5
     config = ltm.TrainConfig(batch_size=8, unreadable=0.04, workers=workers)
-    with pytest.raises(DataError, match=r"2 of 40 images cannot be read, the last one found is row [34] \(OSError"):
+    with pytest.raises(DataError, match=r"2 of 40 images cannot be read, the last one found is image [34] \(OSError"):
         ltm.finetune(model, encoded(40, damaged=(3, 4)), config=config)
 
 
@@ -104,7 +104,7 @@ def test_what_replaces_a_damaged_image_brings_its_own_label(build) -> None:
 
 
 def test_an_evaluation_accepts_no_damaged_image(build) -> None:
-    with pytest.raises(DataError, match="1 of 14 images cannot be read, the last one found is row 3"):
+    with pytest.raises(DataError, match="1 of 14 images cannot be read, the last one found is image 3"):
         evaluate(build("timm-vit"), encoded(14, damaged=(3,)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+import textwrap
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,7 +18,8 @@ import ltm_retrofit as ltm
 from ltm_retrofit.errors import DataError, RecipeError, TrainingError
 from ltm_retrofit.merging import ib
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.tuning.objective import Objective, teacher_of
+from ltm_retrofit.tuning import objective as room
+from ltm_retrofit.tuning.objective import Objective, Term, teacher_of, terms_of
 from ltm_retrofit.tuning.settings import TrainConfig
 
 
@@ -63,6 +65,33 @@ def test_mixed_images_have_mixed_labels(kind, name, build) -> None:
 def test_mixing_what_is_no_image_is_refused(build) -> None:
     with pytest.raises(DataError, match="this batch holds none"):
         Objective(build("timm-vit"), TrainConfig(mixup=0.5), 7).mix(torch.randn(4, 9), torch.zeros(4, dtype=torch.long))
+
+
+# ------------------------------------------------------------------------------------------------------ a further term
+
+
+@pytest.fixture
+def certainty(monkeypatch) -> Term:
+    """The example of the docstring, as one writes it: a function, and an entry in the list."""
+    code = textwrap.dedent(str(room.__doc__).partition("under its name:\n\n")[2])
+    names = dict(vars(room))
+    exec(code.replace("\nTerm(", "\nterm = Term("), names)
+    monkeypatch.setattr(room, "terms_of", lambda config: [*terms_of(config), names["term"]])
+    return names["term"]
+
+
+def test_a_further_term_joins_the_loss_after_its_share_of_the_steps(certainty: Term, build) -> None:
+    objective, (images, labels) = Objective(build("timm-vit"), TrainConfig(), 7), batches(1)[0]
+    for step, joins in ((0, False), (1, False), (2, True), (10, True)):
+        losses = objective(objective.model, images, labels, step, 10)
+        p = objective.model(images).softmax(dim=-1)
+        torch.testing.assert_close(losses["certainty"], (p * p.log()).sum(-1).mean())
+        torch.testing.assert_close(losses["loss"], losses["task"] + joins * 0.1 * losses["certainty"])
+
+
+def test_a_further_term_is_logged_under_its_name(certainty: Term, build) -> None:
+    (epoch,) = ltm.finetune(build("timm-vit"), batches(5), config=TrainConfig()).epochs
+    assert -math.log(7) <= epoch["certainty"] < 0
 
 
 # --------------------------------------------------------------------------------------------------------- the teacher

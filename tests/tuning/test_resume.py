@@ -271,6 +271,14 @@ def test_a_file_that_is_no_checkpoint_is_named(content: bytes, model, tmp_path) 
         ltm.finetune(model, batches(2), checkpoints_to=tmp_path, resume=True)
 
 
+def test_a_checkpoint_of_another_format_is_refused_by_name(tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "FORMAT", 3)
+        checkpoints.write(tmp_path, {"progress": {}})
+    with pytest.raises(CheckpointError, match=f"has format 3, this version reads {checkpoints.FORMAT}"):
+        checkpoints.read(tmp_path)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(model, tmp_path, monkeypatch) -> None:
     fresh, config = copy.deepcopy(model), ltm.TrainConfig(batch_size=7, checkpoint_every=1)
     expected = outcome(fresh, ltm.finetune(fresh, batches(4), config=config))

@@ -55,6 +55,7 @@ METHODS = ("ltm", "tome", "pool", "slice")
         ({"mixed_precision": "fp8"}, "mixed_precision must be one of 'no', 'bf16', 'fp16', got 'fp8'"),
         ({"learning_rate": 1}, "TrainConfig: unknown key 'learning_rate'"),
         ({"epoch": 2}, "unknown key 'epoch'; did you mean 'epochs'?"),
+        *(({name: 1}, f"TrainConfig: unknown key '{name}'") for name in ("gate", "anneal", "bound_sites")),
         ({"bound_weigth": 2}, "unknown key 'bound_weigth'; did you mean 'bound_weight'?"),
     ],
 )
