@@ -11,7 +11,8 @@ from ltm_retrofit.errors import NoAttentionError, UnsupportedBlock
 from ltm_retrofit.finding.example import Example, fixed_of, prepare_example
 from ltm_retrofit.finding.sites import AttentionSite, Found, Sites
 from ltm_retrofit.finding.walk import WHOLE, Walk
-from ltm_retrofit.scopes import FLOW, SCOPES
+from ltm_retrofit.scopes import SCOPES
+from ltm_retrofit.scopes.flow import FLOW
 from ltm_retrofit.undisturbed import undisturbed
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 import ltm_retrofit as ltm
 from ltm_retrofit import cli
+from ltm_retrofit.cli import main
 from ltm_retrofit.converted.record import was_finetuned
 
 COMMANDS = ("inspect", "convert", "finetune", "report", "run")
@@ -264,3 +265,11 @@ def test_python_m_ends_with_status_2(tmp_path: Path) -> None:
     assert failed.returncode == 2
     assert json.loads(failed.stdout)["error"] == "RecipeError"
     assert failed.stderr.startswith("RecipeError: cannot read the recipe")
+
+
+def test_finetune_looks_at_its_folder_first(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("ltm_retrofit.saving.load.find_model", lambda name: pytest.fail("work was begun"))
+    (tmp_path / "mine.txt").write_text("keep me")
+    for command in (["finetune", "anything", "--out", str(tmp_path)], ["convert", "anything", "--out", str(tmp_path)]):
+        assert main(command) == 2
+        assert "mine.txt" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from ltm_retrofit.errors import (
     CountError,
     ExampleError,
     NotRetrofitted,
+    RecipeError,
     UnsupportedBlock,
 )
 from ltm_retrofit.finding.example import tensors_of
@@ -503,3 +504,27 @@ def test_a_keyword_example_and_the_default_config():
     example = {"pixel_values": torch.randn(2, 3, 32, 32)}
     model = ltm.retrofit(tr.ViTForImageClassification(config).eval(), example=example)
     assert 0.68 <= ltm.get_plan(model).share <= 0.7
+
+
+CONFIG = ltm.LTMConfig(flops=0.7)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda m: ltm.retrofit("vit_tiny_patch16_224", CONFIG), UnsupportedBlock, "is a str"),
+        (lambda m: ltm.retrofit(m, 0.7), RecipeError, r"LTMConfig\(flops=0.7\)"),
+        (lambda m: ltm.retrofit(m, CONFIG, plan=ltm.make_plan(ltm.find_sites(m), CONFIG)), RecipeError, "not both"),
+        (
+            lambda m: ltm.retrofit(nn.Sequential(ltm.retrofit(m, CONFIG)), CONFIG, torch.randn(1, 3, 32, 32)),
+            AlreadyRetrofitted,
+            "part of this model",
+        ),
+        (lambda m: ltm.retrofit(m, CONFIG, torch.full((1, 3, 32, 32), float("nan"))), ExampleError, "not finite"),
+        (lambda m: ltm.TrainConfig(lr="1e-4"), RecipeError, "1.0e-4"),
+    ],
+    ids=["model-name", "share-alone", "config-and-plan", "wrapped", "nan-example", "yaml-number"],
+)
+def test_wrong_arguments_are_named(build, call, error, said) -> None:
+    with pytest.raises(error, match=said):
+        call(build("timm-vit"))

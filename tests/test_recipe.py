@@ -19,7 +19,11 @@ from torch import nn
 import ltm_retrofit as ltm
 from ltm_retrofit import recipe as recipes
 from ltm_retrofit.config import LTMConfig
-from ltm_retrofit.errors import CheckpointError, DataError, RecipeError
+from ltm_retrofit.errors import (
+    CheckpointError,
+    DataError,
+    RecipeError,
+)
 from ltm_retrofit.recipe import (
     MARK,
     DataSection,
@@ -465,3 +469,15 @@ def test_the_sliced_control_keeps_the_same_counts_at_the_same_sites(converted, b
     sliced = ltm.get_plan(ltm.retrofit(build("timm-vit"), sliced_config(plan)))
     assert sliced.rows == plan.rows
     assert sliced.config.method == "slice" and sliced.macs < plan.macs
+
+
+def test_splits_must_agree_on_their_classes(tmp_path: Path) -> None:
+    from ltm_retrofit.recipe import DataSection, ModelSection, Recipe, run_recipe
+
+    for split, names in (("train", "abc"), ("test", "bcd")):
+        for name in names:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / split / name / "0.png")
+    recipe = Recipe(model=ModelSection("digits_vit"), data=DataSection(name=str(tmp_path / "data")))
+    with pytest.raises(DataError, match="two"):
+        run_recipe(recipe, tmp_path / "out", say=lambda text: None)

@@ -15,9 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 
 import torch
 from torch import Tensor, nn
-from zoo_foreign import FOREIGN
 from zoo_hf import HF
 from zoo_timm import TIMM
+from zoo_torch import TORCH
 
 Example = Tensor | dict[str, Tensor]
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -62,5 +62,5 @@ def _make(row: Row) -> tuple[nn.Module, Example]:
 
 
 ZOO: dict[str, Callable[[], tuple[nn.Module, Example]]] = {
-    name: partial(_make, row) for table in (TIMM, HF, FOREIGN) for name, row in table.items()
+    name: partial(_make, row) for table in (TIMM, HF, TORCH) for name, row in table.items()
 }

@@ -226,8 +226,8 @@ def _check_unmoved(model: nn.Module, names: Sequence[str], found: Sequence[int |
     if elsewhere:
         index, own = elsewhere[0]
         raise DataError(
-            f"the data's class {index} is {names[index]!r}, which {type(model).__name__} knows as its class {own}, and it "
-            "does not know all of them: give the data the model's class names, or the model a classifier of its own"
+            f"the data's class {index} is {names[index]!r}, which {type(model).__name__} knows as its class {own}, and "
+            "it does not know all of them: give the data the model's class names, or the model a classifier of its own"
         )
 
 
@@ -265,8 +265,9 @@ def set_classes(model: nn.Module, names: Sequence[str] | int) -> str | None:
         if known and set(found) == {None} and not all(name.isdigit() for name in names):
             name, index = min(known.items(), key=lambda item: item[1])
             warnings.warn(
-                f"the data has as many classes as {type(model).__name__}, {len(names)}, under names that it does not "
-                f"know: its classifier stays, and the data's {names[index]!r}, class {index}, is taken for its {name!r}",
+                f"the data has as many classes as {type(model).__name__}, {len(names)}, under names that it does "
+                f"not know: its classifier stays, and the data's {names[index]!r}, class {index}, is taken for its "
+                f"{name!r}",
                 stacklevel=2,
             )
         if not complete:

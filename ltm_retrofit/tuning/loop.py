@@ -15,11 +15,9 @@ from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ltm_retrofit.converted.record import learns, load_state, mark_finetuned
+from ltm_retrofit.converted.record import learns, load_state, mark_finetuned, masks_of
 from ltm_retrofit.errors import TrainingError
-from ltm_retrofit.merging.mask import GridMask, MaskModule
 from ltm_retrofit.merging.statistics import SAMPLES_PER_CLUSTER, Statistics
-from ltm_retrofit.scopes.base import CHILD
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.classes import evaluate
 from ltm_retrofit.tuning.data import Data, Images, Passes, Stream, batches_on, is_table, size_of
@@ -328,16 +326,8 @@ class Run:
         )
 
     def sites(self) -> dict[str, dict[str, float]]:
-        """Return what each mask has learned: η and the temperature of its softmax."""
-        return {
-            name.removesuffix(CHILD).rstrip("."): {
-                "eta": module.eta.item(),
-                **({"temperature": math.exp(-module.log_scale.item())} if isinstance(module, MaskModule) else {}),
-                **({"alpha": module.alpha.item()} if isinstance(module, GridMask) else {}),
-            }
-            for name, module in self.model.named_modules()
-            if learns(module)
-        }
+        """Return what each mask has learned, as it says itself."""
+        return {name: mask.learned() for name, mask in masks_of(self.model).items() if learns(mask)}
 
     def _add(self, key: str, value: float) -> None:
         self.progress.sums[key] = self.progress.sums.get(key, 0.0) + value

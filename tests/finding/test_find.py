@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ltm_retrofit as ltm
-from ltm_retrofit.errors import CountError, ExampleError, NoAttentionError, UnsupportedBlock
+from ltm_retrofit.errors import (
+    CountError,
+    ExampleError,
+    NoAttentionError,
+    UnsupportedBlock,
+)
 from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.macs import count_macs
 from ltm_retrofit.merging.methods import Scope
@@ -530,3 +535,38 @@ def test_a_neck_does_not_excuse_blocks_that_mind_positions():
     torch.manual_seed(0)
     sites = ltm.find_sites(Map("rope").eval(), EXAMPLE)
     assert "pack.0" not in [site.block for site in sites.flow]
+
+
+class MixingTail(nn.Module):
+    """A block whose MLP part takes the mean over tokens away."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        x = x + self.block.attn(self.block.norm1(x))
+        y = self.block.mlp(self.block.norm2(x))
+        return x + (y - y.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_mixing_tail_is_seen_in_every_precision(build, dtype) -> None:
+    model = build("timm-vit")
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = MixingTail(block)
+    sites = ltm.find_sites(model.eval().to(dtype))
+    assert sites.flow == () and len(sites.narrowed) == 6
+    assert all("proof (b)" in reason for reason in sites.narrowed.values())
+
+
+def test_a_block_with_a_forward_of_its_own_is_left_alone(build, images) -> None:
+    model = build("timm-vit")
+    block = model.blocks[3]
+    inner = block.forward
+    block.forward = own = lambda x, attn_mask=None: inner(x) + 1
+    expected = model(images)
+    sites = ltm.find_sites(model)
+    assert "blocks.3" not in [site.block for site in sites.flow] and "instance" in " ".join(sites.narrowed.values())
+    ltm.restore(ltm.retrofit(model, ltm.LTMConfig(flops=0.8)))
+    assert block.forward is own and torch.equal(model(images), expected)

@@ -21,6 +21,9 @@ from torch import nn
 
 import ltm_retrofit as ltm
 from ltm_retrofit import folders
+from ltm_retrofit.errors import (
+    RetrofitError,
+)
 from ltm_retrofit.saving import save
 from ltm_retrofit.saving.base import describe_base, rebuild_base, verify_base
 
@@ -445,3 +448,28 @@ def test_card(build: Build, tmp_path: Path) -> None:
     ):
         assert expected in card
     assert "license" not in card and "base_model" not in card
+
+
+CONFIG = ltm.LTMConfig(flops=0.7)
+
+
+def test_labels_in_the_example_are_no_input(build, tmp_path: Path) -> None:
+    model = build("hf-vit")
+    example = {"pixel_values": torch.randn(1, 3, 32, 32), "labels": torch.tensor([1])}
+    ltm.retrofit(model, CONFIG, example)
+    assert set(ltm.get_plan(model).input_size) == {"pixel_values"}
+    assert model.config.problem_type is None
+    ltm.save_pretrained(model, tmp_path / "saved")
+    assert ltm.is_retrofitted(ltm.from_pretrained(tmp_path / "saved"))
+
+
+def test_an_altered_plan_is_refused(build, tmp_path: Path) -> None:
+    model = ltm.retrofit(build("timm-vit"), ltm.LTMConfig(flops=0.7, method="tome"))
+    ltm.save_pretrained(model, tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    rows = config["plan"]["rows"]
+    rows[0]["tokens_out"] -= 3
+    rows[1]["tokens_in"] -= 3
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RetrofitError, match="altered"):
+        ltm.from_pretrained(tmp_path / "saved")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from PIL import Image
 from torch import nn
 
 import ltm_retrofit as ltm
-from ltm_retrofit.errors import DataError
+from ltm_retrofit.errors import (
+    DataError,
+)
 from ltm_retrofit.reporting.pictures import show_merges
 from ltm_retrofit.saving.base import _spoken
 from ltm_retrofit.tuning.preprocessing import Preprocessing, make_transform, preprocessing_of
@@ -376,3 +379,31 @@ def test_what_a_backbone_says_is_recorded_with_the_model_around_it(tmp_path) -> 
     model.backbone.config._name_or_path = str(tmp_path)
     assert preprocessing_of(model).mean == (0.1, 0.2, 0.3)
     assert _spoken(model)["mean"] == [0.1, 0.2, 0.3]
+
+
+CONFIG = ltm.LTMConfig(flops=0.7)
+
+
+def test_an_image_processors_normalisation_survives_saving(build, tmp_path: Path) -> None:
+    build("hf-vit").save_pretrained(tmp_path / "host")
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "resample": 2,
+        "size": {"height": 32, "width": 32},
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.2, 0.2, 0.3],
+    }
+    (tmp_path / "host" / "preprocessor_config.json").write_text(json.dumps(processor))
+    model = ltm.load_model(str(tmp_path / "host"))
+    wanted = preprocessing_of(model)
+    assert wanted == Preprocessing((32, 32), (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), "bilinear", 1.0, crop_mode="squash")
+    ltm.save_pretrained(ltm.retrofit(model, CONFIG), tmp_path / "saved")
+    assert preprocessing_of(ltm.from_pretrained(tmp_path / "saved")) == wanted
+
+
+def test_images_keep_their_proportions_unless_squashed() -> None:
+    wide = Image.new("RGB", (64, 32))
+    wide.paste((255, 255, 255), (0, 0, 16, 32))  # the left quarter: outside of the middle square
+    cropped = make_transform(Preprocessing((32, 32), (0.0,) * 3, (1.0,) * 3))(wide)
+    squashed = make_transform(Preprocessing((32, 32), (0.0,) * 3, (1.0,) * 3, crop_mode="squash"))(wide)
+    assert float(cropped.max()) < 0.1 and float(squashed.max()) > 0.9

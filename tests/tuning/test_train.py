@@ -20,7 +20,11 @@ from torch import Tensor, nn
 
 import ltm_retrofit as ltm
 from ltm_retrofit.converted.record import was_finetuned
-from ltm_retrofit.errors import DataError, RecipeError, TrainingError
+from ltm_retrofit.errors import (
+    DataError,
+    RecipeError,
+    TrainingError,
+)
 from ltm_retrofit.tuning import processes
 from ltm_retrofit.tuning.classes import count_classes, evaluate, predictions
 from ltm_retrofit.tuning.loop import SKIPPED, Run
@@ -677,3 +681,18 @@ def test_a_validation_iterator_is_refused_at_once(build, monkeypatch) -> None:
     monkeypatch.setattr(Run, "train_batch", None)
     with pytest.raises(DataError, match="cannot be an iterator: pass a loader or a list"):
         ltm.finetune(build("timm-vit"), batches(1), iter(batches(1)))
+
+
+CONFIG = ltm.LTMConfig(flops=0.7)
+
+
+def test_a_headless_model_has_no_classes(build) -> None:
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=48, depth=6, num_heads=3, num_classes=0
+    )
+    ltm.retrofit(model, CONFIG)
+    assert ltm.get_plan(model).classes == 0
+    with pytest.raises(TrainingError, match="no class logits"):
+        ltm.finetune(model, [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))])
+    with pytest.raises(TrainingError, match="no class logits"):
+        ltm.measure(build("hf-clip"), data=[(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))], batches=())

@@ -260,7 +260,7 @@ def _sequence_first() -> nn.Module:
 _SWIN = {"patch_size": [2, 2], "embed_dim": 16, "depths": [1, 2, 2, 1], "num_heads": [1, 2, 4, 8]}
 _SWIN = {**_SWIN, "window_size": [4, 4], "num_classes": CLASSES}
 
-FOREIGN: dict[str, tuple[Callable[[], nn.Module], int]] = {
+TORCH: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "torchvision-vit": (partial(VisionTransformer, 32, 4, DEPTH, HEADS, DIM, 2 * DIM, num_classes=CLASSES), 32),
     "torchvision-swin": (partial(SwinTransformer, **_SWIN), 64),
     "torchvision-swin-v2": (
@@ -285,4 +285,4 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "plain-placed": (lambda: Columnar(Placed()), 32),
 }
 if rearrange is not None:
-    FOREIGN["plain-einops"] = (partial(_blocks, EinopsBlock), 32)
+    TORCH["plain-einops"] = (partial(_blocks, EinopsBlock), 32)

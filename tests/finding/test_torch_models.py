@@ -6,7 +6,7 @@ import pytest
 import torch
 from conversions import batch, call, equal, near
 from zoo import ZOO
-from zoo_foreign import FOREIGN
+from zoo_torch import TORCH
 
 import ltm_retrofit as ltm
 from ltm_retrofit.macs import count_macs
@@ -21,11 +21,11 @@ ASKED = {
 
 
 def test_the_zoo_has_all_that_was_asked_for():
-    assert set(FOREIGN) >= ASKED
+    assert set(TORCH) >= ASKED
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_foreign_model_converts(name):
+@pytest.mark.parametrize("name", TORCH)
+def test_a_model_of_plain_torch_converts(name):
     model, example = ZOO[name]()
     original = count_macs(model, example).total
     with torch.no_grad():
