@@ -13,8 +13,7 @@ from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.methods import CLUSTERS, Place
 from ltm_retrofit.scopes.base import Budget, Option, Row
-from ltm_retrofit.scopes.local.cells import cells_of
-from ltm_retrofit.scopes.local.site import LocalSite
+from ltm_retrofit.scopes.local.site import LocalSite, cells_of
 
 #: a row, or None where nothing is merged, and by how many MACs it changes the model
 Rung = tuple[Row | None, int]

@@ -13,9 +13,17 @@ from ltm_retrofit.finding.proofs import CONTAINERS
 from ltm_retrofit.finding.sites import AttentionSite, Found, Refused, TokenLayout
 from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.merging.methods import Scope
-from ltm_retrofit.scopes.local.cells import FEWEST, choose_cell
 from ltm_retrofit.scopes.local.mixers import find_mixers
-from ltm_retrofit.scopes.local.site import Grid, LocalSite, Number, SideInputs, names_of, side_tensors
+from ltm_retrofit.scopes.local.site import (
+    FEWEST,
+    Grid,
+    LocalSite,
+    Number,
+    SideInputs,
+    choose_cell,
+    names_of,
+    side_tensors,
+)
 
 PADDED = (
     "by its attention's mask some tokens of the example are padding, and nothing tells an MLP which: pass an example "

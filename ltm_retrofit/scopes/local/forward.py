@@ -12,8 +12,7 @@ from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.finding.layouts import as_tokens, from_tokens, spatial_of
 from ltm_retrofit.merging.tokens import Assignment, DenseAssignment, GridAssignment
 from ltm_retrofit.scopes.base import Interceptor, unwatch, watch
-from ltm_retrofit.scopes.local.cells import Cells, choose_cell
-from ltm_retrofit.scopes.local.site import LocalSite, names_of, side_tensors
+from ltm_retrofit.scopes.local.site import Cells, LocalSite, choose_cell, names_of, side_tensors
 
 
 class Open:
