@@ -25,7 +25,7 @@ from torch import nn
 
 import ltm_retrofit as ltm
 from ltm_retrofit.finding.example import logits_of
-from ltm_retrofit.finding.twin import fill
+from ltm_retrofit.finding.walk import fill
 from ltm_retrofit.macs import count_macs
 
 LOG, PAGE = Path("benchmarks/paper.jsonl"), Path("docs/paper.md")

@@ -10,10 +10,9 @@ from torch import nn
 
 from ltm_retrofit.convert import build, install, prove_installed
 from ltm_retrofit.errors import CountError
-from ltm_retrofit.find import SHORTENED
 from ltm_retrofit.finding.example import Example, on_meta, run
 from ltm_retrofit.finding.sites import AttentionSite, Sites
-from ltm_retrofit.finding.twin import make_twin
+from ltm_retrofit.finding.walk import SHORTENED, make_twin
 from ltm_retrofit.macs import count_macs_quick
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.undisturbed import undisturbed

@@ -117,7 +117,7 @@ def test_inspect_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_inspect_gives_the_reason_of_what_is_left_out(monkeypatch, build, capsys) -> None:
-    """A block that branches on its input's values cannot be traced, and the others suffer with it."""
+    """A block that branches on its input's values has no graph, and the others suffer with it."""
     model = build("timm-vit")
     block = model.blocks[3]
     plain = type(block).forward
@@ -125,7 +125,7 @@ def test_inspect_gives_the_reason_of_what_is_left_out(monkeypatch, build, capsys
         "Odd", (type(block),), {"forward": lambda self, x: plain(self, x) if float(x.sum()) < 1e9 else x}
     )
     sites = ltm.find_sites(model)
-    assert any(name.startswith("blocks.3") and "cannot be traced" in why for name, why in sites.narrowed.items())
+    assert any(name.startswith("blocks.3") and "has no FX graph" in why for name, why in sites.narrowed.items())
 
     class Loaded:
         origin = "made here"

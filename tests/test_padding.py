@@ -1,4 +1,4 @@
-"""Tokens that only fill up: they weigh nothing in a merge, whatever they hold; where nothing tells, it is refused."""
+"""Padding tokens: they weigh nothing in a merge, whatever they hold; where nothing tells, it is refused."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_naflex_of_a_dict_is_saved_and_loaded(tmp_path):
 
 def test_an_example_in_which_tokens_fill_up_is_refused():
     model, _ = ZOO["timm-naflex-gap"]()
-    with pytest.raises(ltm.UnsupportedBlock, match="some tokens of the example only fill up"):
+    with pytest.raises(ltm.UnsupportedBlock, match="some tokens of the example are padding"):
         ltm.retrofit(model, ltm.LTMConfig(flops=0.8), _naflex(model, valid=50))
 
 

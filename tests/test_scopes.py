@@ -18,7 +18,7 @@ from zoo_timm import TIMM
 
 import ltm_retrofit as ltm
 from ltm_retrofit.converted.record import forwards_of, masks_of
-from ltm_retrofit.finding.call import gather_rows
+from ltm_retrofit.finding.call import gather_entries
 from ltm_retrofit.macs import count_macs
 from ltm_retrofit.merging.grid import CropGrid, GridMask, PoolGrid
 from ltm_retrofit.scopes.flow.forward import FlowForward
@@ -104,16 +104,16 @@ def test_rows_follow_their_tokens(name):
         handle.remove()
         tokens, followers, _ = site.signature.split(site.block, *calls[0])
         count, prefix = tokens.shape[1], site.layout.prefix
-        head = site.halves[False, False].head
+        front = site.halves[False, False].front
         order = torch.cat(
             [torch.arange(prefix), prefix + torch.randperm(count - prefix, generator=torch.Generator().manual_seed(2))]
         )
-        rows = tuple(gather_rows(value, count, order.expand(len(tokens), -1)) for value in followers)
-        whole, _ = head(block, tokens, None, followers)
-        moved, _ = head(block, tokens[:, order], None, rows)
+        entries = tuple(gather_entries(value, count, order.expand(len(tokens), -1)) for value in followers)
+        whole, _ = front(block, tokens, None, followers)
+        moved, _ = front(block, tokens[:, order], None, entries)
         near([moved], [whole[:, order]])
-        unmoved, _ = head(block, tokens[:, order], None, followers)
-        assert not torch.allclose(unmoved, whole[:, order], rtol=1e-4, atol=1e-5)  # the rows matter
+        unmoved, _ = front(block, tokens[:, order], None, followers)
+        assert not torch.allclose(unmoved, whole[:, order], rtol=1e-4, atol=1e-5)  # the entries matter
 
 
 # ------------------------------------------------------------------------------------------------- LOCAL: equal tokens

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.converted.record import forwards_of
 from ltm_retrofit.errors import UnsupportedBlock
-from ltm_retrofit.finding.settings import Settings, settings_of
+from ltm_retrofit.finding.call import Settings, settings_of
 from ltm_retrofit.scopes.base import check_settings, unwatch, watch
 
 #: methods of host models that lay every block's tokens out on the full grid

@@ -1,7 +1,17 @@
-"""Attention as it shows in a stream of function calls: fused, softmax of a product, packed, kernelised or additive."""
+"""Attention as it shows in a stream of function calls: fused, softmax of a product, packed, kernelised or additive.
+
+No names of classes: only what flows into what. Five shapes are told apart:
+
+- *fused*: ``F.scaled_dot_product_attention``, whose second argument is the keys;
+- *packed*: the one function of `nn.MultiheadAttention`, which projects inside;
+- *softmax*: a product ``q kᵀ`` goes, scaled and masked, through a softmax, and the weights into a second product;
+- *linear* (kernelised): ``φ(q) (φ(k)ᵀ v)``, a product of what the image says with another such product;
+- *additive*: what the image says times a sum over such products.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -13,9 +23,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ltm_retrofit.finding.call import seen_by
+from ltm_retrofit.finding.example import tensors_of
 
 PRODUCTS = ("matmul", "bmm", "__matmul__", "einsum", "baddbmm")
-SOFTMAXES = ("softmax",)
 TIMES = ("mul", "__mul__", "multiply", "mul_")
 SUMS = ("sum", "mean")
 PASSIVE = ("__get__", "size", "dim", "stride", "is_floating_point", "numel", "__len__", "ndimension")
@@ -30,33 +40,25 @@ SHAPED_LIKE = ("type_as", "expand_as", "view_as", "reshape_as", "to")
 EMPTY_LIKE = (
     "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor"
 ).split()
-
+PACKED = inspect.signature(F.multi_head_attention_forward)
 Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
 @dataclass
-class Packed:
-    """The arguments of `nn.MultiheadAttention`'s one function: it projects queries, keys and values by itself."""
-
-    key: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    heads: int
-
-
-@dataclass
-class Found:
-    """One attention. ``keys (B, heads, N, d)`` where it has any; ``packed`` where they are made inside."""
+class Attention:
+    """One attention. ``keys (B, heads, N, d)`` where it has any; where they are made inside, the call is ``packed``."""
 
     kind: str  # "fused", "softmax", "packed", "linear" (kernelised) or "additive"
     keys: Tensor | None = None
-    padded: bool = False  # its mask depends on an input that is no image: it may say that tokens only fill up
+    padded: bool = False  # its mask depends on an input that is no image: it may say that tokens are padding
     hides: bool = False  # and does so in the example
-    packed: Packed | None = None
+    packed: Mapping[str, Any] | None = None  # the arguments of `F.multi_head_attention_forward`, by name
 
 
 class AttentionMode(TorchFunctionMode):
     """Recognises attention by what flows into what; calls ``found`` at each.
+
+    Tensors are followed by identity, in weak tables: what an operation puts out is looked up when a later one takes it.
 
     Args:
         found: called with each attention, before its last product.
@@ -69,7 +71,7 @@ class AttentionMode(TorchFunctionMode):
 
     def __init__(
         self,
-        found: Callable[[Found], None],
+        found: Callable[[Attention], None],
         linear: Linear | None = None,
         data: Iterable[Tensor] = (),
         used: Callable[[Tensor], None] | None = None,
@@ -79,19 +81,20 @@ class AttentionMode(TorchFunctionMode):
         self.found, self.linear, self.used = found, linear, used
         #: token count → (constant tokens joined at the front, at the end)
         self.joined: dict[int, tuple[int, int]] = {}
+        # logits q kᵀ → k, and weights softmax(q kᵀ) → k: kept apart, since only weights times something is attention
         self.keys_of_logits, self.keys_of_weights = WeakIdKeyDictionary(), WeakIdKeyDictionary()
-        self.data, self.summed, self.multiplied = WeakIdKeyDictionary(), WeakIdKeyDictionary(), WeakIdKeyDictionary()
-        self.flags = WeakIdKeyDictionary()
-        for table, tensors in ((self.data, data), (self.flags, flags)):
-            for tensor in tensors:
-                table[tensor] = True
+        self.data, self.flags = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        # products of data with data, and sums over such products
+        self.multiplied, self.summed = WeakIdKeyDictionary(), WeakIdKeyDictionary()
+        self.data.update((tensor, True) for tensor in data)
+        self.flags.update((tensor, True) for tensor in flags)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the function; recognise attention by what flows into what."""
         kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
-        operands = [value for value in _flat((*args, *kwargs.values())) if isinstance(value, Tensor)]
+        operands = tensors_of((*args, *kwargs.values()))
         factors = operands[1:] if name == "baddbmm" else operands  # whose first is only added
         product = name in PRODUCTS and len(factors) == 2
         if self.used is not None and name not in PASSIVE:
@@ -101,59 +104,66 @@ class AttentionMode(TorchFunctionMode):
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             keys = args[1] if len(args) > 1 else kwargs["key"]
             hidden = self._padding(mask) and not bool(seen_by(mask).all())
-            self.found(Found("fused", keys, self._padding(mask), hidden))
+            self.found(Attention("fused", keys, self._padding(mask), hidden))
         elif func is F.multi_head_attention_forward:
-            given = dict(zip(_PACKED, args, strict=False)) | kwargs
-            packed = Packed(given["key"], given["in_proj_weight"], given["in_proj_bias"], given["num_heads"])
-            masks = [mask for mask in (given.get("key_padding_mask"), given.get("attn_mask")) if self._padding(mask)]
+            packed = PACKED.bind(*args, **kwargs).arguments
+            masks = [mask for mask in map(packed.get, ("key_padding_mask", "attn_mask")) if self._padding(mask)]
             seen = [~mask if mask.dtype == torch.bool else seen_by(mask) for mask in masks]  # here true is hidden
-            self.found(Found("packed", None, bool(masks), not all(bool(part.all()) for part in seen), packed))
+            self.found(Attention("packed", None, bool(masks), not all(bool(part.all()) for part in seen), packed))
         elif product and factors[0] in self.keys_of_weights:
             keys = self.keys_of_weights[factors[0]]
+            # weights know of a mask that keys know nothing of: it was added to the logits in between
             padded = factors[0] in self.flags and keys not in self.flags
-            self.found(Found("softmax", keys, padded, padded and bool((factors[0] == 0).any())))
-        elif product and self._twice(factors):
-            self.found(Found("linear"))
-        elif name in TIMES and len(operands) == 2 and all(x in self.data for x in operands):
-            if sum(x in self.summed for x in operands) == 1:
-                self.found(Found("additive"))
+            self.found(Attention("softmax", keys, padded, padded and bool((factors[0] == 0).any())))
+        elif product and self._all_data(factors) and sum(x in self.multiplied for x in factors) == 1:
+            self.found(Attention("linear"))
+        elif self._scales(name, operands) and sum(x in self.summed for x in operands) == 1:
+            self.found(Attention("additive"))
         result = func(*args, **kwargs)
-        self._follow(name, operands, result, factors if product else None)
+        self._taint(name, operands, result)
+        if isinstance(result, Tensor):
+            self._follow(name, operands, result, factors if product else None)
         if func is F.linear and self.linear is not None and isinstance(result, Tensor):
             given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
             return self.linear(given["input"], given["weight"], given.get("bias"), result)
         return result
 
     def _padding(self, mask: Tensor | None) -> TypeGuard[Tensor]:
-        """Say whether a mask may be one of tokens that only fill up."""
+        """Say whether a mask may be one of padding: made of inputs that are no image, and not of the image."""
         return mask is not None and mask in self.flags and mask not in self.data
 
-    def _twice(self, operands: list[Tensor]) -> bool:
-        """Say whether data meets a product of data: ``φ(q) (φ(k)ᵀ v)``."""
-        return all(x in self.data for x in operands) and sum(x in self.multiplied for x in operands) == 1
+    def _all_data(self, operands: list[Tensor]) -> bool:
+        """Say whether all of them depend on the image: a product with a weight is a projection."""
+        return all(x in self.data for x in operands)
 
-    def _follow(self, name: str, operands: list[Tensor], result: Any, factors: list[Tensor] | None) -> None:
+    def _scales(self, name: str, operands: list[Tensor]) -> bool:
+        """Say whether data is multiplied with data, entry by entry."""
+        return name in TIMES and len(operands) == 2 and self._all_data(operands)
+
+    def _taint(self, name: str, operands: list[Tensor], result: Any) -> None:
+        """Pass on what depends on the image, and what on an input that is none, from operands to results."""
         sources = operands[:1] if name in SHAPED_LIKE else [] if name in EMPTY_LIKE else operands
         for table in (self.data, self.flags):
-            touched = any(x in table for x in sources)
-            for out in _flat((result,)):
-                if touched and isinstance(out, Tensor):
+            if any(x in table for x in sources):
+                for out in tensors_of(result):
                     table[out] = True
-            if name == "__setitem__" and touched:
-                table[operands[0]] = True
-        if not isinstance(result, Tensor):
-            return
+                if name == "__setitem__":  # puts out nothing, and changes what it writes into
+                    table[operands[0]] = True
+
+    def _follow(self, name: str, operands: list[Tensor], result: Tensor, factors: list[Tensor] | None) -> None:
+        """Note what role a result may play in an attention to come."""
         if factors and all(x.ndim >= 3 for x in factors):
+            # any product of two activations may be logits; whether it is one shows when it comes to a softmax
             keys = factors[1] if name == "einsum" else factors[1].transpose(-2, -1)
             self.keys_of_logits[result] = keys
             if factors[1] in self.flags:
                 self.flags[keys] = True
-            if all(x in self.data for x in factors):
+            if self._all_data(factors):
                 self.multiplied[result] = True
             return
-        if name in TIMES and len(operands) == 2 and all(x in self.data for x in operands):
+        if self._scales(name, operands):
             self.multiplied[result] = True
-        if len(operands) >= 1 and operands[0] in self.multiplied:
+        if operands and operands[0] in self.multiplied:
             if name in SUMS and result.numel() < operands[0].numel():
                 self.summed[result] = True
             elif result.numel() == operands[0].numel() and name not in ("linear", "conv2d"):
@@ -168,7 +178,7 @@ class AttentionMode(TorchFunctionMode):
             if source.shape == result.shape or (talking and source.numel() == result.numel()):
                 if source in self.keys_of_logits:
                     # through scaling and masking; a softmax turns logits into weights
-                    table = self.keys_of_weights if name in SOFTMAXES else self.keys_of_logits
+                    table = self.keys_of_weights if name == "softmax" else self.keys_of_logits
                     table[result] = self.keys_of_logits[source]
                 elif source in self.keys_of_weights:
                     self.keys_of_weights[result] = self.keys_of_weights[source]
@@ -181,17 +191,3 @@ class AttentionMode(TorchFunctionMode):
             return
         front, end = constant.index(False), constant[::-1].index(False)
         self.joined[result.shape[1]] = sum(sizes[:front]), sum(sizes[len(sizes) - end :])
-
-
-_PACKED = (
-    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
-    "out_proj_weight out_proj_bias"
-).split()
-
-
-def _flat(values: Iterable[Any]) -> Iterable[Any]:
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            yield from _flat(value)
-        else:
-            yield value

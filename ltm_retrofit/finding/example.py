@@ -1,9 +1,9 @@
-"""The example input: checked, cut to one image, or made from what the live model says of itself."""
+"""The example input: checked, cut to one image, or made from what the model says of its input; and what comes out."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,17 +33,20 @@ def input_size(model: nn.Module) -> tuple[int, int, int] | None:
         size = getattr(module, "img_size", None)
         stem = next((child for child in module.children() if isinstance(child, nn.Conv2d)), None)
         if size is not None and stem is not None:
-            height, width = (size, size) if isinstance(size, int) else size
-            return stem.in_channels, int(height), int(width)
+            return stem.in_channels, *_height_and_width(size)
     config = getattr(model, "config", None)
     config = getattr(config, "vision_config", config)
     size = getattr(config, "image_size", None)
     if size is not None:
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(getattr(config, "num_channels", 3)), int(height), int(width)
+        return int(getattr(config, "num_channels", 3)), *_height_and_width(size)
     declared = getattr(model, "pretrained_cfg", None)
     declared_size = declared.get("input_size") if isinstance(declared, Mapping) else None
     return tuple(declared_size) if declared_size else None
+
+
+def _height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
 
 
 def prepare_example(model: nn.Module, example: Example | None) -> Example:
@@ -63,19 +66,16 @@ def prepare_example(model: nn.Module, example: Example | None) -> Example:
         noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
         name = getattr(model, "main_input_name", None) if hasattr(model, "config") else None
         return {name: noise} if isinstance(name, str) else noise
+    values = example if isinstance(example, Mapping) else {"example": example}
     # labels make a Hugging Face model add a loss; they are no input of the network
-    values = (
-        {k: v for k, v in example.items() if k not in ("labels", "label")}
-        if isinstance(example, Mapping)
-        else {"example": example}
-    )
+    values = {key: value for key, value in values.items() if key not in ("labels", "label")}
     tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ExampleError(
             f"an example is a tensor or a dict of keyword arguments with tensors, got {type(example).__name__}"
         )
     for key, value in tensors.items():
-        if value.device != device and device.type != "meta":  # a model without numbers is planned for, not run
+        if value.device != device and device.type != "meta":  # a model on the meta device is planned for, not run
             raise ExampleError(f"{key} is on {value.device}, the model on {device}: move one to the other")
         if value.is_inference() and not torch.is_inference_mode_enabled():
             raise ExampleError(f"{key} was made under torch.inference_mode(), so no proof can use it: pass its clone()")
@@ -85,7 +85,7 @@ def prepare_example(model: nn.Module, example: Example | None) -> Example:
             raise ExampleError(f"{key} holds values that are not finite: pass an image, or noise")
         if value.ndim >= 4 and value.dtype != dtype:
             raise ExampleError(f"{key} is {value.dtype}, the model {dtype}: convert one to the other")
-    batch = len(next(value for value in tensors.values()))
+    batch = len(next(iter(tensors.values())))
     single = {key: value[:1] if key in tensors and len(value) == batch else value for key, value in values.items()}
     return single if isinstance(example, Mapping) else single["example"]
 
@@ -137,14 +137,7 @@ def flags_of(example: Example) -> list[Tensor]:
 
 def in_float(example: Example) -> Example:
     """Return the same example with its floating tensors in float32."""
-    if isinstance(example, Mapping):
-        floating = {
-            key: value.float()
-            for key, value in example.items()
-            if isinstance(value, Tensor) and value.is_floating_point()
-        }
-        return {**example, **floating}
-    return example.float()
+    return mapped(example, lambda value: value.float() if value.is_floating_point() else value)
 
 
 def other_image(example: Example) -> Example:
@@ -174,13 +167,9 @@ def repeat_batch(example: Example, batch: int) -> Example:
 
 
 def on_meta(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
-    """Return copies without numbers, on which counting is cheap."""
-    empty = copy.deepcopy(model, {id(p): _like(p) for p in model.parameters()}).to("meta")
-    return empty, mapped(example, lambda value: value.to("meta"))
-
-
-def _like(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+    """Return copies on the meta device, where counting is cheap; no parameter is copied in memory on the way."""
+    moved = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, moved).to("meta"), mapped(example, lambda value: value.to("meta"))
 
 
 def mapped(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
@@ -190,15 +179,26 @@ def mapped(example: Example, change: Callable[[Tensor], Tensor]) -> Example:
     return change(example)
 
 
-def tensors_of(output: Any) -> list[Tensor]:
-    """Return all tensors of a model's output (tensor, tuple, mapping, ``ModelOutput``), depth first."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        return [tensor for value in output.values() for tensor in tensors_of(value)]
-    if isinstance(output, (list, tuple)):
-        return [tensor for value in output for tensor in tensors_of(value)]
-    return []
+def named_tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Go through all tensors in nested mappings, tuples and lists, depth first, each with its path: ``mask.0``.
+
+    Not ``torch.utils._pytree``: to that, a mapping of a class that nobody registered is one leaf.
+    """
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for key, entry in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from named_tensors(entry, f"{path}.{key}" if path else f"{key}")
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return all tensors of a model's output, or of a call (tensor, tuple, mapping, ``ModelOutput``), depth first."""
+    return [tensor for _, tensor in named_tensors(value)]
+
+
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the first argument of a call that is a tensor: the tokens, where a block is called."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 def logits_of(output: Any) -> Tensor | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ltm_retrofit.errors import CountError, ExampleError
-from ltm_retrofit.finding.attention import AttentionMode, Found
-from ltm_retrofit.finding.example import Example, flags_of, floats_of, logits_of, run
+from ltm_retrofit.finding.attention import Attention, AttentionMode
+from ltm_retrofit.finding.example import Example, first_tensor, flags_of, floats_of, logits_of, run
 from ltm_retrofit.macs import counting
 from ltm_retrofit.undisturbed import undisturbed
 
@@ -26,17 +27,26 @@ class Reached(Exception):
 
 @dataclass
 class Call:
-    """One recorded call of a module that attends somewhere inside."""
+    """One call of a module: when it began and ended, which tensor went in and which came out (serial numbers).
 
+    Arguments and output are kept only where it attends somewhere inside.
+    """
+
+    name: str
+    start: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    version: int = 0  # of its first tensor, which a later one shows to be overwritten in place
+    source: int | None = None
+    shape_in: tuple[int, ...] = ()
+    end: int = 0
     output: Any = None
-    version: int = 0
+    result: int | None = None
+    shape_out: tuple[int, ...] = ()
 
     def stream(self) -> Tensor | None:
         """Return the token tensor ``(B, N, D)`` that goes in, where one of the same shape comes out."""
-        values = [*self.args, *self.kwargs.values()]
-        tokens = next((value for value in values if isinstance(value, Tensor)), None)
+        tokens = first_tensor(self.args, self.kwargs)
         same = isinstance(self.output, Tensor) and tokens is not None and tokens.shape == self.output.shape
         return tokens if same and tokens is not None and tokens.ndim == 3 else None
 
@@ -47,29 +57,21 @@ class Call:
         places = list(inspect.signature(module.forward).parameters)
         args = tuple(None if places[place] in names else value for place, value in enumerate(self.args))
         kwargs = {key: None if key in names else value for key, value in self.kwargs.items()}
-        return Call(args, kwargs, module(*args, **kwargs), self.version)
+        return replace(self, args=args, kwargs=kwargs, output=module(*args, **kwargs))
 
 
 @dataclass
 class Attended:
     """One attention, with the chain of modules that it happened in, outermost first, and when it happened."""
 
-    found: Found
+    seen: Attention
     chain: tuple[str, ...]
     time: int
 
-
-@dataclass
-class Event:
-    """One call of a module: when it began and ended, which tensor went in and which came out (serial numbers)."""
-
-    name: str
-    start: int
-    source: int | None
-    shape_in: tuple[int, ...]
-    end: int = 0
-    result: int | None = None
-    shape_out: tuple[int, ...] = ()
+    @property
+    def owner(self) -> str:
+        """The innermost module that it happened in."""
+        return self.chain[-1]
 
 
 @dataclass
@@ -79,15 +81,22 @@ class Recording:
     output: Any = None
     macs: int = 0
     attended: list[Attended] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)  # of all modules, in the order in which they began
+    calls: list[Call] = field(default_factory=list)  # of all modules, in the order in which they began
     used: dict[int, set[str]] = field(default_factory=dict)  # tensor → the innermost modules that compute with it
     joined: dict[int, tuple[int, int]] = field(default_factory=dict)  # token count → constant tokens at front and end
     flagged: Callable[[Tensor], bool] = bool  # whether a tensor of the pass depends on an input that is no image
-    calls: dict[str, list[Call]] = field(default_factory=dict)
-    maps: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # 4-d outputs before the first attention
-    flat: list[tuple[str, int, int]] = field(
-        default_factory=list
-    )  # module, width of its (B, C) output, attentions so far
+    attending: dict[str, list[Call]] = field(default_factory=dict)  # of modules that attend somewhere inside
+    maps: list[tuple[int, ...]] = field(default_factory=list)  # shapes of 4-d outputs before the first attention
+    #: module, width of its (B, C) output, attentions so far
+    flat: list[tuple[str, int, int]] = field(default_factory=list)
+
+    @cached_property
+    def by_name(self) -> dict[str, list[Call]]:
+        """The calls of each module; to be asked for when the pass is over."""
+        found: dict[str, list[Call]] = {}
+        for call in self.calls:
+            found.setdefault(call.name, []).append(call)
+        return found
 
     def readouts(self, classes: int) -> tuple[str, ...]:
         """Return the linear modules after the last attention that put out ``(B, classes)``: who reads the feature."""
@@ -104,51 +113,50 @@ class _Stack:
     """The modules that a forward pass is in, and what to keep of those that it leaves."""
 
     def __init__(self, recording: Recording) -> None:
-        self.recording, self.open = recording, list[tuple[str, Call, int, Event]]()
+        self.recording, self.open = recording, list[tuple[Call, int]]()
+        # a tensor's id is given to another one once it is gone; a serial number is not
         self.serials: Any = WeakIdKeyDictionary()
-        self.time = self.issued = 0
-
-    def tick(self) -> int:
-        self.time += 1
-        return self.time
+        self.time, self.issued = count(1), count(1)
 
     def serial(self, tensor: Tensor) -> int:
         if tensor not in self.serials:
-            self.issued += 1
-            self.serials[tensor] = self.issued
+            self.serials[tensor] = next(self.issued)
         return int(self.serials[tensor])
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
-        call = Call(args, dict(kwargs), version=0 if tokens is None else tokens._version)
-        one = tokens is not None and tokens.is_floating_point()
-        source, shape = (self.serial(tokens), tuple(tokens.shape)) if one and tokens is not None else (None, ())
-        event = Event(name, self.tick(), source, shape)
-        self.recording.events.append(event)
-        self.open.append((name, call, len(self.recording.attended), event))
+        tokens = first_tensor(args, kwargs)
+        call = Call(name, next(self.time), args, dict(kwargs), 0 if tokens is None else tokens._version)
+        if tokens is not None and tokens.is_floating_point():
+            call.source, call.shape_in = self.serial(tokens), tuple(tokens.shape)
+        self.recording.calls.append(call)
+        self.open.append((call, len(self.recording.attended)))
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        left, call, seen, event = self.open.pop()
-        assert left == name, "hooks of a forward pass nest"
-        call.output, event.end = output, self.tick()
-        if isinstance(output, Tensor):
-            event.result, event.shape_out = self.serial(output), tuple(output.shape)
-        if len(self.recording.attended) > seen:
-            self.recording.calls.setdefault(name, []).append(call)
-        if isinstance(output, Tensor) and output.ndim == 4 and not self.recording.attended:
-            self.recording.maps.append((name, tuple(output.shape)))
-        if isinstance(output, Tensor) and output.ndim == 2 and self.recording.attended:
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == output.shape[1]:
-                self.recording.flat.append((name, output.shape[1], len(self.recording.attended)))
+        call, seen = self.open.pop()
+        assert call.name == name, "hooks of a forward pass nest"
+        call.end, attended = next(self.time), len(self.recording.attended)
+        if attended > seen:
+            call.output = output
+            self.recording.attending.setdefault(name, []).append(call)
+        else:  # the activations of a whole pass are many
+            call.args, call.kwargs = (), {}
+        if not isinstance(output, Tensor):
+            return
+        call.result, call.shape_out = self.serial(output), tuple(output.shape)
+        if output.ndim == 4 and not attended:
+            self.recording.maps.append(tuple(output.shape))
+        weight = getattr(module, "weight", None)
+        if output.ndim == 2 and attended and isinstance(weight, Tensor) and weight.ndim == 2:
+            if weight.shape[0] == output.shape[1]:
+                self.recording.flat.append((name, output.shape[1], attended))
 
     def used(self, tensor: Tensor) -> None:
         if tensor in self.serials and self.open:
-            self.recording.used.setdefault(self.serials[tensor], set()).add(self.open[-1][0])
+            self.recording.used.setdefault(self.serials[tensor], set()).add(self.open[-1][0].name)
 
-    def attended(self, found: Found) -> None:
-        chain = tuple(name for name, *_ in self.open)
-        self.recording.attended.append(Attended(found, chain, self.tick()))
+    def attended(self, seen: Attention) -> None:
+        chain = tuple(call.name for call, _ in self.open)
+        self.recording.attended.append(Attended(seen, chain, next(self.time)))
 
 
 def record(model: nn.Module, example: Example) -> Recording:
@@ -159,12 +167,12 @@ def record(model: nn.Module, example: Example) -> Recording:
     """
     recording = Recording()
     stack = _Stack(recording)
-    handles = []
+    mode = AttentionMode(stack.attended, data=floats_of(example), used=stack.used, flags=flags_of(example))
     try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(partial(_enter, stack, name), with_kwargs=True))
-            handles.append(module.register_forward_hook(partial(_leave, stack, name), with_kwargs=True))
-        with undisturbed(model), torch.no_grad(), counting() as counter, _watching(stack, example) as mode:
+        with ExitStack() as hooks, undisturbed(model), torch.no_grad(), counting() as counter, mode:
+            for name, module in model.named_modules():
+                hooks.enter_context(module.register_forward_pre_hook(partial(stack.enter, name), with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(partial(stack.leave, name), with_kwargs=True))
             recording.output = run(model, example)
         recording.macs = int(counter.get_total_flops()) // 2
         recording.joined, recording.flagged = mode.joined, mode.flags.__contains__
@@ -177,24 +185,7 @@ def record(model: nn.Module, example: Example) -> Recording:
             f"{type(model).__name__} cannot be run on the example ({shapes}): {type(error).__name__}: {error}. "
             "Pass an example of the shape and dtype that the model expects"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     return recording
-
-
-def _watching(stack: _Stack, example: Example) -> AttentionMode:
-    return AttentionMode(stack.attended, data=floats_of(example), used=stack.used, flags=flags_of(example))
-
-
-def _enter(stack: _Stack, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    stack.enter(name, module, args, kwargs)
-
-
-def _leave(
-    stack: _Stack, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
-    stack.leave(name, module, args, kwargs, output)
 
 
 @contextmanager

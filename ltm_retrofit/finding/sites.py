@@ -1,25 +1,12 @@
-"""What was found: data only."""
+"""What was found: data only. What a scope must know of a site besides stands in its own `site.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
-from torch import Tensor, nn
-
-from ltm_retrofit.finding.call import Signature
 from ltm_retrofit.merging.methods import Scope
-
-if TYPE_CHECKING:
-    from ltm_retrofit.scopes.flow.cut import Halves
-    from ltm_retrofit.scopes.local.padding import Companions
-
-
-def _nothing() -> Companions:
-    from ltm_retrofit.scopes.local.padding import Companions
-
-    return Companions()
 
 
 @dataclass(frozen=True)
@@ -27,7 +14,7 @@ class TokenLayout:
     """How a block's tokens lie, one image.
 
     ``order`` is BNC, NBC (tokens before images), BHWC or BCHW; ``prefix`` tokens lead and ``trail`` tokens end each
-    sequence; the patches between them lie in raster order of ``grid``. ``rows`` sequences of ``tokens`` lie side by
+    sequence; the patches between them lie in raster order of ``grid``. ``sequences`` of ``tokens`` each lie side by
     side in the batch (MobileViT: 4).
     """
 
@@ -36,48 +23,15 @@ class TokenLayout:
     grid: tuple[int, int] | None
     order: str = "BNC"
     trail: int = 0
-    rows: int = 1
-
-
-@dataclass(frozen=True)
-class KeySource:
-    """Where a block's keys come from, read off the gradient of the keys: rows of one affine map of ``h``.
-
-    ``weight`` and ``bias`` are parameter paths below the block; ``bias`` is a constant tensor where no parameter is
-    the bias, or None. ``rows[head]`` are the map's output features that make the head's key.
-    """
-
-    weight: str
-    bias: str | Tensor | None
-    rows: Tensor  # (heads, d) int64
-
-    def mean_map(self, block: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """Return ``(W_m (d, D), b_m (d,) or None)``: the mean over heads of the block's present key map."""
-        weight = block.get_parameter(self.weight)
-        bias = block.get_parameter(self.bias) if isinstance(self.bias, str) else self.bias
-        rows = self.rows.to(weight.device)
-        mean = weight[rows].mean(dim=0)
-        return mean, None if bias is None else bias.to(weight)[rows].mean(dim=0)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Multiply-adds of a block for one image: ``head(N)`` and ``tail(N)`` are ``fixed + linear·N + square·N²``."""
-
-    head: tuple[int, int, int]
-    tail: tuple[int, int, int]
-
-    def __call__(self, tokens_in: int, tokens_out: int) -> int:
-        """Return the block's MACs with ``tokens_in`` before and ``tokens_out`` after its mask."""
-        return sum(
-            fixed + linear * count + square * count * count
-            for (fixed, linear, square), count in ((self.head, tokens_in), (self.tail, tokens_out))
-        )
+    sequences: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSite:
     """A block in which tokens may be merged, with all that was proven of it."""
+
+    #: fields that hold paths of modules
+    paths: ClassVar[tuple[str, ...]] = ("block", "attention")
 
     block: str
     attention: str
@@ -90,49 +44,30 @@ class AttentionSite:
     heads: int | None = None
     macs: int = 0  # of the block, or of the part of it that merging makes cheaper
     bias: str | None = None  # the argument that is added to the attention's logits
-    provenance: str = "traced"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The modules that belong to one block of the model."""
+        return (self.attention,)
+
+    @property
+    def spare(self) -> bool:
+        """Whether it is chosen only where its attention has no other site in this scope."""
+        return False
 
 
-@dataclass(frozen=True, kw_only=True)
-class FlowSite(AttentionSite):
-    """A block that may be cut between attention and MLP, after which the rest of the network takes fewer tokens."""
+class Refused(NamedTuple):
+    """Why a block or an attention has no site in a scope; the name ``""`` is the whole model."""
 
-    cost: Cost
-    signature: Signature
-    halves: dict[tuple[bool, bool], Halves]  # (training, with attention bias)
-    key: KeySource
+    name: str
+    reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalSite(AttentionSite):
-    """An MLP behind an attention: modules that treat each token alone, one handing its result to the next.
+class Found(NamedTuple):
+    """What one scope found: the sites that serve an attention, by its number in the recording, and what it refused."""
 
-    Or, where it ``mixes``, the attention itself, which takes its tokens as a set.
-
-    ``cell`` is the group of tokens, rows × columns of the grid, in which merging happens; ``weight`` names the first
-    weight matrix that reads the tokens, below the first module.
-    """
-
-    chain: tuple[str, ...]
-    host: str  # the module on which the mask is registered
-    cell: tuple[int, int]
-    cost: tuple[int, int, int]  # multiply-adds of the chain for N tokens: fixed + linear·N + square·N²
-    width: int  # of the chain's output
-    weight: str
-    mixes: bool = False
-    companions: Companions = field(default_factory=_nothing)  # what the attention got beside its tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class GridSite(AttentionSite):
-    """A module whose 4-d input or output is the token map, after which the network runs on a smaller grid.
-
-    ``segment`` holds the MACs from here to the next grid site, or to the end, by the grid that enters it.
-    """
-
-    where: str  # merge its "input" or its "output"
-    weight: str  # the parameter that reads the map, below the model
-    segment: dict[tuple[int, int], int]
+    sites: dict[int, list[AttentionSite]]
+    refused: list[Refused]
 
 
 @dataclass(frozen=True)
@@ -162,31 +97,31 @@ class Sites(Sequence[AttentionSite]):
     alternatives: tuple[AttentionSite, ...] = ()
     attentions: int = 0  # seen in one forward pass
     covered: int = 0  # of those: that a site makes cheaper, a grid site all those behind it
-    narrowed: dict[str, str] = field(default_factory=dict)  # why a block is in no better scope
+    narrowed: dict[str, str] = field(default_factory=dict)  # why a block is not in the best scope
+
+    def of(self, scope: Scope) -> tuple[Any, ...]:
+        """Return the sites in a scope, alternatives included, each of the scope's own class."""
+        return tuple(site for site in (*self.found, *self.alternatives) if site.scope is scope)
 
     @property
-    def flow(self) -> tuple[FlowSite, ...]:
+    def flow(self) -> tuple[Any, ...]:
         """The sites in scope FLOW."""
-        return tuple(site for site in (*self.found, *self.alternatives) if isinstance(site, FlowSite))
+        return self.of(Scope.FLOW)
 
     @property
-    def local(self) -> tuple[LocalSite, ...]:
+    def local(self) -> tuple[Any, ...]:
         """The sites in scope LOCAL, alternatives included."""
-        return tuple(site for site in (*self.found, *self.alternatives) if isinstance(site, LocalSite))
+        return self.of(Scope.LOCAL)
 
     @property
-    def grid(self) -> tuple[GridSite, ...]:
+    def grid(self) -> tuple[Any, ...]:
         """The sites in scope GRID, alternatives included."""
-        return tuple(site for site in (*self.found, *self.alternatives) if isinstance(site, GridSite))
+        return self.of(Scope.GRID)
 
     def why(self, block: str) -> str | None:
         """Return why a block, or the attention in it, is in no scope or in no better one."""
         reasons = {**self.narrowed, **self.excluded}
         return next((why for name, why in reasons.items() if name == block or name.startswith(f"{block}.")), None)
-
-    def named(self, block: str) -> AttentionSite | None:
-        """Return the site of this name: the best one, where there are several scopes."""
-        return next((site for site in (*self.found, *self.alternatives) if site.block == block), None)
 
     @overload
     def __getitem__(self, index: int) -> AttentionSite: ...
@@ -219,7 +154,6 @@ class Sites(Sequence[AttentionSite]):
                 "proofs": "".join(site.proofs),
                 "macs": site.macs,
                 "size-aware attention": site.bias is not None,
-                "provenance": site.provenance,
             }
             for site in self.found
         ]

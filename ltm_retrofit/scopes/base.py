@@ -13,9 +13,10 @@ from torch import nn
 
 from ltm_retrofit.config import LTMConfig, Strict
 from ltm_retrofit.errors import CountError, UnsupportedBlock
+from ltm_retrofit.finding.call import Settings, changed_setting
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.finding.settings import Settings, changed_setting
-from ltm_retrofit.finding.sites import AttentionSite, Sites
+from ltm_retrofit.finding.sites import AttentionSite, Found, Sites
+from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.merging.methods import Keys, Place, Scope, get_method
 from ltm_retrofit.merging.tokens import Step
 
@@ -340,6 +341,10 @@ class ScopeRules(ABC):
     name: Scope
     #: whether tokens stay merged, so that what sites did adds up
     stays = False
+
+    @abstractmethod
+    def find(self, walk: Walk) -> Found:
+        """Return the sites that serve each attention, and what was refused."""
 
     @abstractmethod
     def budget(self, sites: Sites, config: LTMConfig) -> Budget[Any] | None:

@@ -1,4 +1,4 @@
-"""The cut: tail(head(x)) is the block, in eval and training mode; code pickles; other calls are refused by name."""
+"""The cut: back(front(x)) is the block, in eval and training mode; code pickles; other calls are refused by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.finding.call import Signature
-from ltm_retrofit.scopes.flow.cut import Code
+from ltm_retrofit.scopes.flow.site import Code
 
 torch.set_num_threads(1)
 _CACHE: dict[str, tuple] = {}
@@ -44,8 +44,8 @@ def test_the_halves_are_the_block_bit_for_bit(found, training):
         block, x = model.get_submodule(site.block), tokens_of(site)
         halves = site.halves[training, False]
         torch.manual_seed(0)
-        stream, _ = halves.head(block, x, None, ())
-        ours = halves.tail(block, stream)
+        stream, _ = halves.front(block, x, None, ())
+        ours = halves.back(block, stream)
         torch.manual_seed(0)
         assert torch.equal(ours, whole(site, block, x))
 
@@ -71,7 +71,7 @@ def test_in_training_mode_dropout_and_drop_path_draw_the_same_numbers(build):
         block, x = model.get_submodule(site.block), tokens_of(site, 8)
         halves = site.halves[True, False]
         torch.manual_seed(0)
-        ours = halves.tail(block, halves.head(block, x, None, ())[0])
+        ours = halves.back(block, halves.front(block, x, None, ())[0])
         torch.manual_seed(0)
         theirs = block(x)
         assert torch.equal(ours, theirs)
@@ -79,14 +79,14 @@ def test_in_training_mode_dropout_and_drop_path_draw_the_same_numbers(build):
         assert not torch.equal(theirs, block(x))
 
 
-def test_the_tail_treats_each_token_alone(found):
+def test_the_back_half_treats_each_token_alone(found):
     model, sites = found
     site = sites[3]
     block, x = model.get_submodule(site.block), tokens_of(site)
     chosen = torch.tensor([0, 7, 3, 30, 4])
     with torch.no_grad():
-        tail = site.halves[False, False].tail
-        torch.testing.assert_close(tail(block, x[:, chosen]), tail(block, x)[:, chosen], rtol=1e-5, atol=1e-5)
+        back = site.halves[False, False].back
+        torch.testing.assert_close(back(block, x[:, chosen]), back(block, x)[:, chosen], rtol=1e-5, atol=1e-5)
 
 
 def test_halves_look_everything_up_on_the_block_they_are_given(found):
@@ -99,7 +99,7 @@ def test_halves_look_everything_up_on_the_block_they_are_given(found):
             parameter.mul_(1.5)
         x = tokens_of(site)
         halves = site.halves[False, False]
-        assert torch.equal(halves.tail(other, halves.head(other, x, None, ())[0]), whole(site, other, x))
+        assert torch.equal(halves.back(other, halves.front(other, x, None, ())[0]), whole(site, other, x))
 
 
 def test_halves_pickle_and_copy(found):
@@ -111,10 +111,10 @@ def test_halves_pickle_and_copy(found):
     with torch.no_grad():
         for key, halves in site.halves.items():
             bias = torch.zeros(1, 1, 1, x.shape[1]) if key[1] else None
-            ours = [half for half in halves.head(block, x, bias, ())]
-            theirs = again[key].head(block, x, bias, ())
+            ours = [half for half in halves.front(block, x, bias, ())]
+            theirs = again[key].front(block, x, bias, ())
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-            assert torch.equal(halves.tail(block, ours[0]), again[key].tail(block, ours[0]))
+            assert torch.equal(halves.back(block, ours[0]), again[key].back(block, ours[0]))
 
 
 def test_code_is_equal_by_what_it_runs():

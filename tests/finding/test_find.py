@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import CountError, ExampleError, NoAttentionError, UnsupportedBlock
-from ltm_retrofit.finding.sites import Scope, Sites
+from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.macs import count_macs
+from ltm_retrofit.merging.methods import Scope
 
 torch.set_num_threads(1)
 DEPTH, GRID, DIM, HEADS = 6, (8, 8), 48, 3
@@ -55,7 +56,7 @@ def test_every_block_of_every_family_is_found_and_proven(family, found):
     for site in sites:
         assert site.layout.prefix == prefix and site.layout.tokens == prefix + GRID[0] * GRID[1]
         assert site.layout.grid == GRID and site.layout.order == "BNC"
-        assert site.scope is Scope.FLOW and site.proofs == ("a", "b", "c", "d") and site.provenance == "traced"
+        assert site.scope is Scope.FLOW and site.proofs == ("a", "b", "c", "d")
         assert (site.dim, site.heads, site.key_dim) == (DIM, HEADS, DIM // HEADS)
         assert site.bias == bias
         assert set(site.halves) == {(train, with_bias) for train in (False, True) for with_bias in (False, True)}
@@ -94,9 +95,9 @@ def test_cost_is_the_textbook_polynomial(found, tokens):
     for site in sites:
         block = model.get_submodule(site.block)
         matrices = sum(p.numel() for p in block.parameters() if p.ndim == 2)
-        head = 4 * tokens * DIM**2 + 2 * tokens**2 * DIM
+        front = 4 * tokens * DIM**2 + 2 * tokens**2 * DIM
         assert site.cost(tokens, tokens) == matrices * tokens + 2 * tokens**2 * DIM
-        assert site.cost(tokens, tokens - 1) == head + (matrices - 4 * DIM**2) * (tokens - 1)
+        assert site.cost(tokens, tokens - 1) == front + (matrices - 4 * DIM**2) * (tokens - 1)
 
 
 # -------------------------------------------------------------------------------------------------------- key source
@@ -155,7 +156,7 @@ def test_h_is_the_attentions_own_input(found, images):
     with torch.no_grad():
         model(images)
         tokens, given = seen
-        _, inner = site.halves[False, False].head(block, tokens, None, ())
+        _, inner = site.halves[False, False].front(block, tokens, None, ())
     for handle in handles:
         handle.remove()
     assert torch.equal(inner, given)
@@ -171,8 +172,8 @@ def test_the_bias_argument_is_proportional_attention(found, training):
     repeated = tokens.repeat_interleave(sizes, dim=1)
     first = sizes.cumsum(0) - sizes
     with torch.no_grad():
-        expected, _ = site.halves[training, False].head(block, repeated, None, ())
-        got, _ = site.halves[training, True].head(block, tokens, sizes.float().log()[None, None, None], ())
+        expected, _ = site.halves[training, False].front(block, repeated, None, ())
+        got, _ = site.halves[training, True].front(block, tokens, sizes.float().log()[None, None, None], ())
     torch.testing.assert_close(got, expected[:, first], rtol=1e-4, atol=1e-5)
 
 
@@ -366,8 +367,8 @@ def test_a_hand_written_model_converts_and_restores():
 @pytest.mark.parametrize(
     "kind, reason",
     [
-        pytest.param("conv", r"proof \(b\)", id="tail-mixes-tokens"),
-        pytest.param("branches", "cannot be traced", id="untraceable"),
+        pytest.param("conv", r"proof \(b\)", id="back-mixes-tokens"),
+        pytest.param("branches", "has no FX graph", id="untraceable"),
     ],
 )
 def test_what_cannot_be_cut_is_local_at_most_and_says_why(kind, reason):
@@ -387,7 +388,7 @@ def test_where_no_addition_lies_between_attention_and_mlp_tokens_are_merged_behi
     model = forest("plain", kind, kind, "plain", pool=True)
     sites = ltm.find_sites(model, EXAMPLE)
     assert [site.block for site in sites.flow] == [f"pack.{number}" for number in range(4)] and not sites.excluded
-    assert [site.cost.tail == (0, 0, 0) for site in sites.flow] == [False, True, True, False]
+    assert [site.cost.back == (0, 0, 0) for site in sites.flow] == [False, True, True, False]
     with torch.no_grad():
         before = model(EXAMPLE)
         ltm.retrofit(model, ltm.LTMConfig(tokens=(40, 30), sites=("pack.1", "pack.2")), EXAMPLE)
@@ -399,7 +400,7 @@ def test_where_no_addition_lies_between_attention_and_mlp_tokens_are_merged_behi
         assert torch.equal(ltm.restore(model)(EXAMPLE), before)
 
 
-def test_a_last_block_without_a_tail_gets_no_mask():
+def test_a_last_block_without_a_back_half_gets_no_mask():
     sites = ltm.find_sites(forest(*["parallel"] * 3, pool=True), EXAMPLE)
     assert len(sites.flow) == 3
     with pytest.raises(CountError, match="expected 2"):
@@ -420,7 +421,7 @@ def test_blocks_after_one_that_is_left_out_can_still_merge_with_the_class_token_
 
 def test_tokens_may_merge_after_the_last_attention_that_minds_positions_but_not_before():
     sites = ltm.find_sites(forest("plain", "rope", "plain", pool=True), EXAMPLE)
-    assert [site.block for site in sites.flow] == ["pack.1", "pack.2"]  # rope acts in pack.1's head, before its mask
+    assert [site.block for site in sites.flow] == ["pack.1", "pack.2"]  # rope acts in pack.1's front, before its mask
     assert "proof (c)" in sites.narrowed["pack.0"] and "Wolf" in sites.narrowed["pack.0"]
 
 
@@ -433,7 +434,7 @@ def test_rotary_positions_in_every_block_leave_at_most_the_last():
 def test_where_no_block_can_be_cut_the_plan_names_the_reasons():
     sites = ltm.find_sites(forest(*["branches"] * 2), EXAMPLE)
     assert {site.scope for site in sites} == {Scope.LOCAL} and len(sites.narrowed) == 2
-    with pytest.raises(UnsupportedBlock, match=r"scopes that are: LOCAL.* cannot be traced"):
+    with pytest.raises(UnsupportedBlock, match=r"scopes that are: LOCAL.* has no FX graph"):
         ltm.make_plan(sites, ltm.LTMConfig(flops=0.9, scope="FLOW"))
     assert {row.scope for row in ltm.make_plan(sites, ltm.LTMConfig(flops=0.9)).rows} == {"LOCAL"}
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ltm_retrofit as ltm
-from ltm_retrofit import find
 from ltm_retrofit.converted.record import forwards_of, in_mode
-from ltm_retrofit.finding.sites import Scope
+from ltm_retrofit.finding import walk
 from ltm_retrofit.macs import count_macs
+from ltm_retrofit.merging.methods import Scope
 
 torch.set_num_threads(1)
 DIM, HEADS = 32, 4
@@ -137,7 +137,7 @@ def test_padding_of_packed_attention_is_seen(kind) -> None:
     filled = torch.zeros(1, 64, dtype=kind)
     filled[:, 50:] = True if kind == torch.bool else -1e9
     model = drawn(PackedNet(Packed))
-    with pytest.raises(ltm.UnsupportedBlock, match="some tokens of the example only fill up"):
+    with pytest.raises(ltm.UnsupportedBlock, match="some tokens of the example are padding"):
         ltm.retrofit(model, ltm.LTMConfig(flops=0.8), {"x": EXAMPLE, "pad": filled})
     ltm.retrofit(model, ltm.LTMConfig(flops=0.8), {"x": EXAMPLE, "pad": torch.zeros(1, 64, dtype=kind)})
     assert {row.scope for row in ltm.get_plan(model).rows} == {"LOCAL"}
@@ -544,8 +544,8 @@ class Group(nn.Module):
 
 
 @pytest.mark.slow
-def test_lists_within_lists_are_planned_for_without_numbers(monkeypatch) -> None:
-    monkeypatch.setattr(find, "SHORTENED", 0)
+def test_lists_within_lists_are_planned_for_on_the_meta_device(monkeypatch) -> None:
+    monkeypatch.setattr(walk, "SHORTENED", 0)
     with torch.device("meta"):
         empty = Net(Group, depth=6).eval()
     sites = ltm.find_sites(empty, EXAMPLE.to("meta"))

@@ -1,4 +1,4 @@
-"""However a user's model says which tokens only fill up: in LOCAL, where no merge could mind them, it is refused."""
+"""However a user's model says which tokens are padding: in LOCAL, where no merge could mind them, it is refused."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_mask_that_hides_nothing_is_none(kind, example) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_example_that_hides_tokens_is_refused(kind) -> None:
     model, make = randomise(Net(kind)), KINDS[kind][0]
-    with pytest.raises(ltm.UnsupportedBlock, match="some tokens of the example only fill up"):
+    with pytest.raises(ltm.UnsupportedBlock, match="some tokens of the example are padding"):
         ltm.retrofit(model, ltm.LTMConfig(flops=0.85), {"x": IMAGES[1:], "mask": make(VALID[1:])})
 
 

@@ -1,4 +1,4 @@
-"""Models whose parameters have no numbers: planned on a twin as they would be with them."""
+"""Models on the meta device: planned on a twin as they would be with values."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 
 import ltm_retrofit as ltm
 from ltm_retrofit import find
+from ltm_retrofit.finding import walk
 from ltm_retrofit.finding.example import prepare_example
 from ltm_retrofit.macs import count_macs
 from ltm_retrofit.rehearsal import rehearse
@@ -26,15 +27,15 @@ MODELS = {
 
 @pytest.fixture(params=MODELS)
 def pair(request, monkeypatch):
-    """The same architecture with numbers and without; twins are cut short though it is small."""
-    monkeypatch.setattr(find, "SHORTENED", 0)
+    """The same architecture on the CPU and on the meta device; twins are cut short though it is small."""
+    monkeypatch.setattr(walk, "SHORTENED", 0)
     monkeypatch.setattr(find, "WHOLE", 0)
     with init_empty_weights(include_buffers=False):
         empty = MODELS[request.param]().eval()
     return MODELS[request.param]().eval(), empty
 
 
-def test_a_model_without_numbers_gets_the_plan_of_one_with_them(pair):
+def test_a_model_on_the_meta_device_gets_the_plan_of_one_with_values(pair):
     model, empty = pair
     ours, theirs = ltm.find_sites(empty), ltm.find_sites(model)
     assert [site.block for site in ours] == [site.block for site in theirs]
@@ -46,7 +47,7 @@ def test_a_model_without_numbers_gets_the_plan_of_one_with_them(pair):
 
 def test_a_rehearsal_proves_the_twin_and_counts_the_full_model(pair):
     _, empty = pair
-    example = torch.randn(1, 3, *find.prepare_example(empty, None).shape[2:])
+    example = torch.randn(1, 3, *prepare_example(empty, None).shape[2:])
     sites = ltm.find_sites(empty, example)
     plan = ltm.make_plan(sites, ltm.LTMConfig(flops=0.8))
     assert rehearse(empty, example, sites, plan) == plan.macs
@@ -55,7 +56,7 @@ def test_a_rehearsal_proves_the_twin_and_counts_the_full_model(pair):
 
 def test_blocks_that_count_themselves_are_taken_whole(monkeypatch):
     """ConViT joins its class token before a block of a certain number."""
-    monkeypatch.setattr(find, "SHORTENED", 0)
+    monkeypatch.setattr(walk, "SHORTENED", 0)
     arguments = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 9, "num_heads": 3, "num_classes": 7}
     with init_empty_weights(include_buffers=False):
         empty = timm.create_model("convit_tiny", local_up_to_layer=7, **arguments).eval()
@@ -67,9 +68,9 @@ def test_blocks_that_count_themselves_are_taken_whole(monkeypatch):
 
 def test_a_block_that_the_head_reads_is_not_cut_away(monkeypatch):
     """VitPose's head may read any block: in a short twin that would be the last one, and the rest is in vain."""
-    monkeypatch.setattr(find, "SHORTENED", 0)
+    monkeypatch.setattr(walk, "SHORTENED", 0)
     monkeypatch.setattr(find, "WHOLE", 0)
-    monkeypatch.setattr(find, "kept_of", lambda _: 2)  # with the first two, which differ, and the last: four
+    monkeypatch.setattr(walk, "kept_of", lambda _: 2)  # with the first two, which differ, and the last: four
     sizes = {"image_size": (64, 64), "patch_size": (8, 8), "hidden_size": 48, "num_attention_heads": 3}
     backbone = tr.VitPoseBackboneConfig(num_hidden_layers=8, out_indices=[4], **sizes)
     config = tr.VitPoseConfig(backbone_config=backbone, num_labels=2)

@@ -10,11 +10,13 @@ from torch import nn
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.finding.sites import Sites
+from ltm_retrofit.finding.sites import Found, Sites
+from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.merging.methods import Keys, Scope
 from ltm_retrofit.merging.tokens import Step, accumulated
 from ltm_retrofit.scopes import base
 from ltm_retrofit.scopes.flow.budget import FlowBudget, place_of
+from ltm_retrofit.scopes.flow.find import find
 from ltm_retrofit.scopes.flow.forward import FlowForward
 
 
@@ -23,6 +25,10 @@ class FlowRules(base.ScopeRules):
 
     name = Scope.FLOW
     stays = True
+
+    def find(self, walk: Walk) -> Found:
+        """Cut blocks, and prove the cuts."""
+        return find(walk)
 
     def budget(self, sites: Sites, config: LTMConfig) -> FlowBudget | None:
         """Count what every block behind a site saves."""

@@ -10,9 +10,10 @@ import torch
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import CountError
-from ltm_retrofit.finding.sites import FlowSite, Sites
+from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.methods import CLUSTERS, Place
 from ltm_retrofit.scopes.base import Budget, Option, Row
+from ltm_retrofit.scopes.flow.site import FlowSite
 
 
 def place_of(site: FlowSite, row: Row, classes: int, clusters: int, dtype: torch.dtype | None = None) -> Place:
@@ -28,7 +29,7 @@ class FlowBudget(Budget[FlowSite]):
         blocks = sites.flow
         self.slices = sites.ending.prefix_only and config.output_tokens == "auto"
         # a slice after the last attention, or no MLP behind it, leaves nothing for a mask to do there
-        idle = self.slices or blocks[-1].cost.tail[1] == 0
+        idle = self.slices or blocks[-1].cost.back[1] == 0
         super().__init__(sites, config, blocks, blocks[:-1] if idle else blocks)
         self.tokens, self.prefix = blocks[0].layout.tokens, blocks[0].layout.prefix
         self.prefix_macs = sites.ending.prefix_macs

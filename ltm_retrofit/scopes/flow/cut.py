@@ -1,6 +1,6 @@
-"""A block's graph → head (up to and including attention) and tail (the MLP part).
+"""A block's graph → front (up to and including attention) and back (the MLP part); and the map behind its keys.
 
-Only the block's own ``forward`` is traced; its children stay opaque calls. The two halves are code, not copies of
+Only the block's own ``forward`` is followed; its children stay opaque calls. The two halves are code, not copies of
 modules: they look everything up on the live block, so ``.to()``, ``deepcopy``, LoRA or a replaced child all keep
 working.
 """
@@ -8,11 +8,8 @@ working.
 from __future__ import annotations
 
 import copy
-import importlib
 import operator
-import types
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,132 +17,18 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ltm_retrofit.errors import UnsupportedBlock
-from ltm_retrofit.finding.bystander import NAME as BYSTANDER
-from ltm_retrofit.finding.bystander import bystander
+from ltm_retrofit.finding.attention import Attention, AttentionMode
 from ltm_retrofit.finding.call import Signature
-from ltm_retrofit.finding.settings import Settings, read_settings, settings_of, watched
+from ltm_retrofit.finding.proofs import block_graph, reached
+from ltm_retrofit.finding.recording import Call, Reached
+from ltm_retrofit.scopes.flow.site import Code, Halves, KeySource
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 ATTENTIONS = (F.scaled_dot_product_attention, torch.softmax, F.softmax, "softmax")
 
 
-class NoTail(UnsupportedBlock):
+class NoBack(UnsupportedBlock):
     """Attention and MLP work side by side: no residual addition lies between them."""
-
-
-class Code:
-    """One function written by ``torch.fx``: called with the block in place of ``self``; can be pickled and copied."""
-
-    def __init__(self, source: str, names: dict[str, Any]) -> None:
-        self.source, self.names = source, names
-        scope = dict(names)
-        exec(compile(source, "<ltm_retrofit cut>", "exec"), scope)
-        self.function: Callable[..., Any] = scope["forward"]
-
-    def __call__(self, *args: Any) -> Any:
-        """Run the piece on ``(block, …)``."""
-        return self.function(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Code:
-        """Code never changes, so a copied model shares it."""
-        return self
-
-    def __eq__(self, other: object) -> bool:
-        """Compare by what is run."""
-        return isinstance(other, Code) and self.source == other.source
-
-    def __hash__(self) -> int:
-        """Agree with equality."""
-        return hash(self.source)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle modules among the names as their import path."""
-        names = {
-            key: value.__name__ if isinstance(value, types.ModuleType) else value for key, value in self.names.items()
-        }
-        modules = [key for key, value in self.names.items() if isinstance(value, types.ModuleType)]
-        return _load_code, (self.source, names, modules)
-
-
-def _load_code(source: str, names: dict[str, Any], modules: Iterable[str]) -> Code:
-    return Code(source, {**names, **{key: importlib.import_module(names[key]) for key in modules}})
-
-
-@dataclass(frozen=True)
-class Halves:
-    """``head(block, x, bias, followers) -> (z, h)`` and ``tail(block, z)``: z the stream, h attention's input.
-
-    ``settings`` are the block's attributes that both were traced with, but for those that its forward writes.
-    """
-
-    head: Code
-    tail: Code
-    settings: Settings = field(default=(), compare=False)
-
-
-class _Bound(nn.Module):
-    """The block with every argument but the tokens (and the attention bias) bound as recorded, for tracing."""
-
-    def __init__(self, block: nn.Module, signature: Signature, bias: str | None) -> None:
-        super().__init__()
-        self.block, self.signature, self.bias = block, signature, bias
-
-    def forward(self, tokens: Tensor, bias: Tensor, followers: Any) -> Any:
-        given = {**dict(self.signature.others), self.signature.tokens: tokens}
-        given.update({name: followers[place] for place, name in enumerate(self.signature.follow)})
-        if self.bias is not None:
-            given[self.bias] = bias
-        args = [given.pop(name) for name in self.signature.names if name in given]
-        return self.block.forward(*args, **given)
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def trace_block(
-    block: nn.Module, signature: Signature, *, training: bool, bias: str | None
-) -> tuple[fx.Graph, Settings]:
-    """FX-trace a block's own forward, children opaque, under one training flag; return what it read of the block, too.
-
-    Raises:
-        UnsupportedBlock: where FX cannot follow it, with FX's own words.
-    """
-    before, given = block.training, settings_of(block)
-    object.__setattr__(block, "training", training)
-    try:
-        stand_in, read = watched(block)
-        with bystander(block):
-            graph = _Tracer().trace(_Bound(stand_in, signature, bias))
-    except Exception as error:
-        raise UnsupportedBlock(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
-    finally:
-        object.__setattr__(block, "training", before)
-    for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            node.target = str(node.target).removeprefix("block.")
-        if node.target == BYSTANDER:
-            raise UnsupportedBlock("it calls every child of its own, and a mask would be one of them")
-        if node.op == "get_attr" and not _reaches(block, str(node.target)):
-            raise UnsupportedBlock(
-                "its forward computes with a tensor that is neither a parameter nor a buffer of its own, or makes one "
-                "of them, which would be frozen as it is: register it, or leave the computation in a child"
-            )
-    return graph, read_settings(given, block, read)
-
-
-def _reaches(block: nn.Module, path: str) -> bool:
-    owner: Any = block
-    for name in path.split("."):
-        if not hasattr(owner, name):
-            return False
-        owner = getattr(owner, name)
-    return True
-
-
-def _argument_nodes(node: fx.Node) -> list[fx.Node]:
-    return list(node.all_input_nodes)
 
 
 def cut_block(
@@ -153,32 +36,29 @@ def cut_block(
 ) -> Halves:
     """Cut a block at the first residual addition whose branch contains its attention, or at its end.
 
+    That addition is where the stream is whole again: one tensor that holds all that came before. So a mask there needs
+    to merge nothing else, and the back needs nothing but what it is given, which is checked.
+
     Args:
         block: the module.
         attention: path of the attending module below the block, ``""`` where the block attends itself.
         signature: the recorded call.
         training: the value of ``block.training`` that the pieces are for.
-        bias: name of the block's argument that is added to the attention's logits, traced as an input; or None.
+        bias: name of the block's argument that is added to the attention's logits, an input of the front; or None.
         end: cut behind all that the block does, for blocks in which attention and MLP work side by side.
 
     Raises:
         UnsupportedBlock: with the reason.
     """
-    graph, settings = trace_block(block, signature, training=training, bias=bias)
+    graph, settings = block_graph(block, signature, training=training, bias=bias)
     nodes = list(graph.nodes)
-    tokens, bias_node, rows = (node for node in nodes if node.op == "placeholder")
-    stream, attended = {tokens}, set[fx.Node]()
-    first: fx.Node | None = None
-    for node in nodes:
-        sources = _argument_nodes(node)
-        if any(source in stream for source in sources):
-            stream.add(node)
-        if _attends(node, attention) and node in stream:
-            first = first or node
-            attended.add(node)
-        if any(source in attended for source in sources):
-            attended.add(node)
-    if first is None:
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    tokens, bias_node, _ = inputs
+    # what depends on the tokens, and of that what depends on the attention: the stream before it and the branch with it
+    stream = reached([tokens], lambda node: node.users)
+    attending = [node for node in nodes if node in stream and _attends(node, attention)]
+    attended = reached(attending, lambda node: node.users)
+    if not attending:
         raise UnsupportedBlock("its own graph does not show the attention")
     total = next((node for node in nodes if _is_residual(node, stream, attended)), None)
     if total is None:
@@ -189,26 +69,20 @@ def cut_block(
     if end:
         total = output
     elif output is total:
-        raise NoTail("nothing follows its attention: there is no tail to save on")
-    inner = _inner(block, first, stream, tokens, bias_node) if not attention else None
+        raise NoBack("nothing follows its attention: there is no back half to save on")
+    inner = _inner(block, attending[0], stream, tokens, bias_node) if not attention else None
     if inner is None:
-        inner = next((node for node in _argument_nodes(first) if node in stream and node is not bias_node), None)
+        inner = next((node for node in attending[0].all_input_nodes if node in stream and node is not bias_node), None)
     if inner is None:
         raise UnsupportedBlock("its attention takes no tokens from the graph")
 
-    back = _ancestors(output, stop={total})
-    if back & {tokens, bias_node, rows} or back & attended - {total} & _ancestors(total, stop=set()):
-        raise NoTail("its tail reads the block's input or its attention past the residual addition")
-    shared = (back & _ancestors(total, stop=set())) - {total}
-    if any(node.op != "get_attr" for node in shared):
-        raise NoTail("its tail reads what was computed before the residual addition")
+    before, back = _ancestors(total), _ancestors(output, stop=total)
+    if back & set(inputs) or back & attended - {total} & before:
+        raise NoBack("its back half reads the block's input or its attention past the residual addition")
+    if any(node.op != "get_attr" for node in back & before - {total}):  # parameters may be read by both halves
+        raise NoBack("its back half reads what was computed before the residual addition")
     return Halves(
-        _write(
-            nodes,
-            _ancestors(total, stop=set()) | _ancestors(inner, stop=set()),
-            [tokens, bias_node, rows],
-            (total, inner),
-        ),
+        _write(nodes, before | _ancestors(inner), inputs, (total, inner)),
         _write(nodes, back - {total}, [total], output),
         settings,
     )
@@ -216,7 +90,7 @@ def cut_block(
 
 def _inner(block: nn.Module, first: fx.Node, stream: set[fx.Node], tokens: fx.Node, bias: fx.Node) -> fx.Node | None:
     """Find the tokens that a block which attends by itself projects: what goes into the first linear map before it."""
-    before = _ancestors(first, stop=set())
+    before = _ancestors(first)
     for node in first.graph.nodes:
         if node not in before or node not in stream or node is tokens:
             continue
@@ -224,7 +98,7 @@ def _inner(block: nn.Module, first: fx.Node, stream: set[fx.Node], tokens: fx.No
         if node.op == "call_module":
             linear = isinstance(block.get_submodule(str(node.target)), nn.Linear)
         if linear:
-            given = next((argument for argument in _argument_nodes(node) if argument in stream), None)
+            given = next((argument for argument in node.all_input_nodes if argument in stream), None)
             return given if given is not bias else None
     return None
 
@@ -237,6 +111,7 @@ def _attends(node: fx.Node, attention: str) -> bool:
 
 
 def _is_residual(node: fx.Node, stream: set[fx.Node], attended: set[fx.Node]) -> bool:
+    """Say whether a node adds what depends on the attention to what depends on the tokens only."""
     if node.op not in ("call_function", "call_method") or node.target not in ADDITIONS:
         return False
     sides = [argument for argument in node.args if isinstance(argument, fx.Node)]
@@ -247,17 +122,9 @@ def _is_residual(node: fx.Node, stream: set[fx.Node], attended: set[fx.Node]) ->
     )
 
 
-def _ancestors(node: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
+def _ancestors(node: fx.Node, stop: fx.Node | None = None) -> set[fx.Node]:
     """Return a node and all that it needs, not looking behind ``stop``."""
-    found, waiting = set[fx.Node](), [node]
-    while waiting:
-        current = waiting.pop()
-        if current in found:
-            continue
-        found.add(current)
-        if current not in stop:
-            waiting.extend(_argument_nodes(current))
-    return found
+    return reached([node], lambda current: () if current is stop else current.all_input_nodes)
 
 
 def _write(nodes: list[fx.Node], needed: set[fx.Node], inputs: list[fx.Node], result: Any) -> Code:
@@ -273,3 +140,85 @@ def _write(nodes: list[fx.Node], needed: set[fx.Node], inputs: list[fx.Node], re
     # FX adds names that its own generated signatures need; keep those that the text uses
     names = {key: value for key, value in written.globals.items() if key in written.src}
     return Code(written.src, copy.copy(names))
+
+
+# ---------------------------------------------------------------------------------------------------------------- keys
+
+
+def find_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, int, int]:
+    """Find the affine map behind the block's keys by the gradient of the keys, whatever it is called.
+
+    The result of every linear map becomes a leaf of the gradient. So the keys depend on the last maps before them only,
+    and a feature whose gradient is not zero is part of the head's key: that tells keys from queries and values in one
+    packed map, and one head from the next. Returns the source, the number of key heads and the width of a key.
+
+    Raises:
+        UnsupportedBlock: where keys come from no, or from more than one, affine map of the attention's input.
+    """
+    leaves: list[tuple[Tensor, Tensor, Tensor | None, Tensor]] = []
+    seen: list[Attention] = []
+
+    def linear(source: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor) -> Tensor:
+        leaf = result.detach().requires_grad_()
+        leaves.append((source.detach(), weight, bias, leaf))
+        return leaf
+
+    def found(attended: Attention) -> None:
+        seen.append(attended)
+        raise Reached
+
+    with torch.enable_grad(), AttentionMode(found, linear):
+        try:
+            block.forward(*call.args, **call.kwargs)
+        except Reached:
+            pass
+    names = {id(parameter): name for name, parameter in block.named_parameters()}
+    if not seen:
+        raise UnsupportedBlock("its attention is not seen when it is called by itself")
+    if seen[0].packed is not None:
+        return _packed_keys(seen[0].packed, names, inner)
+    keys = seen[0].keys
+    if keys is None:
+        raise UnsupportedBlock(f"its attention is {seen[0].kind}: it has no keys that tokens could be compared by")
+    if keys.ndim == 3:  # one head, or heads beside images
+        with torch.enable_grad():
+            keys = keys.reshape(len(inner), -1, *keys.shape[1:])
+    if keys.ndim != 4 or keys.shape[2] != inner.shape[1]:
+        raise UnsupportedBlock(f"its keys have shape {tuple(keys.shape)}, expected (B, heads, {inner.shape[1]}, d)")
+    heads = keys.shape[1]
+    # random weights: a plain sum has no gradient where keys are normalised
+    weights = torch.randn(keys.shape[0], *keys.shape[2:], generator=torch.Generator().manual_seed(0)).to(keys)
+    features: dict[int, list[Tensor]] = {}
+    for head in range(heads):
+        with torch.enable_grad():
+            probe = (keys[:, head] * weights).sum()
+        gradients = torch.autograd.grad(probe, [leaf for *_, leaf in leaves], retain_graph=True, allow_unused=True)
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                used = gradient.reshape(-1, gradient.shape[-1]).abs().amax(dim=0) > 0
+                features.setdefault(index, []).append(used.nonzero().flatten())
+    if len(features) != 1:
+        raise UnsupportedBlock(f"its keys come from {len(features)} linear maps, expected one")
+    ((index, own),) = features.items()
+    source, weight, bias, _ = leaves[index]
+    if source.shape != inner.shape or not torch.equal(source, inner):
+        raise UnsupportedBlock("its keys are no affine map of the attention's input")
+    if len({len(used) for used in own}) != 1:
+        raise UnsupportedBlock("its heads have keys of different widths")
+    if id(weight) not in names:
+        raise UnsupportedBlock("its key projection is computed, not a parameter")
+    bias_source = None if bias is None else names.get(id(bias), bias.detach().clone())
+    return KeySource(names[id(weight)], bias_source, torch.stack(own).cpu()), heads, len(own[0])
+
+
+def _packed_keys(packed: Mapping[str, Any], names: dict[int, str], inner: Tensor) -> tuple[KeySource, int, int]:
+    """Read the keys of `nn.MultiheadAttention` off its one packed weight: its second third."""
+    weight, bias, heads = (packed[name] for name in ("in_proj_weight", "in_proj_bias", "num_heads"))
+    if weight is None or id(weight) not in names:
+        raise UnsupportedBlock("its keys are projected by another weight than its queries")
+    key = packed["key"] if packed["key"].shape == inner.shape else packed["key"].transpose(0, 1)  # batch_first=True
+    if key.shape != inner.shape or not torch.equal(key, inner):
+        raise UnsupportedBlock("its keys are no affine map of the attention's input")
+    dim, width = inner.shape[-1], inner.shape[-1] // heads
+    features = dim + torch.arange(dim).view(heads, width)
+    return KeySource(names[id(weight)], None if bias is None else names.get(id(bias)), features), heads, width

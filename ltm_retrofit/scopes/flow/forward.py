@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError, UnsupportedBlock
-from ltm_retrofit.finding.call import hides_or_shows, seen_by
-from ltm_retrofit.finding.settings import frozen
-from ltm_retrofit.finding.sites import FlowSite
+from ltm_retrofit.finding.call import frozen, hides_or_shows, seen_by
 from ltm_retrofit.merging.tokens import Carried, carried_by, carry, positions, unmerge_all
 from ltm_retrofit.scopes.base import Interceptor, check_settings
+from ltm_retrofit.scopes.flow.site import FlowSite
 
 
 class FlowForward(Interceptor):
@@ -58,7 +57,7 @@ class FlowForward(Interceptor):
             )
         if self.mode == "identity":
             halves = self.halves[block.training, padding is not None]
-            return halves.tail(block, halves.head(block, tokens, padding, followers)[0])
+            return halves.back(block, halves.front(block, tokens, padding, followers)[0])
 
         carried = self.arriving(tokens, padding)
         bias: Tensor | None = None
@@ -69,11 +68,11 @@ class FlowForward(Interceptor):
             whole = carried.steps[0].assignment.whole
             followers = self.signature.gather(followers, whole, positions(carried.steps))
         halves = self.halves[block.training, bias is not None]
-        stream, inner = halves.head(block, tokens, bias, followers)
+        stream, inner = halves.front(block, tokens, bias, followers)
         stream, carried = self.merge(stream, inner, carried)
         if self.keep is not None:
             stream = stream[:, : self.keep]
-        out = halves.tail(block, stream)
+        out = halves.back(block, stream)
         if not self.last:
             return carry(out, carried)
         return unmerge_all(out, carried.steps) if self.unmerge and carried is not None else out

@@ -9,11 +9,14 @@ from torch import nn
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.finding.sites import Sites
+from ltm_retrofit.finding.layouts import principal_keys
+from ltm_retrofit.finding.sites import Found, Sites
+from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.merging.methods import Keys, Scope
 from ltm_retrofit.merging.slice import CropGrid
 from ltm_retrofit.scopes import base
 from ltm_retrofit.scopes.grid.budget import GridBudget, place_of
+from ltm_retrofit.scopes.grid.find import find
 from ltm_retrofit.scopes.grid.forward import GridForward
 
 
@@ -22,14 +25,16 @@ class GridRules(base.ScopeRules):
 
     name = Scope.GRID
 
+    def find(self, walk: Walk) -> Found:
+        """Run the network on smaller maps."""
+        return find(walk)
+
     def budget(self, sites: Sites, config: LTMConfig) -> GridBudget | None:
         """Count what the network saves on the smaller maps that were proven."""
         return GridBudget(sites, config) if self.serves(sites.grid, config) else None
 
     def build(self, model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
         """Intercept the modules of the rows."""
-        from ltm_retrofit.scopes.local.find import principal_keys
-
         rows, forwards, masks = self.rows(plan), list[base.Interceptor](), dict[nn.Module, nn.Module]()
         for site in sites.grid:
             if (row := rows.get(site.block)) is None:

@@ -12,10 +12,10 @@ import torch
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import CountError
-from ltm_retrofit.finding.sites import GridSite, Sites
+from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.methods import CLUSTERS, Grid, Place
 from ltm_retrofit.scopes.base import Budget, Option, Row
-from ltm_retrofit.scopes.grid.find import smaller
+from ltm_retrofit.scopes.grid.site import GridSite, smaller
 
 #: sites that merge together in a plan that adds some to the schedule's: more would take too long to go through
 MOST = 4

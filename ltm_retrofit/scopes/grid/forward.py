@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ltm_retrofit.finding.layouts import as_tokens, from_tokens, spatial_of
-from ltm_retrofit.finding.sites import GridSite
 from ltm_retrofit.scopes.base import Interceptor
+from ltm_retrofit.scopes.grid.site import GridSite
 
 
 class GridForward(Interceptor):

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.finding.sites import Sites
+from ltm_retrofit.finding.layouts import principal_keys
+from ltm_retrofit.finding.sites import Found, Sites
+from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.merging.methods import Keys, Scope
 from ltm_retrofit.scopes import base
 from ltm_retrofit.scopes.local.budget import LocalBudget, place_of
+from ltm_retrofit.scopes.local.find import find
 from ltm_retrofit.scopes.local.forward import LocalForward
 
 #: sites that are drawn where there are more
@@ -25,14 +28,16 @@ class LocalRules(base.ScopeRules):
 
     name = Scope.LOCAL
 
+    def find(self, walk: Walk) -> Found:
+        """Follow the tokens of each attention through modules that treat each alone."""
+        return find(walk)
+
     def budget(self, sites: Sites, config: LTMConfig) -> LocalBudget | None:
         """Count what each site saves by itself."""
         return LocalBudget(sites, config) if self.serves(sites.local, config) else None
 
     def build(self, model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
         """Intercept the chain of each row: its first module merges, its last one unmerges."""
-        from ltm_retrofit.scopes.local.find import principal_keys
-
         rows, forwards, masks = self.rows(plan), list[base.Interceptor](), dict[nn.Module, nn.Module]()
         for site in sites.local:
             if (row := rows.get(site.block)) is None:
@@ -81,8 +86,9 @@ def _panel(row: base.Row, seen: base.Seen) -> base.Panel:
     groups = spread(own.gather(1, kept.gather(1, strongest)), torch.arange(layout.tokens).view(1, -1, 1))
     everyone = torch.ones(1, layout.tokens, 1)
     alive = spread(torch.zeros(own.shape).scatter(1, kept, 1.0), everyone) > 0
-    title = base.title_of(row) + (f"\nthe first of {layout.rows} sequences" if layout.rows > 1 else "")
-    return base.Panel(title, groups, alive, spread(share, everyone), base.names_of([groups]), placed=layout.rows == 1)
+    title, placed = base.title_of(row), layout.sequences == 1
+    title += "" if placed else f"\nthe first of {layout.sequences} sequences"
+    return base.Panel(title, groups, alive, spread(share, everyone), base.names_of([groups]), placed)
 
 
 LOCAL = LocalRules()

@@ -10,10 +10,11 @@ import torch
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import CountError
-from ltm_retrofit.finding.sites import LocalSite, Sites
+from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.methods import CLUSTERS, Place
 from ltm_retrofit.scopes.base import Budget, Option, Row
 from ltm_retrofit.scopes.local.cells import cells_of
+from ltm_retrofit.scopes.local.site import LocalSite
 
 #: a row, or None where nothing is merged, and by how many MACs it changes the model
 Rung = tuple[Row | None, int]
@@ -53,7 +54,7 @@ class LocalBudget(Budget[LocalSite]):
         if row.tokens_out == row.tokens_in:
             return 0
         saved = linear * (row.tokens_in - row.tokens_out) + square * (row.tokens_in**2 - row.tokens_out**2)
-        return site.layout.rows * (self.method.macs(place) + self.method.unmerge_macs(place) - saved)
+        return site.layout.sequences * (self.method.macs(place) + self.method.unmerge_macs(place) - saved)
 
     def change(self, rows: Sequence[Row]) -> int:
         """Return by how many MACs rows change the model, masks included."""

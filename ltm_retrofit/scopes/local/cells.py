@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ltm_retrofit.finding.sites import LocalSite
+from ltm_retrofit.scopes.local.site import LocalSite
 
 Grid = tuple[int, int]
 #: tokens that are worth merging

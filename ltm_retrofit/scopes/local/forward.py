@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.finding.layouts import as_tokens, from_tokens, spatial_of
-from ltm_retrofit.finding.sites import LocalSite
 from ltm_retrofit.merging.tokens import Assignment, DenseAssignment, GridAssignment
 from ltm_retrofit.scopes.base import Interceptor, unwatch, watch
 from ltm_retrofit.scopes.local.cells import Cells, choose_cell
-from ltm_retrofit.scopes.local.padding import beside, names_of
+from ltm_retrofit.scopes.local.site import LocalSite, names_of, side_tensors
 
 
 class Open:
@@ -134,7 +133,7 @@ class MaskWatch:
 
     def __init__(self, attention: nn.Module, site: LocalSite, forward: LocalForward) -> None:
         self.name, self.forward, self.names = site.attention, forward, names_of(attention)
-        self.free, self.fixed = site.companions.free, dict(site.companions.fixed)
+        self.free, self.fixed = site.side_inputs.free, dict(site.side_inputs.fixed)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at a call.
@@ -148,7 +147,7 @@ class MaskWatch:
         for value in args:
             if isinstance(value, Tensor) and value.is_nested:
                 raise UnsupportedBlock(self._refusal("a nested tensor (nn.TransformerEncoder makes one of a mask)"))
-        for path, value in beside(self.names, args, kwargs):
+        for path, value in side_tensors(self.names, args, kwargs):
             expected = self.fixed.get(path)
             if path in self.free or value.is_meta or (expected is None and value.ndim == 0):  # a size, while traced
                 continue
