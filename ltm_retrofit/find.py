@@ -13,6 +13,8 @@ from ltm_retrofit.finding.sites import AttentionSite, Found, Sites
 from ltm_retrofit.finding.walk import WHOLE, Walk
 from ltm_retrofit.scopes import SCOPES
 from ltm_retrofit.scopes.flow import FLOW
+from ltm_retrofit.scopes.flow.find import find_ending
+from ltm_retrofit.scopes.grid.find import passes_maps
 from ltm_retrofit.undisturbed import undisturbed
 
 
@@ -52,7 +54,7 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
     base = identify(model)
     walk = Walk.of(model, example)
     if walk.removed:  # maps are merged in whole models only; and a short twin must see what the full model sees
-        maps = walk.on_meta_macs < WHOLE and any(rules.needs_whole(walk) for rules in SCOPES)
+        maps = walk.on_meta_macs < WHOLE and passes_maps(walk)
         walk = walk.whole() if maps or not walk.faithful() else walk
     return _search(walk, base)
 
@@ -79,11 +81,10 @@ def _search(walk: Walk, base: dict[str, str]) -> Sites:
             "with attention blocks"
         )
     with undisturbed(walk.model), torch.no_grad():
-        found: list[Found] = []
-        for rules in SCOPES:  # what saves most comes first: other scopes need not look where it has a site
-            found.append(rules.find(walk))
-            walk.settled = set(found[0].sites)
-        ending = FLOW.ending(walk, found[0])
+        flow = FLOW.find(walk)
+        walk.settled = set(flow.sites)
+        ending = find_ending(walk, flow)
+        found = [flow, *(scope.find(walk) for scope in SCOPES if scope is not FLOW)]
         macs = walk.macs
     every = [site for scope in found for several in scope.sites.values() for site in several]
     if walk.removed and any(map(walk.spans_blocks, every)):
@@ -104,7 +105,7 @@ def _search(walk: Walk, base: dict[str, str]) -> Sites:
         alternatives=tuple(walk.expanded(other)),
         attentions=sum(counts),
         covered=sum(counts) - missed,
-        narrowed=dict(found[0].refused),
+        narrowed=dict(flow.refused),
     )
 
 

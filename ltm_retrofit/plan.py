@@ -174,7 +174,7 @@ def make_macs(sites: Sites, config: LTMConfig, rows: Sequence[Row]) -> int:
     total = sites.total_macs
     for scope in SCOPES:
         if own := [row for row in rows if row.scope == scope.name]:
-            if (budget := scope.budget(sites, config)) is None:
+            if (budget := scope.budget_of(sites, config)) is None:
                 raise CountError(f"{own[0].site}: method {config.method!r} does not serve scope {scope.name}")
             total += budget.change(own)
     return total
@@ -220,7 +220,7 @@ def _budgets(sites: Sites, config: LTMConfig) -> dict[str, Budget[Any]]:
     }
     if not allowed:
         raise UnsupportedBlock(f"none of sites={config.sites} is in scope {config.scope}: name others, or no scope")
-    searches = {scope.name: scope.budget(sites, config) for scope in SCOPES if scope.name in allowed}
+    searches = {scope.name: scope.budget_of(sites, config) for scope in SCOPES if scope.name in allowed}
     budgets = {str(name): budget for name, budget in searches.items() if budget is not None}
     if not budgets:
         others = [name for name in method_names() if allowed & {*get_method(name).scopes}]
@@ -265,7 +265,7 @@ def _batches(
             if name == FLOW.name:
                 cheapest = min([cheapest, *batch], key=lambda option: option[1])
     # Where FLOW at its cheapest is too dear, blocks that it cannot cut merge for themselves beside it: costs add up.
-    rest = LOCAL.budget(replace(sites, alternatives=()), config)
+    rest = LOCAL.budget_of(replace(sites, alternatives=()), config)
     if config.scope is None and cheapest[0] and rest is not None:
         for batch in rest.search(change - cheapest[1]):
             yield rest, [((*rows, *cheapest[0]), macs + cheapest[1]) for rows, macs in batch]

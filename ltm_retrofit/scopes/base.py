@@ -266,6 +266,11 @@ class Planned(Protocol):
 Parts = tuple[list[Interceptor], dict[nn.Module, nn.Module]]
 
 
+def rows_in(plan: Planned, scope: Scope) -> dict[str, Row]:
+    """Return a plan's rows in one scope, by site."""
+    return {row.site: row for row in plan.rows if row.scope == scope}
+
+
 def make_mask(method: str, place: Place, keys: Keys, host: nn.Module) -> nn.Module:
     """Make the mask of a place, on the device and in the mode of the module beside it."""
     return get_method(method).build(place, keys).to(home(host)[0]).train(host.training)
@@ -334,55 +339,29 @@ def patch_grid(patches: int, height: int, width: int) -> tuple[int, int]:
 # --------------------------------------------------------------------------------------------------- the questions
 
 
-class ScopeRules(ABC):
-    """What a scope answers: where is it found, what may be spent, what runs, what is drawn."""
+@dataclass(frozen=True)
+class ScopeRules:
+    """What a scope answers: where is it found, what may be spent, what runs, what is drawn.
 
-    #: its name in configs, plans and methods
+    Args:
+        name: in configs, plans and methods.
+        find: returns the sites that serve each attention, and what was refused.
+        budget: makes the search for plans, where there are such sites.
+        build: makes the interceptors and masks of the plan's rows in this scope; touches nothing.
+        panels: returns what is drawn of rows that merge, by site. Raises `CountError` where patches make no grid.
+        legend: returns what a reader of the panels has to know; the flag says that tokens are dropped, not merged.
+        stays: whether tokens stay merged, so that what sites did adds up.
+    """
+
     name: Scope
-    #: whether tokens stay merged, so that what sites did adds up
-    stays = False
+    find: Callable[[Walk], Found]
+    budget: Callable[[Sites, LTMConfig], Budget[Any]]
+    build: Callable[[nn.Module, Sites, Planned], Parts]
+    panels: Callable[[Sequence[Row], Seen], dict[str, Panel]]
+    legend: Callable[[Sequence[Row], bool], str]
+    stays: bool = False
 
-    @abstractmethod
-    def find(self, walk: Walk) -> Found:
-        """Return the sites in this scope by the number of their attention, and what was refused."""
-
-    def needs_whole(self, walk: Walk) -> bool:
-        """Say whether a shortened twin of a model on the meta device would hide sites of this scope."""
-        return False
-
-    @abstractmethod
-    def budget(self, sites: Sites, config: LTMConfig) -> Budget[Any] | None:
+    def budget_of(self, sites: Sites, config: LTMConfig) -> Budget[Any] | None:
         """Return what may be spent; None where there are no such sites, or the method does not serve this scope."""
-
-    @abstractmethod
-    def build(self, model: nn.Module, sites: Sites, plan: Planned) -> Parts:
-        """Make the interceptors and masks of the plan's rows in this scope; touch nothing."""
-
-    @abstractmethod
-    def panels(self, rows: Sequence[Row], seen: Seen) -> dict[str, Panel]:
-        """Return what is drawn, by site.
-
-        Args:
-            rows: of the plan, in this scope, that merge.
-            seen: what the sites did to one image.
-
-        Raises:
-            CountError: where patches make no grid.
-        """
-
-    def legend(self, rows: Sequence[Row], dropping: bool) -> str:
-        """Return what a reader of panels has to know.
-
-        Args:
-            rows: of the plan, in this scope, that merge.
-            dropping: whether tokens are dropped, not merged.
-        """
-        return ""
-
-    def serves(self, sites: Sequence[AttentionSite], config: LTMConfig) -> bool:
-        """Say whether there are sites, and the method knows this scope."""
-        return bool(sites) and self.name in get_method(config.method).scopes
-
-    def rows(self, plan: Planned) -> dict[str, Row]:
-        """Return the plan's rows in this scope, by site."""
-        return {row.site: row for row in plan.rows if row.scope == self.name}
+        served = self.name in get_method(config.method).scopes
+        return self.budget(sites, config) if served and sites.of(self.name) else None

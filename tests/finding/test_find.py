@@ -14,12 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ltm_retrofit as ltm
-from ltm_retrofit.errors import (
-    CountError,
-    ExampleError,
-    NoAttentionError,
-    UnsupportedBlock,
-)
+from ltm_retrofit.errors import CountError, ExampleError, NoAttentionError, UnsupportedBlock
 from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.macs import count_macs
 from ltm_retrofit.merging.methods import Scope

@@ -8,8 +8,9 @@ from zoo import ZOO
 
 import ltm_retrofit as ltm
 from ltm_retrofit.finding import walk as walks
-from ltm_retrofit.finding.sites import Found, Refused, Scope
+from ltm_retrofit.finding.sites import Found, Refused
 from ltm_retrofit.finding.walk import Walk
+from ltm_retrofit.merging.methods import Scope
 from ltm_retrofit.scopes.flow.find import find as find_flow
 from ltm_retrofit.scopes.grid.find import find as find_grid
 from ltm_retrofit.scopes.local.find import find as find_local

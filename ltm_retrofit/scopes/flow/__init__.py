@@ -8,66 +8,52 @@ import numpy as np
 import torch
 from torch import nn
 
-from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.finding.example import home
-from ltm_retrofit.finding.sites import Ending, Found, Sites
-from ltm_retrofit.finding.walk import Walk
+from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.methods import Keys, Scope
 from ltm_retrofit.merging.tokens import Step, accumulated
 from ltm_retrofit.scopes import base
 from ltm_retrofit.scopes.flow.budget import FlowBudget, place_of
-from ltm_retrofit.scopes.flow.find import find, find_ending
+from ltm_retrofit.scopes.flow.find import find as find_flow
 from ltm_retrofit.scopes.flow.forward import FlowForward
 
 
-class FlowRules(base.ScopeRules):
-    """Blocks that are cut between attention and MLP; all that comes behind runs on fewer tokens."""
+def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
+    """Intercept every block from the first row's on: those without one hand on what the tokens carry."""
+    rows, forwards, masks = base.rows_in(plan, Scope.FLOW), list[base.Interceptor](), dict[nn.Module, nn.Module]()
+    for site in sites.flow:
+        row = rows.get(site.block)
+        if row is None and not forwards:
+            continue
+        block, last = model.get_submodule(site.block), site is sites.flow[-1]
+        keep = row.tokens_out if row is not None and row.slices else None
+        unmerge = last and plan.unmerge
+        forwards.append(FlowForward(block, site, expects=bool(masks), keep=keep, last=last, unmerge=unmerge))
+        if row is not None and keep is None:
+            place = place_of(site, row, plan.classes, plan.clusters, home(block)[1])
+            # tokens are alike where the block's own attention finds their keys alike, on average over its heads
+            masks[block] = base.make_mask(plan.config.method, place, Keys(*site.key.mean_map(block)), block)
+    return forwards, masks
 
-    name = Scope.FLOW
-    stays = True
 
-    def find(self, walk: Walk) -> Found:
-        """Look for blocks that can be cut, from the first on behind which nothing stops merged tokens."""
-        return find(walk)
+def panels(rows: Sequence[base.Row], seen: base.Seen) -> dict[str, base.Panel]:
+    """Show in each panel all that happened so far; a group keeps its number."""
+    prefix = seen.forwards[rows[0].site].prefix
+    grid = base.patch_grid(rows[0].tokens_in - prefix, *seen.size)
+    so_far = [tuple(seen.steps[row.site] for row in rows[: place + 1]) for place in range(len(rows))]
+    groups = [groups_of(before, prefix) for before in so_far]
+    names = base.names_of(groups)
+    drawn = {}
+    for row, before, labels in zip(rows, so_far, groups, strict=True):
+        share = accumulated(before)[0, prefix:].amax(dim=-1).float().cpu().numpy()
+        alive = survivors(before, prefix).reshape(grid)
+        drawn[row.site] = base.Panel(base.title_of(row), labels.reshape(grid), alive, share.reshape(grid), names)
+    return drawn
 
-    def ending(self, walk: Walk, found: Found) -> Ending:
-        """Find out who reads the tokens after the last block."""
-        return find_ending(walk, found)
 
-    def budget(self, sites: Sites, config: LTMConfig) -> FlowBudget | None:
-        """Count what every block behind a site saves."""
-        return FlowBudget(sites, config) if self.serves(sites.flow, config) else None
-
-    def build(self, model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
-        """Intercept every block from the first row's on: those without one hand on what the tokens carry."""
-        rows, forwards, masks = self.rows(plan), list[base.Interceptor](), dict[nn.Module, nn.Module]()
-        for site in sites.flow:
-            row = rows.get(site.block)
-            if row is None and not forwards:
-                continue
-            block, last = model.get_submodule(site.block), site is sites.flow[-1]
-            keep = row.tokens_out if row is not None and row.slices else None
-            unmerge = last and plan.unmerge
-            forwards.append(FlowForward(block, site, expects=bool(masks), keep=keep, last=last, unmerge=unmerge))
-            if row is not None and keep is None:
-                place = place_of(site, row, plan.classes, plan.clusters, home(block)[1])
-                # tokens are alike where the block's own attention finds their keys alike, on average over its heads
-                masks[block] = base.make_mask(plan.config.method, place, Keys(*site.key.mean_map(block)), block)
-        return forwards, masks
-
-    def panels(self, rows: Sequence[base.Row], seen: base.Seen) -> dict[str, base.Panel]:
-        """Show in each panel all that happened so far; a group keeps its number."""
-        prefix = seen.forwards[rows[0].site].prefix
-        grid = base.patch_grid(rows[0].tokens_in - prefix, *seen.size)
-        so_far = [tuple(seen.steps[row.site] for row in rows[: place + 1]) for place in range(len(rows))]
-        groups = [groups_of(before, prefix) for before in so_far]
-        names = base.names_of(groups)
-        panels = {}
-        for row, before, labels in zip(rows, so_far, groups, strict=True):
-            share = accumulated(before)[0, prefix:].amax(dim=-1).float().cpu().numpy()
-            alive = survivors(before, prefix).reshape(grid)
-            panels[row.site] = base.Panel(base.title_of(row), labels.reshape(grid), alive, share.reshape(grid), names)
-        return panels
+def legend(rows: Sequence[base.Row], dropping: bool) -> str:
+    """Say nothing: what panels in this scope show needs no explanation."""
+    return ""
 
 
 def survivors(steps: Sequence[Step], prefix: int) -> np.ndarray:
@@ -96,4 +82,4 @@ def _origins(steps: Sequence[Step]) -> np.ndarray:
     return np.asarray(origins.cpu().numpy())
 
 
-FLOW = FlowRules()
+FLOW = base.ScopeRules(Scope.FLOW, find_flow, FlowBudget, build, panels, legend, stays=True)

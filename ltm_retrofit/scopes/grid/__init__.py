@@ -7,74 +7,57 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.finding.example import home
 from ltm_retrofit.finding.layouts import principal_keys
-from ltm_retrofit.finding.sites import Found, Sites
-from ltm_retrofit.finding.walk import Walk
+from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.methods import Keys, Scope
 from ltm_retrofit.merging.slice import CropGrid
 from ltm_retrofit.scopes import base
 from ltm_retrofit.scopes.grid.budget import GridBudget, place_of
-from ltm_retrofit.scopes.grid.find import find, passes_maps
+from ltm_retrofit.scopes.grid.find import find as find_grid
 from ltm_retrofit.scopes.grid.forward import GridForward
 
 
-class GridRules(base.ScopeRules):
-    """Modules whose token map is merged into a smaller one, on which the network then runs."""
-
-    name = Scope.GRID
-
-    def find(self, walk: Walk) -> Found:
-        """Look for modules around attentions that pass a token map on."""
-        return find(walk)
-
-    def needs_whole(self, walk: Walk) -> bool:
-        """Maps are merged in whole models only."""
-        return passes_maps(walk)
-
-    def budget(self, sites: Sites, config: LTMConfig) -> GridBudget | None:
-        """Count what the network saves on the smaller maps that were proven."""
-        return GridBudget(sites, config) if self.serves(sites.grid, config) else None
-
-    def build(self, model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
-        """Intercept the modules of the rows."""
-        rows, forwards, masks = self.rows(plan), list[base.Interceptor](), dict[nn.Module, nn.Module]()
-        for site in sites.grid:
-            if (row := rows.get(site.block)) is None:
-                continue
-            block = model.get_submodule(site.block)
-            place = place_of(site, row, plan.classes, plan.clusters, home(model)[1])
-            assert place.grid is not None
-            # tokens are alike where the first weights that read them make nearly the same of them
-            keys = Keys(principal_keys(model.get_parameter(site.weight), site.key_dim))
-            forwards.append(GridForward(block, site, place.grid))
-            masks[block] = base.make_mask(plan.config.method, place, keys, block)
-        return forwards, masks
-
-    def panels(self, rows: Sequence[base.Row], seen: base.Seen) -> dict[str, base.Panel]:
-        """Show for each place of the map the output token that takes most of it."""
-        panels = {}
-        for row in rows:
-            forward = seen.forwards[row.site]
-            assert isinstance(forward, GridForward) and row.grid is not None
-            (height, width), kept = forward.grid, row.grid
-            share, strongest = seen.steps[row.site].assignment.dense()[0].max(dim=-1)
-            _, first, inverse = np.unique(strongest.cpu().numpy(), return_index=True, return_inverse=True)
-            groups = first[inverse].reshape(height, width)  # named after its first place
-            alive = np.ones((height, width), dtype=bool)
-            if isinstance(forward.mask, CropGrid):
-                alive[kept[0] :], alive[:, kept[1] :] = False, False
-            title = f"{row.site} · {height}×{width} → {kept[0]}×{kept[1]} tokens"
-            taken = share.float().cpu().numpy().reshape(height, width)
-            panels[row.site] = base.Panel(title, groups, alive, taken, base.names_of([groups]))
-        return panels
-
-    def legend(self, rows: Sequence[base.Row], dropping: bool) -> str:
-        """Say what the colours are of."""
-        if dropping:
-            return ""
-        return " In scope GRID the map goes on smaller; its places are drawn with the output token that takes most."
+def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
+    """Intercept the modules of the rows."""
+    rows, forwards, masks = base.rows_in(plan, Scope.GRID), list[base.Interceptor](), dict[nn.Module, nn.Module]()
+    for site in sites.grid:
+        if (row := rows.get(site.block)) is None:
+            continue
+        block = model.get_submodule(site.block)
+        place = place_of(site, row, plan.classes, plan.clusters, home(model)[1])
+        assert place.grid is not None
+        # tokens are alike where the first weights that read them make nearly the same of them
+        keys = Keys(principal_keys(model.get_parameter(site.weight), site.key_dim))
+        forwards.append(GridForward(block, site, place.grid))
+        masks[block] = base.make_mask(plan.config.method, place, keys, block)
+    return forwards, masks
 
 
-GRID = GridRules()
+def panels(rows: Sequence[base.Row], seen: base.Seen) -> dict[str, base.Panel]:
+    """Show for each place of the map the output token that takes most of it."""
+    drawn = {}
+    for row in rows:
+        forward = seen.forwards[row.site]
+        assert isinstance(forward, GridForward) and row.grid is not None
+        (height, width), kept = forward.grid, row.grid
+        share, strongest = seen.steps[row.site].assignment.dense()[0].max(dim=-1)
+        _, first, inverse = np.unique(strongest.cpu().numpy(), return_index=True, return_inverse=True)
+        groups = first[inverse].reshape(height, width)  # named after its first place
+        alive = np.ones((height, width), dtype=bool)
+        if isinstance(forward.mask, CropGrid):
+            alive[kept[0] :], alive[:, kept[1] :] = False, False
+        title = f"{row.site} · {height}×{width} → {kept[0]}×{kept[1]} tokens"
+        taken = share.float().cpu().numpy().reshape(height, width)
+        drawn[row.site] = base.Panel(title, groups, alive, taken, base.names_of([groups]))
+    return drawn
+
+
+def legend(rows: Sequence[base.Row], dropping: bool) -> str:
+    """Say what the colours are of."""
+    if dropping:
+        return ""
+    return " In scope GRID the map goes on smaller; its places are drawn with the output token that takes most."
+
+
+GRID = base.ScopeRules(Scope.GRID, find_grid, GridBudget, build, panels, legend)

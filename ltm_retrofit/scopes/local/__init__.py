@@ -8,62 +8,49 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.finding.example import home
 from ltm_retrofit.finding.layouts import principal_keys
-from ltm_retrofit.finding.sites import Found, Sites
-from ltm_retrofit.finding.walk import Walk
+from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.methods import Keys, Scope
 from ltm_retrofit.scopes import base
 from ltm_retrofit.scopes.local.budget import LocalBudget, place_of
-from ltm_retrofit.scopes.local.find import find
+from ltm_retrofit.scopes.local.find import find as find_local
 from ltm_retrofit.scopes.local.forward import LocalForward
 
 #: sites that are drawn where there are more
 FEW = 6
 
 
-class LocalRules(base.ScopeRules):
-    """MLPs, or attentions, that see merged tokens and give every token its group's update."""
+def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
+    """Intercept the chain of each row: its first module merges, its last one unmerges."""
+    rows, forwards, masks = base.rows_in(plan, Scope.LOCAL), list[base.Interceptor](), dict[nn.Module, nn.Module]()
+    for site in sites.local:
+        if (row := rows.get(site.block)) is None:
+            continue
+        host, attention = model.get_submodule(site.host), model.get_submodule(site.attention)
+        modules = [model.get_submodule(name) for name in site.chain]
+        for module in modules:
+            first, last = module is modules[0], module is modules[-1]
+            forwards.append(LocalForward(module, site, host, first=first, last=last, attention=attention))
+        place = place_of(site, row, plan.classes, plan.clusters, home(modules[0])[1])
+        # tokens that are alike to the first weights of an MLP get nearly the same update from it
+        keys = Keys(principal_keys(modules[0].get_parameter(site.weight), site.key_dim))
+        masks[host] = base.make_mask(plan.config.method, place, keys, modules[0])
+    return forwards, masks
 
-    name = Scope.LOCAL
 
-    def find(self, walk: Walk) -> Found:
-        """Look for the MLP behind each attention, and for attentions that take their tokens as a set."""
-        return find(walk)
+def panels(rows: Sequence[base.Row], seen: base.Seen) -> dict[str, base.Panel]:
+    """Show the groups of each site alone, of few sites: the first, the last, and evenly between."""
+    places = np.linspace(0, len(rows) - 1, min(len(rows), FEW)).round().astype(int)
+    return {rows[place].site: _panel(rows[place], seen) for place in places}
 
-    def budget(self, sites: Sites, config: LTMConfig) -> LocalBudget | None:
-        """Count what each site saves by itself."""
-        return LocalBudget(sites, config) if self.serves(sites.local, config) else None
 
-    def build(self, model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
-        """Intercept the chain of each row: its first module merges, its last one unmerges."""
-        rows, forwards, masks = self.rows(plan), list[base.Interceptor](), dict[nn.Module, nn.Module]()
-        for site in sites.local:
-            if (row := rows.get(site.block)) is None:
-                continue
-            host, attention = model.get_submodule(site.host), model.get_submodule(site.attention)
-            modules = [model.get_submodule(name) for name in site.chain]
-            for module in modules:
-                first, last = module is modules[0], module is modules[-1]
-                forwards.append(LocalForward(module, site, host, first=first, last=last, attention=attention))
-            place = place_of(site, row, plan.classes, plan.clusters, home(modules[0])[1])
-            # tokens that are alike to the first weights of an MLP get nearly the same update from it
-            keys = Keys(principal_keys(modules[0].get_parameter(site.weight), site.key_dim))
-            masks[host] = base.make_mask(plan.config.method, place, keys, modules[0])
-        return forwards, masks
-
-    def panels(self, rows: Sequence[base.Row], seen: base.Seen) -> dict[str, base.Panel]:
-        """Show the groups of each site alone, of few sites: the first, the last, and evenly between."""
-        places = np.linspace(0, len(rows) - 1, min(len(rows), FEW)).round().astype(int)
-        return {rows[place].site: _panel(rows[place], seen) for place in places}
-
-    def legend(self, rows: Sequence[base.Row], dropping: bool) -> str:
-        """Say how far a group reaches, and which sites are drawn."""
-        text = " In scope LOCAL a site merges for one module and starts anew: each of its groups lies in one cell."
-        if len(rows) > FEW:
-            text += f" Drawn: {FEW} of {len(rows)} such sites, the first, the last and evenly between."
-        return text
+def legend(rows: Sequence[base.Row], dropping: bool) -> str:
+    """Say how far a group reaches, and which sites are drawn."""
+    text = " In scope LOCAL a site merges for one module and starts anew: each of its groups lies in one cell."
+    if len(rows) > FEW:
+        text += f" Drawn: {FEW} of {len(rows)} such sites, the first, the last and evenly between."
+    return text
 
 
 def _panel(row: base.Row, seen: base.Seen) -> base.Panel:
@@ -86,10 +73,9 @@ def _panel(row: base.Row, seen: base.Seen) -> base.Panel:
     groups = spread(own.gather(1, kept.gather(1, strongest)), torch.arange(layout.tokens).view(1, -1, 1))
     everyone = torch.ones(1, layout.tokens, 1)
     alive = spread(torch.zeros(own.shape).scatter(1, kept, 1.0), everyone) > 0
-    title = base.title_of(row) + (f"\nthe first of {layout.sequences} sequences" if layout.sequences > 1 else "")
-    return base.Panel(
-        title, groups, alive, spread(share, everyone), base.names_of([groups]), placed=layout.sequences == 1
-    )
+    title, placed = base.title_of(row), layout.sequences == 1
+    title += "" if placed else f"\nthe first of {layout.sequences} sequences"
+    return base.Panel(title, groups, alive, spread(share, everyone), base.names_of([groups]), placed)
 
 
-LOCAL = LocalRules()
+LOCAL = base.ScopeRules(Scope.LOCAL, find_local, LocalBudget, build, panels, legend)
