@@ -76,8 +76,8 @@ def write_page(lines: Runs, out: Path) -> None:
         "the same fine-tune. *Slow LTM* has its masks begin at a temperature of 0.05, not 0.01, and learn at the rate",
         f"of the other weights, not at 30 times that, as was the default before; its rates were {slow}.",
         "IB = I(X̃;X) − I(X̃;Y) in nats, on test images, clusters fitted to the images set aside.",
-        "The options of *gate*, *counts annealed* and *bound at every site* brought nothing and are gone: the last commit",
-        "that had them is 56bc864.",
+        "The options of *gate*, *counts annealed* and *bound at every site* brought nothing and are gone: the last",
+        "commit that had them is 56bc864.",
     ]
     lines, plans = ([x for x in lines if (x["stage"] == "plan") == planned] for planned in (False, True))
     lines = chosen(lines)

@@ -227,8 +227,8 @@ def _check_unmoved(model: nn.Module, names: Sequence[str], found: Sequence[int |
     if elsewhere:
         index, own = elsewhere[0]
         raise DataError(
-            f"the data's class {index} is {names[index]!r}, which {type(model).__name__} knows as its class {own}, and it "
-            "does not know all of them: give the data the model's class names, or the model a classifier of its own"
+            f"the data's class {index} is {names[index]!r}, which {type(model).__name__} knows as its class {own}, and "
+            "it does not know all of them: give the data the model's class names, or the model a classifier of its own"
         )
 
 
@@ -267,7 +267,8 @@ def set_classes(model: nn.Module, names: Sequence[str] | int) -> str | None:
             name, index = min(known.items(), key=lambda item: item[1])
             warnings.warn(
                 f"the data has as many classes as {type(model).__name__}, {len(names)}, under names that it does not "
-                f"know: its classifier stays, and the data's {names[index]!r}, class {index}, is taken for its {name!r}",
+                f"know: its classifier stays, and the data's {names[index]!r}, class {index}, is taken for its "
+                f"{name!r}",
                 stacklevel=2,
             )
         if not complete:

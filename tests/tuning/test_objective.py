@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 import textwrap
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
