@@ -265,8 +265,8 @@ def set_classes(model: nn.Module, names: Sequence[str] | int) -> str | None:
         if known and set(found) == {None} and not all(name.isdigit() for name in names):
             name, index = min(known.items(), key=lambda item: item[1])
             warnings.warn(
-                f"the data has as many classes as {type(model).__name__}, {len(names)}, under names that it does "
-                f"not know: its classifier stays, and the data's {names[index]!r}, class {index}, is taken for its "
+                f"the data has as many classes as {type(model).__name__}, {len(names)}, under names that it does not "
+                f"know: its classifier stays, and the data's {names[index]!r}, class {index}, is taken for its "
                 f"{name!r}",
                 stacklevel=2,
             )

@@ -1,4 +1,7 @@
-"""One fine-tune, step by step: what it has come to, how it goes on, and what it falls back to."""
+"""One fine-tune, step by step: what it has come to, how it goes on, and what it falls back to.
+
+Over 400 lines: whatever a step changes, a checkpoint has to hold, and a bad loss has to take back.
+"""
 
 from __future__ import annotations
 

@@ -81,6 +81,9 @@ def finetune(
                 f"{folder} holds a checkpoint of an earlier run: go on from it with resume, or name another folder"
             )
         given = Snapshot(model)
+        images = config.batch_size
+        if state is not None and images % int(state["batch_images"]) == 0:  # they did not all fit into memory
+            images = int(state["batch_images"])
 
         def train_with(images: int) -> History:
             """Make the run with so many images at once, and take it to its end."""
@@ -105,9 +108,6 @@ def finetune(
             given.undo()
             return _halved(images, train, config, accelerator.num_processes, resumed=state is not None)
 
-        images = config.batch_size
-        if state is not None and images % int(state["batch_images"]) == 0:  # they did not all fit into memory
-            images = int(state["batch_images"])
         return with_memory_for(images, train_with, fewer)
 
 
