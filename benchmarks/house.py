@@ -2,7 +2,8 @@
 
     python benchmarks/house.py
 
-Code lines are lines that hold code: no blanks, comments or docstrings. `tests/test_house.py` holds the limits.
+Code lines hold a name, a number or an operator: no blanks, comments or docstrings, and no lines that only go on with the
+text of a message. (By this count 56bc864 had 9,460 in 96 files.) `tests/test_house.py` holds the limits.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ def lines_of(file: Path) -> tuple[set[int], set[int]]:
     source = file.read_text(encoding="utf-8")
     told = {line for node in docstrings(ast.parse(source)) for line in range(node.lineno, (node.end_lineno or 0) + 1)}
     code, comments = set[int](), set[int]()
-    silent = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    said = (tokenize.NAME, tokenize.NUMBER, tokenize.OP)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments.add(token.start[0])
-        elif token.type not in silent:
-            code |= set(range(token.start[0], token.end[0] + 1))
+        elif token.type in said:
+            code.add(token.start[0])
     return code - told, comments
 
 
