@@ -35,6 +35,7 @@ from ltm_retrofit.tuning import sources
 from ltm_retrofit.tuning.data import is_stream
 from ltm_retrofit.tuning.loop import Run
 from ltm_retrofit.tuning.settings import TrainConfig
+from ltm_retrofit.tuning.sources import load_digits
 
 ROOT = Path(__file__).parents[1]
 ACCURACIES = {"original", "original_finetuned", "converted", "finetuned", "sliced_finetuned"}
@@ -288,7 +289,7 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     def few(split: str, *, per_digit: int, seed: int = 0):
         table = _CANVASES.get(split)
         if table is None:
-            table = _CANVASES[split] = ltm.load_digits(split, per_digit=1, seed=0)
+            table = _CANVASES[split] = load_digits(split, per_digit=1, seed=0)
         assert per_digit == 1
         labels, chosen = table["label"][:], []
         for digit in range(10):
