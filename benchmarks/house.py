@@ -2,8 +2,8 @@
 
     python benchmarks/house.py
 
-Code lines hold a name, a number or an operator: no blanks, comments or docstrings, and no lines that only go on with the
-text of a message. (By this count 56bc864 had 9,460 in 96 files.) `tests/test_house.py` holds the limits.
+Code lines hold a name, a number or an operator: no blanks, comments or docstrings, and no lines that only go on with
+the text of a message. (By this count 56bc864 had 9,460 in 96 files.) `tests/test_house.py` holds the limits.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def test_baselines_run_in_every_scope_or_are_refused_by_name(name, method):
 def test_rows_follow_their_tokens(name):
     """Patch tokens in another order, their rows gathered with them, give the same results in that order."""
     model, example = ZOO[name]()
-    site = ltm.find_sites(model, example).flow[1]
+    site = ltm.find_sites(model, example).of("FLOW")[1]
     block, calls = model.get_submodule(site.block), []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -128,7 +128,7 @@ def test_rows_follow_their_tokens(name):
 def test_equal_tokens_of_a_cell_survive(name, method):
     model, example = ZOO[name]()
     before: dict[str, torch.Size] = {}
-    for site in ltm.find_sites(model, example).local:
+    for site in ltm.find_sites(model, example).of("LOCAL"):
 
         def keep(module: nn.Module, args: tuple, name: str = site.block) -> None:
             before[name] = args[0].shape

@@ -99,24 +99,9 @@ class Sites(Sequence[AttentionSite]):
     covered: int = 0  # of those: that a site makes cheaper, a grid site all those behind it
     narrowed: dict[str, str] = field(default_factory=dict)  # why a block is not in the best scope
 
-    def of(self, scope: Scope) -> tuple[Any, ...]:
-        """Return the sites in a scope, alternatives included, each of the scope's own class."""
-        return tuple(site for site in (*self.found, *self.alternatives) if site.scope is scope)
-
-    @property
-    def flow(self) -> tuple[Any, ...]:
-        """The sites in scope FLOW."""
-        return self.of(Scope.FLOW)
-
-    @property
-    def local(self) -> tuple[Any, ...]:
-        """The sites in scope LOCAL, alternatives included."""
-        return self.of(Scope.LOCAL)
-
-    @property
-    def grid(self) -> tuple[Any, ...]:
-        """The sites in scope GRID, alternatives included."""
-        return self.of(Scope.GRID)
+    def of(self, scope: str) -> tuple[Any, ...]:
+        """Return the sites in a scope, ``"FLOW"`` for one, alternatives included, each of the scope's own class."""
+        return tuple(site for site in (*self.found, *self.alternatives) if site.scope == scope)
 
     def why(self, block: str) -> str | None:
         """Return why a block, or the attention in it, is in no scope or in no better one."""

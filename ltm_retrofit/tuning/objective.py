@@ -295,7 +295,7 @@ class Information:
         self.dim: Any = 0
         if wanted:
             site, mask = next(iter(masks_of(model).items()))
-            self.entrances, self.dim = entrances_of(model, site), mask.dim
+            self.entrances, self.dim = entrances_of(model, site), mask.statistics.centroids.shape[1]
         self.memory = Memory(SAMPLES)  # of inputs, features and soft labels
         self.latest: dict[str, Tensor] = {}
 

@@ -376,7 +376,7 @@ def test_what_cannot_be_cut_is_local_at_most_and_says_why(kind, reason):
     before = snapshot(model)
     sites = ltm.find_sites(model, EXAMPLE)
     assert snapshot(model) == before
-    assert "pack.1" not in [site.block for site in sites.flow]
+    assert "pack.1" not in [site.block for site in sites.of("FLOW")]
     assert [(site.block, site.scope) for site in sites][:2] == [("pack.0", Scope.LOCAL), ("pack.1", Scope.LOCAL)]
     assert sites.excluded == {} and sites.attentions == 3
     text = "; ".join(value for key, value in sites.narrowed.items() if key.startswith("pack.1"))
@@ -387,8 +387,8 @@ def test_what_cannot_be_cut_is_local_at_most_and_says_why(kind, reason):
 def test_where_no_addition_lies_between_attention_and_mlp_tokens_are_merged_behind_the_block(kind):
     model = forest("plain", kind, kind, "plain", pool=True)
     sites = ltm.find_sites(model, EXAMPLE)
-    assert [site.block for site in sites.flow] == [f"pack.{number}" for number in range(4)] and not sites.excluded
-    assert [site.cost.back == (0, 0, 0) for site in sites.flow] == [False, True, True, False]
+    assert [site.block for site in sites.of("FLOW")] == [f"pack.{number}" for number in range(4)] and not sites.excluded
+    assert [site.cost.back == (0, 0, 0) for site in sites.of("FLOW")] == [False, True, True, False]
     with torch.no_grad():
         before = model(EXAMPLE)
         ltm.retrofit(model, ltm.LTMConfig(tokens=(40, 30), sites=("pack.1", "pack.2")), EXAMPLE)
@@ -402,7 +402,7 @@ def test_where_no_addition_lies_between_attention_and_mlp_tokens_are_merged_behi
 
 def test_a_last_block_without_a_back_half_gets_no_mask():
     sites = ltm.find_sites(forest(*["parallel"] * 3, pool=True), EXAMPLE)
-    assert len(sites.flow) == 3
+    assert len(sites.of("FLOW")) == 3
     with pytest.raises(CountError, match="expected 2"):
         ltm.make_plan(sites, ltm.LTMConfig(tokens=(40, 30, 20)))
 
@@ -410,24 +410,27 @@ def test_a_last_block_without_a_back_half_gets_no_mask():
 @pytest.mark.parametrize("pool", [False, True], ids=["class-token-head", "mean-head"])
 def test_tokens_are_never_merged_before_an_attention_that_is_left_out(pool):
     sites = ltm.find_sites(forest("plain", "conv", "plain", "plain", pool=pool), EXAMPLE)
-    assert not {"pack.0", "pack.1"} & {site.block for site in sites.flow}
+    assert not {"pack.0", "pack.1"} & {site.block for site in sites.of("FLOW")}
     assert any(key.startswith("pack.0") for key in sites.narrowed)
 
 
 def test_blocks_after_one_that_is_left_out_can_still_merge_with_the_class_token_in_place():
     sites = ltm.find_sites(forest("plain", "conv", "plain", "plain"), EXAMPLE)
-    assert [(site.block, site.layout.prefix) for site in sites.flow] == [("pack.2", 1), ("pack.3", 1)]
+    assert [(site.block, site.layout.prefix) for site in sites.of("FLOW")] == [("pack.2", 1), ("pack.3", 1)]
 
 
 def test_tokens_may_merge_after_the_last_attention_that_minds_positions_but_not_before():
     sites = ltm.find_sites(forest("plain", "rope", "plain", pool=True), EXAMPLE)
-    assert [site.block for site in sites.flow] == ["pack.1", "pack.2"]  # rope acts in pack.1's front, before its mask
+    assert [site.block for site in sites.of("FLOW")] == [
+        "pack.1",
+        "pack.2",
+    ]  # rope acts in pack.1's front, before its mask
     assert "proof (c)" in sites.narrowed["pack.0"] and "Wolf" in sites.narrowed["pack.0"]
 
 
 def test_rotary_positions_in_every_block_leave_at_most_the_last():
     sites = ltm.find_sites(forest(*["rope"] * 3), EXAMPLE)
-    assert [site.block for site in sites.flow] in ([], ["pack.2"])
+    assert [site.block for site in sites.of("FLOW")] in ([], ["pack.2"])
     assert all("proof (c)" in sites.narrowed[name] for name in ("pack.0", "pack.1"))
 
 
@@ -452,7 +455,7 @@ def test_where_nothing_can_be_merged_the_plan_names_the_reasons():
 
 def test_trailing_prefix_tokens_keep_merging_local_and_stay_out_of_it():
     sites = ltm.find_sites(forest("plain", "plain", reverse=True), EXAMPLE)
-    assert sites.flow == () and len(sites) == len(sites.narrowed) == 2
+    assert sites.of("FLOW") == () and len(sites) == len(sites.narrowed) == 2
     assert all("do not lead" in reason for reason in sites.narrowed.values())
     for site in sites:
         assert site.scope is Scope.LOCAL and (site.layout.prefix, site.layout.trail) == (0, 1)
@@ -529,7 +532,7 @@ def test_where_a_neck_reads_the_grid_tokens_flow_and_come_back_after_the_last_bl
 def test_a_neck_does_not_excuse_blocks_that_mind_positions():
     torch.manual_seed(0)
     sites = ltm.find_sites(Map("rope").eval(), EXAMPLE)
-    assert "pack.0" not in [site.block for site in sites.flow]
+    assert "pack.0" not in [site.block for site in sites.of("FLOW")]
 
 
 class MixingTail(nn.Module):
@@ -551,7 +554,7 @@ def test_a_mixing_tail_is_seen_in_every_precision(build, dtype) -> None:
     for index, block in enumerate(model.blocks):
         model.blocks[index] = MixingTail(block)
     sites = ltm.find_sites(model.eval().to(dtype))
-    assert sites.flow == () and len(sites.narrowed) == 6
+    assert sites.of("FLOW") == () and len(sites.narrowed) == 6
     assert all("proof (b)" in reason for reason in sites.narrowed.values())
 
 
@@ -562,6 +565,8 @@ def test_a_block_with_a_forward_of_its_own_is_left_alone(build, images) -> None:
     block.forward = own = lambda x, attn_mask=None: inner(x) + 1
     expected = model(images)
     sites = ltm.find_sites(model)
-    assert "blocks.3" not in [site.block for site in sites.flow] and "instance" in " ".join(sites.narrowed.values())
+    assert "blocks.3" not in [site.block for site in sites.of("FLOW")] and "instance" in " ".join(
+        sites.narrowed.values()
+    )
     ltm.restore(ltm.retrofit(model, ltm.LTMConfig(flops=0.8)))
     assert block.forward is own and torch.equal(model(images), expected)

@@ -53,7 +53,7 @@ def test_what_a_grid_costs_does_not_depend_on_where_it_was_merged(fused):
     torch.manual_seed(0)
     model, example = Pyramid(fused).eval(), torch.randn(1, 3, 64, 64)
     sites = ltm.find_sites(model, example)
-    names = [site.block for site in sites.grid]
+    names = [site.block for site in sites.of("GRID")]
     assert names and all(name.startswith("one.") for name in names) == fused
     assert sites.covered == sites.attentions == 4
     for name in names:
@@ -68,7 +68,7 @@ def test_what_a_grid_costs_does_not_depend_on_where_it_was_merged(fused):
 def test_the_pyramid_of_mobilenet_v5_is_counted_as_planned():
     model, example = ZOO["timm-mobilenetv5"]()
     sites = ltm.find_sites(model, example)
-    for site in sites.grid:
+    for site in sites.of("GRID"):
         with pytest.raises(ltm.BudgetError) as impossible:
             ltm.make_plan(sites, ltm.LTMConfig(flops=0.01, sites=(site.block,), scope="GRID"))
         ltm.retrofit(model, ltm.LTMConfig(flops=impossible.value.nearest, sites=(site.block,), scope="GRID"), example)

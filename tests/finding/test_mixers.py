@@ -19,7 +19,7 @@ DIM = 32
 
 
 def mixing(sites: Sites) -> list[str]:
-    return [site.block for site in sites.local if site.mixes]
+    return [site.block for site in sites.of("LOCAL") if site.mixes]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_before_mlps_lose_half_of_their_tokens_attentions_join_them(name):
 def test_an_attention_that_minds_positions_or_counts_is_given_all_its_tokens(name, why):
     model, example = ZOO[name]()
     sites = ltm.find_sites(model, example)
-    assert sites.local and not mixing(sites)
+    assert sites.of("LOCAL") and not mixing(sites)
 
 
 @pytest.mark.parametrize("method", ["ltm", "tome", "pool"])

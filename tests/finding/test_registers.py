@@ -60,5 +60,5 @@ def test_registers_that_join_late_are_seen() -> None:
             return self.head(self.norm(x).mean(1))
 
     sites = ltm.find_sites(drawn(Late("cat")), EXAMPLE)
-    prefix = {site.block: site.layout.prefix for site in sites.local}
+    prefix = {site.block: site.layout.prefix for site in sites.of("LOCAL")}
     assert prefix["blocks.0"] == 0 and {prefix[f"blocks.{number}"] for number in (1, 2, 3)} == {4}

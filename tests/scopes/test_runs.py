@@ -105,7 +105,7 @@ class Around(nn.Module):
 @pytest.mark.parametrize("kind", ["map", "norm", "scale"])
 def test_tokens_are_not_lost_where_an_attention_adds_its_input(kind) -> None:
     sites = ltm.find_sites(drawn(Around(kind)), EXAMPLE)
-    assert "inside" not in [site.block for site in sites.local if site.mixes]
+    assert "inside" not in [site.block for site in sites.of("LOCAL") if site.mixes]
 
 
 class Constant(Block):

@@ -21,11 +21,11 @@ from ltm_retrofit.scopes.flow.forward import FlowForward
 def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
     """Intercept every block from the first row's on: those without one hand on what the tokens carry."""
     rows, forwards, masks = base.rows_in(plan, Scope.FLOW), list[base.Interceptor](), dict[nn.Module, nn.Module]()
-    for site in sites.flow:
+    for site in sites.of(Scope.FLOW):
         row = rows.get(site.block)
         if row is None and not forwards:
             continue
-        block, last = model.get_submodule(site.block), site is sites.flow[-1]
+        block, last = model.get_submodule(site.block), site is sites.of(Scope.FLOW)[-1]
         keep = row.tokens_out if row is not None and row.slices else None
         unmerge = last and plan.unmerge
         forwards.append(FlowForward(block, site, expects=bool(masks), keep=keep, last=last, unmerge=unmerge))

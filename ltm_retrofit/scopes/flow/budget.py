@@ -11,7 +11,7 @@ import torch
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.sites import Sites
-from ltm_retrofit.merging.methods import CLUSTERS, Place
+from ltm_retrofit.merging.methods import CLUSTERS, Place, Scope
 from ltm_retrofit.scopes.base import Budget, Option, Row
 from ltm_retrofit.scopes.flow.site import FlowSite
 
@@ -26,7 +26,7 @@ class FlowBudget(Budget[FlowSite]):
     """Costs of token counts, and the search for those that meet a budget."""
 
     def __init__(self, sites: Sites, config: LTMConfig) -> None:
-        blocks = sites.flow
+        blocks = sites.of(Scope.FLOW)
         self.slices = sites.ending.prefix_only and config.output_tokens == "auto"
         # a slice after the last attention, or no MLP behind it, leaves nothing for a mask to do there
         idle = self.slices or blocks[-1].cost.back[1] == 0

@@ -21,7 +21,7 @@ from ltm_retrofit.scopes.grid.forward import GridForward
 def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
     """Intercept the modules of the rows."""
     rows, forwards, masks = base.rows_in(plan, Scope.GRID), list[base.Interceptor](), dict[nn.Module, nn.Module]()
-    for site in sites.grid:
+    for site in sites.of(Scope.GRID):
         if (row := rows.get(site.block)) is None:
             continue
         block = model.get_submodule(site.block)

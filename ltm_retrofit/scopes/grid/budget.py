@@ -13,7 +13,7 @@ import torch
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.sites import Sites
-from ltm_retrofit.merging.methods import CLUSTERS, Grid, Place
+from ltm_retrofit.merging.methods import CLUSTERS, Grid, Place, Scope
 from ltm_retrofit.scopes.base import Budget, Option, Row
 from ltm_retrofit.scopes.grid.site import GridSite, smaller
 
@@ -39,7 +39,7 @@ class GridBudget(Budget[GridSite]):
     """Costs of grids, and the search for those that meet a budget."""
 
     def __init__(self, sites: Sites, config: LTMConfig) -> None:
-        super().__init__(sites, config, sites.grid, sites.grid)
+        super().__init__(sites, config, sites.of(Scope.GRID), sites.of(Scope.GRID))
         first = self.blocks[0]
         self.shares = sorted((Fraction(grid[0], grid_of(first)[0]) for grid in first.segment), reverse=True)[1:]
 

@@ -24,7 +24,7 @@ FEW = 6
 def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
     """Intercept the chain of each row: its first module merges, its last one unmerges."""
     rows, forwards, masks = base.rows_in(plan, Scope.LOCAL), list[base.Interceptor](), dict[nn.Module, nn.Module]()
-    for site in sites.local:
+    for site in sites.of(Scope.LOCAL):
         if (row := rows.get(site.block)) is None:
             continue
         host, attention = model.get_submodule(site.host), model.get_submodule(site.attention)

@@ -11,7 +11,7 @@ import torch
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.sites import Sites
-from ltm_retrofit.merging.methods import CLUSTERS, Place
+from ltm_retrofit.merging.methods import CLUSTERS, Place, Scope
 from ltm_retrofit.scopes.base import Budget, Option, Row
 from ltm_retrofit.scopes.local.site import LocalSite, cells_of
 
@@ -40,8 +40,8 @@ class LocalBudget(Budget[LocalSite]):
     """Costs of counts in cells, and the search for those that meet a budget."""
 
     def __init__(self, sites: Sites, config: LTMConfig) -> None:
-        order = list(dict.fromkeys(site.attention for site in sites.local))  # of the model
-        blocks = sorted(sites.local, key=lambda site: (order.index(site.attention), not site.mixes))
+        order = list(dict.fromkeys(site.attention for site in sites.of(Scope.LOCAL)))  # of the model
+        blocks = sorted(sites.of(Scope.LOCAL), key=lambda site: (order.index(site.attention), not site.mixes))
         super().__init__(sites, config, blocks, blocks)
         # attentions see merged tokens where the user names them, or where MLPs alone would keep few of theirs
         behind = [site for site in self.mergeable if not site.mixes]
