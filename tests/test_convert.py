@@ -29,7 +29,7 @@ from ltm_retrofit.errors import (
 )
 from ltm_retrofit.finding.example import tensors_of
 from ltm_retrofit.merging.methods import method_names
-from ltm_retrofit.scopes import flow
+from ltm_retrofit.scopes import base
 
 torch.set_num_threads(1)
 METHODS = method_names()
@@ -153,7 +153,7 @@ def test_a_failed_conversion_leaves_no_trace(build, images, monkeypatch, family,
     elif reason == "identity":
         monkeypatch.setattr(convert, "all_equal", lambda *_: False)
     elif reason == "build":
-        monkeypatch.setattr(flow, "make_mask", refuse)
+        monkeypatch.setattr(base, "make_mask", refuse)
     elif reason == "interrupt":
         error = KeyboardInterrupt
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from conversions import call, converted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ltm_retrofit as ltm
+from ltm_retrofit.converted.record import forwards_of
 from ltm_retrofit.errors import DataError, NotRetrofitted, TrainingError
 from ltm_retrofit.finding.example import logits_of
 from ltm_retrofit.merging.mask import MaskModule
@@ -139,6 +143,37 @@ def test_statistics_learn_in_training_mode_only(model):
     assert len([name for name in changed if name.endswith("counts")]) == len(masks(model)) + 1
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_statistics_learn_the_same_after_the_backward_pass(model, soft):
+    """What gradient checkpointing asks for: the bound without learning, and learning by itself later."""
+    fit(model)
+    images, labels = draw(128, 3)
+    given = F.one_hot(labels, CLASSES).float() if soft else labels
+    twin = copy.deepcopy(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with ltm.trace(model) as traced, torch.no_grad():
+        model(images)
+        ltm.bound_loss(traced, given)
+    with ltm.trace(twin) as traced, torch.no_grad():
+        twin(images)
+        ltm.bound_loss(traced, given, learn=False)
+        assert all(torch.equal(buffer, before[name]) for name, buffer in twin.named_buffers())
+        ltm.learn_from(traced, given)
+    ours, theirs = dict(model.named_buffers()), dict(twin.named_buffers())
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(not torch.equal(ours[name], before[name]) for name in ours)
+
+
+@pytest.mark.parametrize("name", ["timm-vit-flow", "timm-swin-local", "timm-efficientvit-grid"])
+def test_every_scope_tells_the_trace_in_the_same_way(name):
+    model, _, example = converted(name)
+    with ltm.trace(model) as traced:
+        call(model, example)
+    forwards = {forward.name: forward for forward in forwards_of(model) if forward.mask is not None}
+    assert set(traced.by_site) == set(traced.sites) == set(forwards)
+    assert all(forward.listener is None for forward in forwards.values())
+
+
 @pytest.mark.parametrize(
     "labels",
     [
@@ -153,8 +188,9 @@ def test_statistics_learn_in_training_mode_only(model):
 def test_labels_that_do_not_fit_are_refused(model, labels):
     with ltm.trace(model) as traced:
         model(draw(3)[0])
-        with pytest.raises(DataError):
-            ltm.bound_loss(traced, labels)
+        for use in (ltm.bound_loss, ltm.learn_from):
+            with pytest.raises(DataError):
+                use(traced, labels)
     assert len(model.ltm.readout.memory) == 0
 
 
