@@ -124,7 +124,7 @@ def forwards_of(model: nn.Module) -> Iterator[Interceptor]:
             yield forward
 
 
-def masks_of(model: nn.Module) -> dict[str, nn.Module]:
+def masks_of(model: nn.Module) -> dict[str, Any]:
     """Return the mask of each site that merges, by the site's name."""
     return {forward.name: forward.mask for forward in forwards_of(model) if forward.mask is not None}
 
