@@ -2,6 +2,7 @@
 
 python benchmarks/coverage.py check                  # every row builds and runs on the meta device
 python benchmarks/coverage.py run --shard 1/2        # walk the rows of one shard; goes on where it was stopped
+python benchmarks/coverage.py compare                # which rows found other scopes, proofs or MACs than is committed
 python benchmarks/coverage.py write                  # coverage.json and docs/coverage.md from what was run
 """
 
@@ -103,9 +104,21 @@ def shorten(excluded: dict[str, str]) -> list[dict[str, Any]]:
     return [{"reason": reason, "count": len(names), "first": names[0]} for reason, names in alike.items()]
 
 
+def compare() -> None:
+    """Print in which of the rows that were run here the house finds other than what is committed."""
+    said = ("status", "scopes", "proofs", "macs_before", "macs_after", "found", "converted")
+    kept = {record["name"]: record for record in read(KEPT)}
+    ran = {record["name"]: record for path in RUNS.glob("shard*.jsonl") for record in read(path)}
+    other = {name: [key for key in said if record.get(key) != kept[name].get(key)] for name, record in ran.items()}
+    for name, keys in other.items():
+        for key in keys:
+            print(f"{name}: {key} {kept[name].get(key)} → {ran[name].get(key)}")
+    print(f"{len(ran)} rows, {sum(map(bool, other.values()))} of them found otherwise")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("check", "run", "write"))
+    parser.add_argument("command", choices=("check", "run", "compare", "write"))
     parser.add_argument("--shard", default="1/1", help="i/n: every n-th row, from the i-th on")
     parser.add_argument("--only", help="rows whose name matches this pattern, or of this family or group")
     parser.add_argument("--redo-errors", action="store_true", help="walk the rows again that raised, hung or died")
@@ -114,6 +127,8 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=12, help="GB for one worker")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the workers
+    if args.command == "compare":
+        return compare()
     if args.command == "write":
         checked = {record["name"]: record for record in read(RUNS / "check.jsonl")}
         KEPT.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in latest().values()))
