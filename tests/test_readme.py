@@ -49,3 +49,23 @@ def test_coverage_figures_are_the_matrix_s() -> None:
     assert f"of timm's {timm['rows']} with attention {timm['yes']} convert with all proofs" in said
     assert f"of {classifiers['rows']} Hugging Face types {classifiers['yes']}." in said
     assert ("have not been run" in said) == bool(timm["not run"])
+
+
+def test_sentences_are_short() -> None:
+    """A sentence ends at a full stop, a colon or a semicolon; code, tables and headings are none."""
+    prose = re.sub(r"```.*?```", "", README, flags=re.S)
+    prose = "\n".join(line for line in prose.splitlines() if not line.startswith(("|", "#", "![")))
+    parts = re.split(r"\n\s*\n|\n(?=- |\d+\. )", re.sub(r"\]\([^)]*\)", "]", prose))
+    sentences = [one for part in parts for one in re.split(r"(?<=[.:;?])\s+", " ".join(part.split()))]
+    long = [one for one in sentences if len([word for word in one.split() if re.search(r"\w", word)]) > 25]
+    assert len(sentences) > 50 and not long
+
+
+def test_the_glossary_has_at_most_thirty_terms() -> None:
+    glossary = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    assert 10 < len(re.findall(r"^\| \*\*", glossary, re.M)) <= 30
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda file: file.stem)
+def test_a_test_is_named_by_its_subject(file: Path) -> None:
+    assert not re.search("review|hostile|foreign|issue|regression|misc", file.stem)
