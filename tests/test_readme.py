@@ -56,7 +56,7 @@ def test_sentences_are_short() -> None:
     prose = re.sub(r"```.*?```", "", README, flags=re.S)
     prose = "\n".join(line for line in prose.splitlines() if not line.startswith(("|", "#", "![")))
     parts = re.split(r"\n\s*\n|\n(?=- |\d+\. )", re.sub(r"\]\([^)]*\)", "]", prose))
-    sentences = [one for part in parts for one in re.split(r"(?<=[.:;?])\s+", " ".join(part.split()))]
+    sentences = [one for part in parts for one in re.split(r"(?<=[.:;?])\**\s+", " ".join(part.split()))]
     long = [one for one in sentences if len([word for word in one.split() if re.search(r"\w", word)]) > 25]
     assert len(sentences) > 50 and not long
 
