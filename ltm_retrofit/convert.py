@@ -44,11 +44,7 @@ Conversion = tuple[list[Interceptor], dict[nn.Module, nn.Module], Retrofit]
 
 
 def retrofit(
-    model: nn.Module,
-    config: LTMConfig | None = None,
-    example: Example | None = None,
-    *,
-    plan: MergePlan | None = None,
+    model: nn.Module, config: LTMConfig | None = None, example: Example | None = None, *, plan: MergePlan | None = None
 ) -> nn.Module:
     """Convert a model in place and return the same object: class, forward signature and its own keys stay.
 

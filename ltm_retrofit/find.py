@@ -50,9 +50,8 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
             "gradient can go through, and where keys come from is read off gradients: build and convert it outside of "
             "inference_mode; torch.no_grad() does no harm"
         )
-    example = prepare_example(model, example)
     base = identify(model)
-    walk = Walk.of(model, example)
+    walk = Walk.of(model, prepare_example(model, example))
     if walk.removed:  # maps are merged in whole models only; and a short twin must see what the full model sees
         maps = walk.on_meta_macs < WHOLE and passes_maps(walk)
         walk = walk.whole() if maps or not walk.faithful() else walk
@@ -122,7 +121,7 @@ def _choose(walk: Walk, found: Sequence[Found]) -> tuple[list[AttentionSite], li
         best += [site for site in chosen if site not in best]
         other += [site for sites in several for site in sites if site not in chosen and site not in other]
         if not first:  # of each scope the reason that is closest: the attention's own, its block's, the whole model's
-            reasons = [next((of[name] for name in reversed(attended.chain) if name in of), "") for of in refused]
+            reasons = [next((of[name] for name in reversed(attended.around) if name in of), "") for of in refused]
             excluded[attended.owner] = "; ".join(filter(None, reasons))
     # a module that attends twice is served by what lies behind the last time
     served = {site.attention for site in (*best, *other)}

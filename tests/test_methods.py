@@ -36,7 +36,7 @@ def runs_of(place: Place, keys: Keys) -> nn.Module:
 
 
 def macs(place: Place) -> int:
-    return place.groups * place.tokens_in * place.tokens_out * (place.dim + 1)
+    return place.cells * place.tokens_in * place.tokens_out * (place.dim + 1)
 
 
 @pytest.fixture(autouse=True)

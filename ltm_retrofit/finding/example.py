@@ -161,8 +161,7 @@ def repeat_batch(example: Example, batch: int) -> Example:
     """Repeat the first image of an example to a batch; tensors that do not hold as many images stay as they are."""
     images = len(tensors_of(example)[0])
     return mapped(
-        example,
-        lambda value: value[:1].repeat(batch, *[1] * (value.ndim - 1)) if len(value) == images else value,
+        example, lambda value: value[:1].repeat(batch, *[1] * (value.ndim - 1)) if len(value) == images else value
     )
 
 

@@ -158,7 +158,7 @@ def constant_tokens(model: nn.Module, example: Example, recording: Recording) ->
     """
     joined = dict(recording.joined)
     first = recording.attended[0]
-    for name in reversed(first.chain):
+    for name in reversed(first.around):
         call = recording.attending[name][0]
         tokens = first_tensor(call.args, call.kwargs)
         if tokens is None or tokens.ndim != 3 or not tokens.is_floating_point() or tokens._version != call.version:

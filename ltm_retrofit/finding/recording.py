@@ -62,16 +62,16 @@ class Call:
 
 @dataclass
 class Attended:
-    """One attention, with the chain of modules that it happened in, outermost first, and when it happened."""
+    """One attention, with the modules around it, outermost first, and when it happened."""
 
     seen: Attention
-    chain: tuple[str, ...]
+    around: tuple[str, ...]
     time: int
 
     @property
     def owner(self) -> str:
         """The innermost module that it happened in."""
-        return self.chain[-1]
+        return self.around[-1]
 
 
 @dataclass
@@ -155,8 +155,8 @@ class _Stack:
             self.recording.used.setdefault(self.serials[tensor], set()).add(self.open[-1][0].name)
 
     def attended(self, seen: Attention) -> None:
-        chain = tuple(call.name for call, _ in self.open)
-        self.recording.attended.append(Attended(seen, chain, next(self.time)))
+        around = tuple(call.name for call, _ in self.open)
+        self.recording.attended.append(Attended(seen, around, next(self.time)))
 
 
 def record(model: nn.Module, example: Example) -> Recording:

@@ -65,7 +65,7 @@ class MaskModule(SimilarityMask):
         tokens: Tensor,
         sizes: Tensor | None,
         key: Keys | None = None,
-        groups: int = 1,
+        cells: int = 1,
         padded: bool = False,
     ) -> Merged:
         """Merge: select, spread, step. Arguments: see `Mask`; ``key`` is ignored, for the mask has learned its own.
@@ -99,7 +99,7 @@ class MaskModule(SimilarityMask):
                 share = share.new_ones(source.shape[:2]).scatter(1, leaving, share)
             share = torch.cat([share, size / new_size], dim=1) / (counts.tokens_out - self.prefix)
             z = torch.cat([source, destination], dim=1)
-            descriptor, tilt = descend(z, share, self.statistics, self.eta, groups)
+            descriptor, tilt = descend(z, share, self.statistics, self.eta, cells)
             source_tilt, tilt = tilt[:, : counts.partition.sources], tilt[:, counts.partition.sources :]
 
             # Merge: x̃ = Gᵀ z, G_jp = s_j W_jp e^{ε_j} / Σ_k s_k W_kp e^{ε_k}. Columns sum to one: a merged token is a
@@ -121,7 +121,7 @@ class MaskModule(SimilarityMask):
         return {"eta": self.eta.item(), "temperature": math.exp(-self.log_scale.item())}
 
 
-def descend(z: Tensor, share: Tensor, statistics: Statistics, eta: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
+def descend(z: Tensor, share: Tensor, statistics: Statistics, eta: Tensor, cells: int = 1) -> tuple[Tensor, Tensor]:
     """One exponentiated-gradient step on the bound CEB_γ: the descriptor and ε (``docs/method.md``, item 5).
 
         v_j = z_j after a layer norm without parameters
@@ -138,18 +138,18 @@ def descend(z: Tensor, share: Tensor, statistics: Statistics, eta: Tensor, group
         share: ``Σ_p G⁰_jp / |M|``, ``(B, N)``, summing to one.
         statistics: the site's.
         eta: η, a scalar.
-        groups: consecutive entries of the batch that share one descriptor: cells see too little of an image each.
+        cells: consecutive entries of the batch that share one descriptor: cells see too little of an image each.
 
     Returns:
-        d ``(B / groups, D)`` and ε ``(B, N)``.
+        d ``(B / cells, D)`` and ε ``(B, N)``.
     """
     # v is written once and read twice. Both products follow from mean and deviation of z as well, without v, but one
     # fused layer norm takes a fifth of the time of a variance.
     v = F.layer_norm(lifted(z), z.shape[-1:])
     descriptor = torch.bmm(share.to(v.dtype).unsqueeze(1), v).squeeze(1)
-    descriptor = descriptor.view(-1, groups, descriptor.shape[-1]).mean(dim=1) if groups > 1 else descriptor
+    descriptor = descriptor.view(-1, cells, descriptor.shape[-1]).mean(dim=1) if cells > 1 else descriptor
     gradient = statistics.step_direction(descriptor).to(v.dtype)
-    gradient = gradient.repeat_interleave(groups, dim=0) if groups > 1 else gradient
+    gradient = gradient.repeat_interleave(cells, dim=0) if cells > 1 else gradient
     zeta = torch.bmm(v, gradient.unsqueeze(-1)).squeeze(-1)
     # Standardised, so that η means the same at every site and at any scale of the bound. The deviation is a constant
     # to autograd: its gradient explodes where all ζ are equal.
@@ -231,7 +231,7 @@ def _macs(place: Place) -> int:
         _, _, sources, destinations = partition(place.tokens_in, place.tokens_out, place.prefix)
         compared, merged = sources * destinations, (place.tokens_in - place.tokens_out) * destinations
     once = (patches * place.dim + compared) * place.key_dim + (merged + 2 * patches) * place.dim
-    return place.groups * once + step
+    return place.cells * once + step
 
 
 def _unmerge_macs(place: Place) -> int:

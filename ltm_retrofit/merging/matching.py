@@ -165,7 +165,7 @@ def unmerge_macs(place: Place) -> int:
         CountError: where the counts cannot be.
     """
     destinations = partition(place.tokens_in, place.tokens_out, place.prefix).destinations
-    return place.groups * (place.tokens_in - place.tokens_out) * destinations * (place.width or place.dim)
+    return place.cells * (place.tokens_in - place.tokens_out) * destinations * (place.width or place.dim)
 
 
 def lifted(x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Place:
     """Where a mask works, as far as a method needs to know. Token counts are of one sequence, prefix tokens included.
 
     In scope ``GRID``, ``grid`` (H, W) becomes ``kept`` (H', W') and the counts are their products. In scope ``LOCAL``
-    the counts are those of one cell, and ``groups`` cells of a sequence share one descriptor.
+    the counts are those of one cell, and a sequence has ``cells`` of them, which share one descriptor.
     """
 
     scope: str
@@ -69,7 +69,7 @@ class Place:
     clusters: int = CLUSTERS  # A, likewise
     grid: Grid | None = None
     kept: Grid | None = None
-    groups: int = 1
+    cells: int = 1
     width: int | None = None  # of the tokens that are brought back, where it is not D
     dtype: torch.dtype | None = None  # of the host's weights; float32 where nobody says
 
@@ -82,10 +82,11 @@ class Method:
         name: what `LTMConfig(method=…)` calls it.
         version: raised whenever the method computes something else; a saved folder of another version is refused.
         scopes: those it serves, of ``"FLOW"``, ``"GRID"`` and ``"LOCAL"``.
-        build: makes the mask of a place, a `tokens.Mask`. It is given tensors, no model: besides the place the
-            pretrained map by which the host itself compares tokens there. The caller moves the mask to its device.
-        macs: multiply–adds of the mask for one sequence (all its ``groups``); a `CountError` where the counts of the
-            place cannot be. Plans promise these numbers, and converting counts them anew.
+        build: makes the mask of a place, a `tokens.Mask`. It is given tensors, no model: besides the place a pretrained
+            map of tokens to compare them by. In ``FLOW`` that is the mean over heads of the block's own keys, elsewhere
+            the principal directions of the first weights that read the tokens. The caller moves the mask to its device.
+        macs: multiply–adds of the mask for one sequence (all its ``cells``); a `CountError` where the counts of the
+            place cannot be. Plans promise these numbers; `ltm.measure` counts them anew, and refuses where they differ.
         unmerge_macs: multiply–adds of bringing all tokens of one sequence back.
 
     Raises:
@@ -131,7 +132,7 @@ def register_method(method: Method) -> None:
         >>> import ltm_retrofit as ltm
         >>> from ltm_retrofit.merging.tokens import Mask, dense_unmerge_macs, merge_by
         >>> class Runs(Mask):
-        ...     def forward(self, inner, tokens, sizes, key=None, groups=1, padded=False):
+        ...     def forward(self, inner, tokens, sizes, key=None, cells=1, padded=False):
         ...         n, first = int(tokens.shape[1]), self.prefix
         ...         p = self.kept_at(n)
         ...         run = first + torch.arange(n - first) * (p - first) // (n - first)
@@ -143,7 +144,7 @@ def register_method(method: Method) -> None:
         ...         version=1,
         ...         scopes=("FLOW", "LOCAL"),
         ...         build=lambda place, keys: Runs(place.tokens_in, place.tokens_out, place.prefix),
-        ...         macs=lambda place: place.groups * place.tokens_in * place.tokens_out * (place.dim + 1),
+        ...         macs=lambda place: place.cells * place.tokens_in * place.tokens_out * (place.dim + 1),
         ...         unmerge_macs=dense_unmerge_macs,
         ...     )
         ... )

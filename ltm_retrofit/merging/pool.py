@@ -140,7 +140,7 @@ def _macs(place: Place) -> int:
     if place.grid is not None and place.kept is not None:
         return grid_overlaps(place.grid, place.kept)[0].numel() * place.dim
     partition(place.tokens_in, place.tokens_out, place.prefix)
-    return place.groups * place.tokens_in * place.tokens_out * (place.dim + 1)
+    return place.cells * place.tokens_in * place.tokens_out * (place.dim + 1)
 
 
 METHOD = Method("pool", 1, SCOPES, _build, _macs, dense_unmerge_macs)

@@ -53,7 +53,7 @@ def _unmerge_macs(place: Place) -> int:
     """``(N − P)·D``: the last kept token, once for each that was dropped."""
     if place.grid is not None:
         return dense_unmerge_macs(place)
-    return place.groups * (place.tokens_in - place.tokens_out) * (place.width or place.dim)
+    return place.cells * (place.tokens_in - place.tokens_out) * (place.width or place.dim)
 
 
 METHOD = Method("slice", 1, SCOPES, _build, _macs, _unmerge_macs)

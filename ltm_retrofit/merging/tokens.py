@@ -115,13 +115,13 @@ class Merged(NamedTuple):
 class Mask(nn.Module):
     """Base of every mask: the module of a site that turns N tokens into P.
 
-    Scopes ``FLOW`` and ``LOCAL`` call ``forward(inner, tokens, sizes, key=None, groups=1, padded=False) -> Merged``:
+    Scopes ``FLOW`` and ``LOCAL`` call ``forward(inner, tokens, sizes, key=None, cells=1, padded=False) -> Merged``:
 
     - ``inner (B, N, D)``: what the attention read; in ``LOCAL`` the tokens once more.
     - ``tokens (B, N, D)``: what is merged, the stream after the attention. Prefix tokens come first and must stay.
     - ``sizes (B, N)``: how many original tokens each one stands for; None where nothing was merged before.
     - ``key``: the block's present key map, ``weight (d, D)`` and ``bias (d,)`` or None, where the mask ``wants_key``.
-    - ``groups``: in ``LOCAL``, so many consecutive entries of the batch are the cells of one sequence.
+    - ``cells``: in ``LOCAL``, so many consecutive entries of the batch are the cells of one sequence.
     - ``padded``: whether tokens of size zero are padding.
 
     Scope ``GRID`` calls ``forward(tokens, grid) -> (merged, kept, step)``: ``tokens (B, H·W, D)`` line by line,
@@ -131,6 +131,9 @@ class Mask(nn.Module):
     The shape of what comes out follows from the shape of what goes in and from nothing else: ``torch.compile``, export
     and counting MACs rely on it. Images of another size bring other counts than planned: keep the same share of them
     (`kept_at`). A mask that knows its W leaves the rest to `merge_by`; `methods.register_method` shows one.
+
+    To be trained and logged as a mask, it sets ``self.statistics = Statistics(...)`` and returns a descriptor. Patches
+    come line by line: those of the image in ``FLOW`` (less what earlier sites merged), those of a cell in ``LOCAL``.
 
     Args:
         tokens_in: N, as planned.
@@ -171,6 +174,8 @@ def merge_by(matrix: Tensor, tokens: Tensor, sizes: Tensor | None) -> Merged:
         matrix: W, ``(N, P)`` or ``(B, N, P)`` in float32, rows summing to one.
         tokens: z ``(B, N, D)``.
         sizes: s ``(B, N)``, or None for ones.
+
+    It costs ``N·P·(D + 1)`` multiply–adds for one sequence.
     """
     batch, count = tokens.shape[:2]
     with full_precision(tokens):
@@ -185,7 +190,7 @@ def merge_by(matrix: Tensor, tokens: Tensor, sizes: Tensor | None) -> Merged:
 
 def dense_unmerge_macs(place: Place) -> int:
     """``NPD``, the multiply–adds of ``W x̃`` with a dense W, in each of a sequence's cells."""
-    return place.groups * place.tokens_in * place.tokens_out * (place.width or place.dim)
+    return place.cells * place.tokens_in * place.tokens_out * (place.width or place.dim)
 
 
 class Carried(NamedTuple):

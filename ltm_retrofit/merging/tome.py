@@ -40,7 +40,7 @@ class ToMeMask(SimilarityMask):
         tokens: Tensor,
         sizes: Tensor | None,
         key: Keys | None = None,
-        groups: int = 1,
+        cells: int = 1,
         padded: bool = False,
     ) -> Merged:
         """Merge by the block's present keys, or by its own where none are given. Arguments: see `Mask`."""
@@ -79,7 +79,7 @@ def _build(place: Place, keys: Keys) -> nn.Module:
 def _macs(place: Place) -> int:
     """``(N·D + |A|·|B|)·d`` in each cell, N without prefix tokens: keys, and similarities of sources A and B."""
     _, _, sources, destinations = partition(place.tokens_in, place.tokens_out, place.prefix)
-    return place.groups * ((sources + destinations) * place.dim + sources * destinations) * place.key_dim
+    return place.cells * ((sources + destinations) * place.dim + sources * destinations) * place.key_dim
 
 
 METHOD = Method("tome", 1, (Scope.FLOW, Scope.LOCAL), _build, _macs, unmerge_macs)

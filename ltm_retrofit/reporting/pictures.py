@@ -23,7 +23,7 @@ from ltm_retrofit.errors import CountError, DataError, ExampleError
 from ltm_retrofit.finding.example import home, run
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.scopes import SCOPES, rules_of
-from ltm_retrofit.scopes.base import Panel, Seen, names_of
+from ltm_retrofit.scopes.base import Panel, Shown, names_of
 from ltm_retrofit.tracing import MergeTrace, trace
 from ltm_retrofit.tuning.preprocessing import Preprocessing, make_transform, preprocessing_of, reversed_channels
 from ltm_retrofit.undisturbed import undisturbed
@@ -116,7 +116,7 @@ def panels_of(model: nn.Module, traced: MergeTrace, size: tuple[int, int]) -> di
             f"the plan merges at {len(rows)} sites and {len(traced.steps)} did: merging is disabled at the moment. "
             "Call show_merges outside `with ltm_retrofit.disabled(model):`"
         )
-    seen = Seen(traced.by_site, {forward.name: forward for forward in forwards_of(model)}, size)
+    seen = Shown(traced.by_site, {forward.name: forward for forward in forwards_of(model)}, size)
     drawn: dict[str, Panel] = {}
     for scope in SCOPES:
         if own := [row for row in rows if row.scope == scope.name]:

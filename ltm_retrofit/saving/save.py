@@ -50,7 +50,7 @@ def save_pretrained(
         NotRetrofitted: where the model is not converted.
         UnsupportedBlock: where its classifier was replaced by one that reads tokens that are gone.
         CheckpointError: where the folder cannot be written, or holds files that are not ours; where so much was
-            trained that there is no base left for an adapter; where the model costs other than its plan says.
+            trained that there is no base left for an adapter; where the plan was made for another host.
 
     Example:
         >>> import pathlib, timm

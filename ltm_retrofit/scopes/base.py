@@ -279,7 +279,7 @@ def make_mask(method: str, place: Place, keys: Keys, host: nn.Module) -> nn.Modu
 # ---------------------------------------------------------------------------------------------------- what is drawn
 
 
-class Seen(NamedTuple):
+class Shown(NamedTuple):
     """A pass over one image."""
 
     steps: Mapping[str, Step]  # what each site did
@@ -357,7 +357,7 @@ class ScopeRules:
     find: Callable[[Walk], Found]
     budget: Callable[[Sites, LTMConfig], Budget[Any]]
     build: Callable[[nn.Module, Sites, Planned], Parts]
-    panels: Callable[[Sequence[Row], Seen], dict[str, Panel]]
+    panels: Callable[[Sequence[Row], Shown], dict[str, Panel]]
     legend: Callable[[Sequence[Row], bool], str]
     stays: bool = False
 

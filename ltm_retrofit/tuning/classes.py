@@ -222,9 +222,9 @@ def _check_unmoved(model: nn.Module, names: Sequence[str], found: Sequence[int |
     Raises:
         DataError: naming one that it has elsewhere.
     """
-    elsewhere = [(index, own) for index, own in enumerate(found) if own not in (None, index)]
-    if elsewhere:
-        index, own = elsewhere[0]
+    for index, own in enumerate(found):
+        if own in (None, index):
+            continue
         raise DataError(
             f"the data's class {index} is {names[index]!r}, which {type(model).__name__} knows as its class {own}, and "
             "it does not know all of them: give the data the model's class names, or the model a classifier of its own"

@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 from ltm_retrofit.converted.record import learns, load_state, mark_finetuned, masks_of
 from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.merging.statistics import SAMPLES_PER_CLUSTER, Statistics
+from ltm_retrofit.merging.tokens import Mask
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.classes import evaluate
 from ltm_retrofit.tuning.data import Data, Images, Passes, Stream, batches_on, is_table, size_of
-from ltm_retrofit.tuning.objective import SAMPLES, Objective
+from ltm_retrofit.tuning.objective import SAMPLES, Objective, terms_of
 from ltm_retrofit.tuning.parameters import make_optimizer, make_schedule
 from ltm_retrofit.tuning.processes import Accelerator, of_every_process, with_memory_for
 from ltm_retrofit.tuning.settings import TrainConfig
@@ -144,8 +145,9 @@ class Run:
                 " they draw differs after a resume. Set persistent_workers=False for the same images bit for bit",
                 stacklevel=2,
             )
-        given = {"images": self.length * passes.images, "data": passes.digest()}
-        given["processes"] = self.accelerator.num_processes
+        given: dict[str, Any] = {"images": self.length * passes.images, "data": passes.digest()}
+        terms = [[term.name, term.weight, term.after] for term in terms_of(config)]
+        given |= {"processes": self.accelerator.num_processes, "terms": terms}
         if isinstance(passes.data, Stream):
             given["workers"] = config.workers  # they share out its files
         return checkpoints.beginning_of(self.model, config, **given)
@@ -292,7 +294,7 @@ class Run:
         self._add("seconds", time.perf_counter() - clock)
         progress, sums = self.progress, self.progress.sums
         images, bounded = int(sums.pop("images")), sums.pop("bounded")
-        sums["bound"] /= bounded or 1.0  # the mean over the batches that had one
+        sums["bound"] = sums.get("bound", 0.0) / (bounded or 1.0)  # the mean over the batches that had one
         damaged = of_every_process(self.passes.damaged(), self.accelerator)
         entry = {
             "epoch": progress.epoch + 1,
@@ -330,7 +332,7 @@ class Run:
 
     def sites(self) -> dict[str, dict[str, float]]:
         """Return what each mask has learned, as it says itself."""
-        return {name: mask.learned() for name, mask in masks_of(self.model).items() if learns(mask)}
+        return {n: m.learned() for n, m in masks_of(self.model).items() if isinstance(m, Mask) and learns(m)}
 
     def _add(self, key: str, value: float) -> None:
         self.progress.sums[key] = self.progress.sums.get(key, 0.0) + value

@@ -1,7 +1,7 @@
 """What a step minimises: a list of terms.
 
 Each `Term` is a function from what a step has seen to one number, with a weight and a place in the run where it joins
-the loss. To add one, write the function and an entry in `terms_of`; the history then logs it under its name:
+the loss. To add one, write the function here and an entry in `terms_of`; the history then logs it under its name:
 
     def certainty(seen: Seen) -> Tensor:
         '''Return minus the entropy of the predictions, in nats (Pereyra et al. 2017): sure guesses cost something.'''
@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 from ltm_retrofit.convert import restore
 from ltm_retrofit.converted.record import get_retrofit, is_retrofitted, masks_of
-from ltm_retrofit.errors import DataError, TrainingError
+from ltm_retrofit.errors import DataError, RecipeError, TrainingError
 from ltm_retrofit.finding.example import logits_of, run
 from ltm_retrofit.finding.recording import record
 from ltm_retrofit.merging import ib
@@ -36,6 +36,8 @@ from ltm_retrofit.tracing import MergeTrace, bound_loss, learn_from, trace
 from ltm_retrofit.tuning.processes import Accelerator
 from ltm_retrofit.tuning.settings import TrainConfig
 
+#: what the history of a run logs besides the terms
+TAKEN = ("loss", "images", "seconds", "waiting", "bounded")
 #: samples that an estimate of the information is made of
 SAMPLES = 1024
 
@@ -147,6 +149,9 @@ class Objective:
     ) -> None:
         self.model, self.config, self.classes, self.accelerator = model, config, classes, accelerator
         self.terms = terms_of(config)
+        names = [*TAKEN, *(term.name for term in self.terms)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise RecipeError(f"terms of the loss need names of their own, and {', '.join(twice)} is taken twice")
         wanted = config.bound != "none" and is_retrofitted(model)
         #: of the feature; None where there is no bound
         self.statistics = get_retrofit(model).readout if wanted else None

@@ -39,7 +39,10 @@ def chosen(model: nn.Module, train: str) -> set[nn.Parameter]:
         return set(model.parameters())
     found = set(masks_in(model))
     if train != "lora" and not found:
-        raise TrainingError(f"train={train!r} finds no mask: convert the model with method='ltm' first")
+        raise TrainingError(
+            f"train={train!r} finds no mask that learns: convert the model with a method whose masks have statistics, "
+            "such as 'ltm'"
+        )
     if train == "masks+norms":
         norms = (module for module in model.modules() if "Norm" in type(module).__name__)
         # vectors only: a classifier whose class is called after its norm holds a matrix, too

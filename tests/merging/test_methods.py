@@ -29,8 +29,8 @@ def grid(dim: int, key_dim: int, before: tuple[int, int], after: tuple[int, int]
     return Place("GRID", dim, key_dim, n, p, classes=classes, grid=before, kept=after)
 
 
-def local(dim: int, key_dim: int, n: int, p: int, classes: int, groups: int, width: int) -> Place:
-    return Place("LOCAL", dim, key_dim, n, p, classes=classes, groups=groups, width=width)
+def local(dim: int, key_dim: int, n: int, p: int, classes: int, cells: int, width: int) -> Place:
+    return Place("LOCAL", dim, key_dim, n, p, classes=classes, cells=cells, width=width)
 
 
 #: saved plans hold sums of these, so they never change while a method's version stays; None: nothing is brought back
@@ -64,7 +64,7 @@ def test_counts_of_saved_plans_stay(name, place, macs, unmerge_macs):
 def test_counts_of_the_learnable_mask_are_the_formula(place):
     d, key, a, c = place.dim, place.key_dim, place.clusters, place.classes
     patches = place.tokens_in - place.prefix
-    step = 2 * a * d + 2 * a * c + place.groups * 2 * patches * d
+    step = 2 * a * d + 2 * a * c + place.cells * 2 * patches * d
     if place.grid is not None:
         pairs = grid_overlaps(place.grid, place.kept)[0].numel()
         assert get_method("ltm").macs(place) == patches * d * key + pairs * key + pairs * d + step
@@ -74,8 +74,8 @@ def test_counts_of_the_learnable_mask_are_the_formula(place):
     destinations = len(range(first, patches, stride))
     merging = (place.tokens_in - place.tokens_out) * destinations
     once = patches * d * key + (patches - destinations) * destinations * key + merging * d
-    assert get_method("ltm").macs(place) == place.groups * once + step
-    assert get_method("ltm").unmerge_macs(place) == place.groups * merging * (place.width or d)
+    assert get_method("ltm").macs(place) == place.cells * once + step
+    assert get_method("ltm").unmerge_macs(place) == place.cells * merging * (place.width or d)
 
 
 def keys_of(place: Place, bias: bool = True) -> Keys:
@@ -98,8 +98,8 @@ def test_counts_are_those_of_the_mask_that_is_built(name, place):
     if place.scope not in method.scopes:
         pytest.skip(f"{name} does not serve {place.scope}")
     mask, keys = method.build(place, keys_of(place, bias=place.scope == "FLOW")).eval(), keys_of(place)
-    tokens = torch.randn(place.groups, place.tokens_in, place.dim)
-    wide = torch.randn(place.groups, place.tokens_out, place.width or place.dim)
+    tokens = torch.randn(place.cells, place.tokens_in, place.dim)
+    wide = torch.randn(place.cells, place.tokens_out, place.width or place.dim)
     seen = []
 
     def merge() -> None:
@@ -107,7 +107,7 @@ def test_counts_are_those_of_the_mask_that_is_built(name, place):
             seen.append(mask(tokens, place.grid)[2])
         else:
             key = keys if mask.wants_key and place.scope == "FLOW" else None
-            seen.append(mask(tokens, tokens, None, key, place.groups).step)
+            seen.append(mask(tokens, tokens, None, key, place.cells).step)
 
     with torch.no_grad():
         assert count_macs_quick(merge) == method.macs(place)
@@ -193,7 +193,7 @@ def build_runs(place: Place, keys: Keys) -> Mask:
 
 
 def count_runs(place: Place) -> int:
-    return place.groups * place.tokens_in * place.tokens_out * (place.dim + 1)
+    return place.cells * place.tokens_in * place.tokens_out * (place.dim + 1)
 
 
 def test_a_method_of_ones_own_stands_beside_the_others(registry):

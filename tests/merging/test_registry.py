@@ -40,23 +40,23 @@ class Stretches(nn.Module):
         self.statistics = Statistics(place.dim, place.classes, place.clusters)
 
     def forward(
-        self, inner: Tensor, z: Tensor, sizes: Tensor | None, key: object = None, groups: int = 1, padded: bool = False
+        self, inner: Tensor, z: Tensor, sizes: Tensor | None, key: object = None, cells: int = 1, padded: bool = False
     ) -> Merged:
         sizes = z.new_ones(z.shape[:2]) if sizes is None else sizes
         weights = sizes.unsqueeze(-1) * self.matrix  # (B, N, P)
         new_sizes = weights.sum(dim=1)
         merged = self.scale * torch.matmul((weights / new_sizes.unsqueeze(1)).transpose(1, 2), z)
-        descriptor = merged.mean(dim=1).unflatten(0, (-1, groups)).mean(dim=1)
+        descriptor = merged.mean(dim=1).unflatten(0, (-1, cells)).mean(dim=1)
         kept = self.matrix.argmax(dim=0).expand(len(z), -1)
         return Merged(merged, new_sizes, Step(DenseAssignment(kept, self.matrix), descriptor))
 
 
 def macs(place: Place) -> int:
-    return place.groups * place.tokens_in * place.tokens_out * place.dim
+    return place.cells * place.tokens_in * place.tokens_out * place.dim
 
 
 def unmerge_macs(place: Place) -> int:
-    return place.groups * place.tokens_in * place.tokens_out * (place.width or place.dim)
+    return place.cells * place.tokens_in * place.tokens_out * (place.width or place.dim)
 
 
 METHOD = Method("stretches", 1, ("FLOW", "LOCAL"), Stretches, macs, unmerge_macs)

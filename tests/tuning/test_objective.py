@@ -251,3 +251,13 @@ def test_mixing_finds_the_images_among_other_entries(build) -> None:
     mixed, targets = objective.mix(batch, drawn[0]["labels"])
     assert mixed["names"] == batch["names"] and not torch.equal(mixed["pixel_values"], batch["pixel_values"])
     assert targets.shape == (7, 7)
+
+
+@pytest.mark.parametrize("name", ["task", "loss", "images"])
+def test_a_term_has_a_name_of_its_own(name: str, build, monkeypatch) -> None:
+    """A second one of a name, or one that the history logs anyway, would take the other's place without a word."""
+    monkeypatch.setattr(
+        room, "terms_of", lambda config: [*terms_of(config), Term(name, lambda seen: seen.logits.sum())]
+    )
+    with pytest.raises(RecipeError, match=f"{name} is taken twice"):
+        Objective(build("timm-vit"), TrainConfig(), 7)

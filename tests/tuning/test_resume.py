@@ -29,7 +29,7 @@ from ltm_retrofit.cli import _be_quiet
 from ltm_retrofit.converted.record import was_finetuned
 from ltm_retrofit.errors import CheckpointError, TrainingError
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.tuning import checkpoints
+from ltm_retrofit.tuning import checkpoints, loop, objective
 from ltm_retrofit.tuning.data import Images, Order
 from ltm_retrofit.tuning.loop import Run
 
@@ -500,3 +500,13 @@ def test_what_was_known_before_memory_ended_is_still_known(ends: bool, model, pi
         ltm.finetune(parts, pictures(32), config=config)
         expected = [len(module.memory) for module in whole.modules() if isinstance(module, Statistics)]
         assert [len(module.memory) for module in memories] == expected and min(expected) > 32
+
+
+def test_other_terms_of_the_loss_are_another_run(model, monkeypatch, tmp_path) -> None:
+    """Whoever adds a term between two halves of a run would log half a sum, and minimise two things."""
+    fresh, config = copy.deepcopy(model), ltm.TrainConfig(checkpoint_every=1)
+    ltm.finetune(model, batches(2), config=config, checkpoints_to=tmp_path)
+    further = objective.Term("certainty", lambda seen: seen.logits.mean())
+    monkeypatch.setattr(loop, "terms_of", lambda config: [*objective.terms_of(config), further])
+    with pytest.raises(CheckpointError, match=r"which differs in terms \("):
+        ltm.finetune(fresh, batches(2), config=config, checkpoints_to=tmp_path, resume=True)

@@ -36,7 +36,7 @@ def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
     return forwards, masks
 
 
-def panels(rows: Sequence[base.Row], seen: base.Seen) -> dict[str, base.Panel]:
+def panels(rows: Sequence[base.Row], seen: base.Shown) -> dict[str, base.Panel]:
     """Show in each panel all that happened so far; a group keeps its number."""
     prefix = seen.forwards[rows[0].site].prefix
     grid = base.patch_grid(rows[0].tokens_in - prefix, *seen.size)

@@ -168,7 +168,7 @@ class Candidate:
             raise UnsupportedBlock("proof (b): its back half mixes tokens")
 
     def _measure_cost(self, stream: Tensor) -> Cost:
-        """Count front and back; that predicted and counted MACs agree at all tokens is seen on converting."""
+        """Count front and back; `ltm.measure` counts the converted model as a whole."""
         tokens, followers = self.piece.split(self.call.args, self.call.kwargs)
         full = tokens.shape[1]
         first = max((full - value.shape[-2] for value in tensors_of(followers)), default=0) + 2
@@ -224,7 +224,7 @@ class Candidate:
 def smallest(walk: Walk, attended: Attended) -> Candidate | Refused:
     """Return the smallest module around an attention that can be cut, or what stands against each of them."""
     reasons: list[str] = []
-    several = [(name, False) for name in reversed(attended.chain)]
+    several = [(name, False) for name in reversed(attended.around)]
     for name, end in several:
         calls = walk.recording.attending.get(name, [])
         kind = type(walk.model.get_submodule(name)).__name__

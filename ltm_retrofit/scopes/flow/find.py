@@ -48,7 +48,7 @@ def find(walk: Walk) -> Found:
     sites = [candidate.site(_layout(walk, candidate.tokens, prefix)) for candidate in candidates]
     found: dict[int, list[AttentionSite]] = {}
     for number, attended in enumerate(walk.recording.attended):
-        if own := [site for site in sites if site.block in attended.chain]:
+        if own := [site for site in sites if site.block in attended.around]:
             found[number] = [*own]
     return Found(found, refused + dropped)
 
@@ -58,7 +58,7 @@ def _candidates(walk: Walk) -> Sifted:
     taken: dict[str, Candidate] = {}
     refused: list[Refused] = []
     for attended in walk.recording.attended:
-        if taken.keys() & set(attended.chain):
+        if taken.keys() & set(attended.around):
             continue  # a second attention of a block that is already cut: its back was proven token-wise with it
         found = smallest(walk, attended)
         if isinstance(found, Refused):
@@ -72,7 +72,7 @@ def _unbroken(walk: Walk, candidates: list[Candidate]) -> Sifted:
     """Keep the last run of candidates with no other attention between them: merged tokens must not meet one."""
     names = {candidate.name: candidate for candidate in candidates}
     attended = walk.recording.attended
-    around = [next((names[name] for name in one.chain if name in names), None) for one in attended]
+    around = [next((names[name] for name in one.around if name in names), None) for one in attended]
 
     def meets(one: Candidate, other: Candidate) -> str:
         numbers = range(around.index(one), around.index(other))
@@ -181,7 +181,7 @@ def _count_prefix(walk: Walk, candidates: list[Candidate]) -> int | Refused:
     if not candidates:
         return 0
     count, first = candidates[0].tokens, walk.recording.attended[0]
-    streams = [(name, walk.recording.attending[name][0].stream()) for name in reversed(first.chain)]
+    streams = [(name, walk.recording.attending[name][0].stream()) for name in reversed(first.around)]
     entered = [(name, stream) for name, stream in streams if stream is not None and stream.shape[1] == count]
     if not entered:
         return Refused("", "the tokens of its first attention are not those of the blocks that can be cut")

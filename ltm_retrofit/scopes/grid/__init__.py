@@ -34,7 +34,7 @@ def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
     return forwards, masks
 
 
-def panels(rows: Sequence[base.Row], seen: base.Seen) -> dict[str, base.Panel]:
+def panels(rows: Sequence[base.Row], seen: base.Shown) -> dict[str, base.Panel]:
     """Show for each place of the map the output token that takes most of it."""
     drawn = {}
     for row in rows:

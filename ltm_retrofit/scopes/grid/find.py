@@ -121,7 +121,7 @@ def _distinct(points: Mapping[int, GridSite | None]) -> dict[int, GridSite]:
 def _around(walk: Walk, number: int, inside: int | None) -> list[GridSite]:
     """Return the modules around an attention that keep its map, innermost first, up to the first that is too small."""
     found: list[GridSite] = []
-    for name in reversed(walk.recording.attended[number].chain):
+    for name in reversed(walk.recording.attended[number].around):
         call = walk.recording.by_name[name][0]
         if not name or not _may_host(walk, call) or len(call.shape_in) != 4 or call.shape_in != call.shape_out:
             continue

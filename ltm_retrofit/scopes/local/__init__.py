@@ -39,7 +39,7 @@ def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
     return forwards, masks
 
 
-def panels(rows: Sequence[base.Row], seen: base.Seen) -> dict[str, base.Panel]:
+def panels(rows: Sequence[base.Row], seen: base.Shown) -> dict[str, base.Panel]:
     """Show the groups of each site alone, of few sites: the first, the last, and evenly between."""
     places = np.linspace(0, len(rows) - 1, min(len(rows), FEW)).round().astype(int)
     return {rows[place].site: _panel(rows[place], seen) for place in places}
@@ -53,7 +53,7 @@ def legend(rows: Sequence[base.Row], dropping: bool) -> str:
     return text
 
 
-def _panel(row: base.Row, seen: base.Seen) -> base.Panel:
+def _panel(row: base.Row, seen: base.Shown) -> base.Panel:
     forward, step = seen.forwards[row.site], seen.steps[row.site]
     assert isinstance(forward, LocalForward) and forward.layout.grid is not None
     layout, grid = forward.layout, forward.layout.grid

@@ -33,7 +33,7 @@ def place_of(site: LocalSite, row: Row, classes: int, clusters: int, dtype: torc
             f"({rest} others stay): choose {rest} + {count}·k with k from 1 to {size}"
         )
     cell = Place(site.scope, site.dim, site.key_dim, size, kept, 0, max(1, classes), clusters, dtype=dtype)
-    return replace(cell, groups=count, width=site.width)
+    return replace(cell, cells=count, width=site.width)
 
 
 class LocalBudget(Budget[LocalSite]):

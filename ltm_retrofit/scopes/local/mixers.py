@@ -39,7 +39,7 @@ def find_mixers(walk: Walk) -> dict[int, Link]:
 
 
 def _innermost(walk: Walk, attended: Attended) -> Link | None:
-    for name in reversed(attended.chain):
+    for name in reversed(attended.around):
         calls = walk.recording.attending.get(name, [])
         if len(calls) != 1 or not name:
             return None
