@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ltm_retrofit as ltm
+from ltm_retrofit.converted.record import get_retrofit
 from ltm_retrofit.errors import DataError, RecipeError, TrainingError
 from ltm_retrofit.merging import ib
 from ltm_retrofit.merging.statistics import Statistics
@@ -173,7 +174,7 @@ def test_the_bound_takes_the_teachers_word_where_there_are_no_labels(converted) 
         objective(model, images, None)
         objective.learn()
         losses = objective(model, images, None)
-        counts = ltm.convert.get_retrofit(model).readout.counts
+        counts = get_retrofit(model).readout.counts
         taught = teacher_of(model)(images).softmax(-1)
     assert float(losses["bound"]) > 0
     torch.testing.assert_close(counts.sum(0) / counts.sum(), taught.mean(0), rtol=2e-2, atol=2e-3)
