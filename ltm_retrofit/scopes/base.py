@@ -14,7 +14,6 @@ from torch import nn
 from ltm_retrofit.config import LTMConfig, Strict
 from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.finding.call import Settings, changed_setting
-from ltm_retrofit.finding.example import home
 from ltm_retrofit.finding.sites import AttentionSite, Found, Sites
 from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.merging.methods import Keys, Place, Scope, get_method
@@ -272,8 +271,9 @@ def rows_in(plan: Planned, scope: Scope) -> dict[str, Row]:
 
 
 def make_mask(method: str, place: Place, keys: Keys, host: nn.Module) -> nn.Module:
-    """Make the mask of a place, on the device and in the mode of the module beside it."""
-    return get_method(method).build(place, keys).to(home(host)[0]).train(host.training)
+    """Make the mask of a place, on the device of its keys and in the mode of the module beside it."""
+    # the keys know where the model is: a host may have no parameters of its own
+    return get_method(method).build(place, keys).to(keys.weight.device).train(host.training)
 
 
 # ---------------------------------------------------------------------------------------------------- what is drawn

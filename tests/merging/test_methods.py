@@ -15,6 +15,7 @@ from ltm_retrofit.merging import methods
 from ltm_retrofit.merging.methods import Keys, Method, Place, get_method, method_names, register_method
 from ltm_retrofit.merging.pool import grid_overlaps
 from ltm_retrofit.merging.tokens import Mask, dense_unmerge_macs, merge_by
+from ltm_retrofit.scopes.base import make_mask
 
 torch.set_num_threads(1)
 OURS = ("ltm", "tome", "pool", "slice")
@@ -247,3 +248,10 @@ def test_an_unknown_method_is_refused_with_the_nearest_name(registry):
         get_method("tomee")
     with pytest.raises(RecipeError, match="method 'xyz' is not registered; known: 'ltm'"):
         get_method("xyz")
+
+
+def test_a_mask_lives_where_its_keys_do_also_beside_a_module_without_parameters() -> None:
+    keys = Keys(torch.empty(8, 16, device="meta"))
+    place = Place("GRID", 16, 8, 16, 4, grid=(4, 4), kept=(2, 2))
+    mask = make_mask("ltm", place, keys, torch.nn.Identity())
+    assert {value.device.type for value in mask.parameters()} == {"meta"}
