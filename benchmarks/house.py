@@ -3,7 +3,7 @@
     python benchmarks/house.py
 
 Code lines hold a name, a number or an operator: no blanks, comments or docstrings, and no lines that only go on with
-the text of a message. (By this count 56bc864 had 9,460 in 96 files.) `tests/test_house.py` holds the limits.
+the text of a message. (56bc864 had 9,460, and 9,775 with that text, in 96 files.) `tests/test_house.py` holds limits.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
                 yield first.value
 
 
-def lines_of(file: Path) -> tuple[set[int], set[int]]:
+def lines_of(file: Path, *more: int) -> tuple[set[int], set[int]]:
     """Return the numbers of the lines that hold code, and of those that hold a comment."""
     source = file.read_text(encoding="utf-8")
     told = {line for node in docstrings(ast.parse(source)) for line in range(node.lineno, (node.end_lineno or 0) + 1)}
     code, comments = set[int](), set[int]()
-    said = (tokenize.NAME, tokenize.NUMBER, tokenize.OP)
+    said = (tokenize.NAME, tokenize.NUMBER, tokenize.OP, *more)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments.add(token.start[0])
         elif token.type in said:
-            code.add(token.start[0])
+            code |= set(range(token.start[0], token.end[0] + 1))
     return code - told, comments
 
 
@@ -123,6 +123,7 @@ def measure() -> dict[str, Any]:
     return {
         "files": len(counted),
         "code lines": code,
+        "code lines, text of messages included": sum(len(lines_of(file, tokenize.STRING)[0]) for file in files()),
         "comment lines": comments,
         "comments, % of code and comments": round(100 * comments / (code + comments), 1),
         "modules in a circle of imports": circle(),

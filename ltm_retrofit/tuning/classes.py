@@ -223,12 +223,12 @@ def _check_unmoved(model: nn.Module, names: Sequence[str], found: Sequence[int |
         DataError: naming one that it has elsewhere.
     """
     for index, own in enumerate(found):
-        if own in (None, index):
-            continue
-        raise DataError(
-            f"the data's class {index} is {names[index]!r}, which {type(model).__name__} knows as its class {own}, and "
-            "it does not know all of them: give the data the model's class names, or the model a classifier of its own"
-        )
+        if own not in (None, index):
+            raise DataError(
+                f"the data's class {index} is {names[index]!r}, which {type(model).__name__} knows as its class {own}, "
+                "and it does not know all of them: give the data the model's class names, or the model a classifier of "
+                "its own"
+            )
 
 
 # ------------------------------------------------------------------------------------------------ a new classifier
