@@ -191,23 +191,23 @@ def build(model: nn.Module, sites: Sites, plan: MergePlan) -> Conversion:
                 f"the forward of a {type(module).__name__} was replaced on the instance (a hook or a wrapper): remove "
                 "that first"
             )
-    kept = Retrofit(
+    record = Retrofit(
         dataclasses.replace(plan, base=sites.base, fixed_inputs=sites.fixed_inputs),
         readout,
         finetuned=was_finetuned(model),
         pretrained=fingerprints_of(model),
     ).to(home(model)[0])
-    return forwards, masks, kept.train(model.training)
+    return forwards, masks, record.train(model.training)
 
 
-def install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module, nn.Module], kept: Retrofit) -> None:
+def install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module, nn.Module], record: Retrofit) -> None:
     """Put everything in place."""
-    model._modules[CHILD] = kept
+    model._modules[CHILD] = record
     for forward in forwards:
         forward.put_in_place()
     for host, mask in masks.items():
         if host is model:
-            kept.mask = mask
+            record.mask = mask
         else:
             host._modules[CHILD] = mask
 

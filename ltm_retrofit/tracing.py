@@ -16,7 +16,7 @@ from ltm_retrofit.converted.record import forwards_of, get_retrofit, learns, mas
 from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.merging.statistics import of_all_ranks
-from ltm_retrofit.merging.tokens import Step, accumulated
+from ltm_retrofit.merging.tokens import Merge, accumulated
 from ltm_retrofit.scopes import rules_of
 
 #: images that statistics learn from at once: at small batches learning from each would be a twentieth of a step
@@ -27,7 +27,7 @@ TOGETHER = 128
 class MergeTrace:
     """The latest forward pass of a converted model.
 
-    ``sites`` and ``steps`` go together, in the plan's order (the final slice is no step); ``features`` is what each
+    ``sites`` and ``merges`` go together, in the plan's order (the final slice is no merge); ``features`` is what each
     module of the classifier read, ``(B, D)`` each.
 
     Example:
@@ -43,11 +43,11 @@ class MergeTrace:
     model: nn.Module
     sites: tuple[str, ...]
     scopes: tuple[str, ...]
-    by_site: dict[str, Step] = field(default_factory=dict)
+    by_site: dict[str, Merge] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def steps(self) -> tuple[Step, ...]:
+    def merges(self) -> tuple[Merge, ...]:
         """What each site did; empty before the first forward pass, and while merging is disabled."""
         found = tuple(self.by_site[site] for site in self.sites if site in self.by_site)
         return found if len(found) == len(self.sites) else ()
@@ -62,10 +62,10 @@ class MergeTrace:
             TrainingError: where no forward pass was traced yet.
         """
         self._check()
-        scope, so_far = self.scopes[index], self.steps[: index + 1]
+        scope, so_far = self.scopes[index], self.merges[: index + 1]
         if not rules_of(scope).stays:
             return so_far[-1].assignment.dense()
-        return accumulated(tuple(step for step, own in zip(so_far, self.scopes, strict=False) if own == scope))
+        return accumulated(tuple(merge for merge, own in zip(so_far, self.scopes, strict=False) if own == scope))
 
     @property
     def feature(self) -> Tensor:
@@ -83,7 +83,7 @@ class MergeTrace:
         return torch.cat([self.features[name] for name in get_retrofit(self.model).plan.readouts], dim=-1)
 
     def _check(self) -> None:
-        if not self.steps:
+        if not self.merges:
             raise TrainingError("no forward pass was traced: call the model inside `with ltm_retrofit.trace(model):`")
 
 
@@ -102,7 +102,7 @@ def trace(model: nn.Module) -> Iterator[MergeTrace]:
         >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
         >>> with ltm.trace(ltm.retrofit(model)) as traced:
         ...     logits = model(torch.randn(2, 3, 32, 32))
-        >>> len(traced.steps) == len(traced.sites)
+        >>> len(traced.merges) == len(traced.sites)
         True
     """
     follow_classifier(model)
@@ -201,10 +201,10 @@ def learn_from(traced: MergeTrace, labels: Tensor) -> None:
 
 def _targets(traced: MergeTrace, labels: Tensor) -> Tensor:
     """Return soft labels ``(B, C)`` beside the traced feature."""
-    kept, feature = get_retrofit(traced.model), traced.feature
-    if kept.readout is None:
-        raise TrainingError(f"method {kept.plan.config.method!r} has no mask to train, so there is no bound")
-    targets = soft_targets(labels, kept.plan.classes).to(feature.device)
+    record, feature = get_retrofit(traced.model), traced.feature
+    if record.readout is None:
+        raise TrainingError(f"method {record.plan.config.method!r} has no mask to train, so there is no bound")
+    targets = soft_targets(labels, record.plan.classes).to(feature.device)
     if len(targets) != len(feature):
         raise DataError(f"{len(targets)} labels for {len(feature)} traced images: trace the batch that they belong to")
     return targets
@@ -216,10 +216,10 @@ def _learn(traced: MergeTrace, targets: Tensor) -> None:
     if not traced.model.training or readout is None:
         return
     masks: dict[str, Any] = masks_of(traced.model)
-    for name, step in zip(traced.sites, traced.steps, strict=True):
+    for name, merge in zip(traced.sites, traced.merges, strict=True):
         if learns(masks[name]):
-            assert step.descriptor is not None
+            assert merge.descriptor is not None
             # of each sequence: an image may have several (windows), and has one label
-            own = step.descriptor.reshape(len(targets), -1, step.descriptor.shape[-1]).mean(dim=1)
+            own = merge.descriptor.reshape(len(targets), -1, merge.descriptor.shape[-1]).mean(dim=1)
             masks[name].statistics.update(*of_all_ranks(own, targets), together=TOGETHER)
     readout.update(*of_all_ranks(traced.feature, targets), together=TOGETHER)

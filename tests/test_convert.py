@@ -306,7 +306,7 @@ def test_a_copy_that_is_made_within_disabled_or_a_trace_merges(converted, build,
     merged = outputs(model, images)
     with ltm.trace(model) as traced, ltm.disabled(model):
         twin = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
-        assert equal(outputs(model, images), outputs(build(family), images)) and traced.steps == ()
+        assert equal(outputs(model, images), outputs(build(family), images)) and traced.merges == ()
         assert equal(outputs(twin, images), merged)
     assert equal(outputs(model, images), merged)
     with ltm.disabled(twin):
@@ -458,7 +458,7 @@ def test_interpolated_positions_keep_the_planned_shares(converted, build, method
         merged = outputs(model, large, **options)
     assert [t.shape for t in merged] == [(2, 7)] and bool(torch.isfinite(merged[0]).all())
     if method != "slice":  # which does not know its prefix tokens
-        assert [step.assignment.kept.shape[1] for step in traced.steps] == planned_for_48(model)
+        assert [step.assignment.kept.shape[1] for step in traced.merges] == planned_for_48(model)
     with ltm.disabled(model):
         assert equal(outputs(model, large, **options), outputs(build("hf-vit"), large, **options))
 
@@ -470,10 +470,10 @@ def test_dynamic_image_size_keeps_the_planned_shares():
     model = ltm.retrofit(host)
     with ltm.trace(model) as traced, torch.no_grad():
         model(torch.randn(1, 3, 48, 48))
-        assert [step.assignment.kept.shape[1] for step in traced.steps] == planned_for_48(model)
+        assert [step.assignment.kept.shape[1] for step in traced.merges] == planned_for_48(model)
         model(torch.randn(1, 3, 32, 32))
         rows = [row for row in ltm.get_plan(model).rows if row.action == "merge"]
-        assert [step.assignment.kept.shape[1] for step in traced.steps] == [row.tokens_out for row in rows]
+        assert [step.assignment.kept.shape[1] for step in traced.merges] == [row.tokens_out for row in rows]
 
 
 def test_a_grid_of_merged_tokens_is_refused_by_name(converted, images):

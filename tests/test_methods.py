@@ -63,7 +63,7 @@ def test_it_converts_counts_saves_and_reloads(name: str, scope: str, build, imag
             original = model(images)
         with ltm.trace(model) as traced:
             model(images)
-    assert len(traced.steps) == len(masks) and torch.allclose(traced.assignment(0).sum(-1), torch.ones(1))
+    assert len(traced.merges) == len(masks) and torch.allclose(traced.assignment(0).sum(-1), torch.ones(1))
     ltm.save_pretrained(model, tmp_path / "folder")
     loaded = ltm.from_pretrained(tmp_path / "folder").eval()
     assert ltm.get_plan(loaded) == plan

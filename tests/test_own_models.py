@@ -74,7 +74,7 @@ def test_a_block_alone_converts_and_comes_back_bit_for_bit(root):
         assert equal(call(model, OTHERS), before)
     with ltm.trace(model) as traced:
         call(model, OTHERS)
-    assert len(traced.steps) == sum(row.action == "merge" for row in ltm.get_plan(model).rows)
+    assert len(traced.merges) == sum(row.action == "merge" for row in ltm.get_plan(model).rows)
     ltm.restore(model)
     assert not ltm.is_retrofitted(model) and snapshot(model) == parts
     after = model.state_dict()

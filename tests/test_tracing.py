@@ -51,15 +51,15 @@ def test_the_trace_holds_the_latest_pass(model):
         torch.testing.assert_close(model.head(traced.feature), second)
     plan = ltm.get_plan(model)
     merges = [row for row in plan.rows if row.action == "merge"]
-    assert traced.sites == tuple(row.site for row in merges) and len(traced.steps) == len(merges)
+    assert traced.sites == tuple(row.site for row in merges) and len(traced.merges) == len(merges)
     for index, row in enumerate(merges):
-        assert traced.steps[index].descriptor.shape == (3, 48)
+        assert traced.merges[index].descriptor.shape == (3, 48)
         weights = traced.assignment(index)
         assert weights.shape == (3, 65, row.tokens_out)
         torch.testing.assert_close(weights.sum(dim=2), torch.ones(3, 65))
-    kept, steps = traced.feature, traced.steps
+    kept, steps = traced.feature, traced.merges
     model(draw(4, 2)[0])
-    same = all(a is b for a, b in zip(traced.steps, steps, strict=True))
+    same = all(a is b for a, b in zip(traced.merges, steps, strict=True))
     assert same and torch.equal(traced.feature, kept), "the trace ends with its block"
 
 

@@ -125,18 +125,18 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 def _follow(model: nn.Module) -> None:
     """Prove the ending anew, then put the plan, the statistics and the counts right."""
-    kept = get_retrofit(model)
-    example = make_example(kept.plan.input_size, kept.plan.fixed_inputs, model)
+    record = get_retrofit(model)
+    example = make_example(record.plan.input_size, record.plan.fixed_inputs, model)
     watch_pooling(model)
     served, recording = _record(model, example)
     _prove_ending(served, example, recording.output)
     classes, readouts = recording.classifier()
-    plan = dataclasses.replace(kept.plan, classes=classes, readouts=readouts, macs_original=recording.macs)
+    plan = dataclasses.replace(record.plan, classes=classes, readouts=readouts, macs_original=recording.macs)
     for part in {model, served}:
         _renew_statistics(part, plan)
     with undisturbed(served), torch.no_grad():
         macs = count_macs_quick(lambda: run(served, example))
-    kept.plan = dataclasses.replace(plan, macs=macs)  # not inside, where it would be put back
+    record.plan = dataclasses.replace(plan, macs=macs)  # not inside, where it would be put back
 
 
 def _record(model: nn.Module, example: Example) -> tuple[nn.Module, Recording]:
@@ -193,10 +193,10 @@ def _refusal(model: nn.Module, reason: str) -> str:
 
 def _renew_statistics(model: nn.Module, plan: MergePlan) -> None:
     """Start statistics anew where they are of other classes or of another feature."""
-    kept, masks = get_retrofit(model), list[Any](masks_of(model).values())
+    record, masks = get_retrofit(model), list[Any](masks_of(model).values())
     fresh = make_readout(model, plan, masks)
-    if _shapes(kept.readout) != _shapes(fresh):
-        kept.readout = fresh if fresh is None else fresh.train(kept.training)
+    if _shapes(record.readout) != _shapes(fresh):
+        record.readout = fresh if fresh is None else fresh.train(record.training)
     for mask in filter(learns, masks):
         clusters, dim = mask.statistics.centroids.shape
         other = Statistics(dim, max(1, plan.classes), clusters)

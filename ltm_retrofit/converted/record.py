@@ -62,13 +62,13 @@ def get_retrofit(model: nn.Module) -> Retrofit:
     Raises:
         NotRetrofitted: where it is not converted.
     """
-    kept = model._modules.get(CHILD)
-    if not isinstance(kept, Retrofit):
+    record = model._modules.get(CHILD)
+    if not isinstance(record, Retrofit):
         raise NotRetrofitted(
             f"this {type(model).__name__} is not converted: call ltm_retrofit.retrofit(model, LTMConfig(...)) first, "
             "and pass the model itself, not a wrapper around it"
         )
-    return kept
+    return record
 
 
 def is_retrofitted(model: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from ltm_retrofit.merging.matching import SimilarityMask, lifted, partition, tak
 from ltm_retrofit.merging.methods import SCOPES, Grid, Keys, Method, Place
 from ltm_retrofit.merging.pool import PoolGrid, gathered, grid_overlaps
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.merging.tokens import TINY, GridAssignment, Merged, Step, dense_unmerge_macs
+from ltm_retrofit.merging.tokens import TINY, GridAssignment, Merge, Merged, dense_unmerge_macs
 
 #: τ, the temperature of the softmax over destinations in a freshly converted model
 INITIAL_TEMPERATURE = 0.01
@@ -113,7 +113,7 @@ class MaskModule(SimilarityMask):
         return Merged(
             self.together(tokens, source, staying, merged),
             self.together(sizes, source_size, staying, new_size),
-            Step(self.assignment(leaving, staying, weights, counts), descriptor),
+            Merge(self.assignment(leaving, staying, weights, counts), descriptor),
         )
 
     def learned(self) -> dict[str, float]:
@@ -167,23 +167,23 @@ class GridMask(PoolGrid):
         dim: width D of the tokens.
         key_dim: width d of the keys.
         grid: (H, W) as planned; at another size the same shares of height and width are kept.
-        kept: (H', W').
+        grid_out: (H', W').
         classes: C, of the statistics that the information-bottleneck step uses.
         clusters: A, likewise.
     """
 
     statistics: Statistics
 
-    def __init__(self, dim: int, key_dim: int, grid: Grid, kept: Grid, classes: int, clusters: int = 64) -> None:
-        super().__init__(dim, grid, kept)
+    def __init__(self, dim: int, key_dim: int, grid: Grid, grid_out: Grid, classes: int, clusters: int = 64) -> None:
+        super().__init__(dim, grid, grid_out)
         self.key = nn.Linear(dim, key_dim, bias=False)
         self.alpha = nn.Parameter(torch.zeros(()))
         self.eta = nn.Parameter(torch.zeros(()))
         self.statistics = Statistics(dim, classes, clusters)
 
-    def forward(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Grid, Step]:
+    def forward(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Grid, Merge]:
         """Merge ``(B, H·W, D)`` tokens that lie line by line on ``grid``."""
-        index, share, kept = self.boxes(tokens, grid)
+        index, share, grid_out = self.boxes(tokens, grid)
         batch, count = tokens.shape[:2]
         with full_precision(tokens):
             # Select and spread: the boxes say who may meet, α how much tokens unlike the middle of their box lose.
@@ -193,21 +193,21 @@ class GridMask(PoolGrid):
             centre = torch.matmul(share.unsqueeze(1), near)  # (B, P, 1, d)
             alike = F.cosine_similarity(near, centre, dim=-1)
             logits = share.log() + self.alpha.to(z.dtype) * alike  # −∞ where boxes do not overlap
-            # Step, the same as that of a sequence.
+            # Merge, the same as that of a sequence.
             start = logits.softmax(dim=-1)
             weight = z.new_zeros(batch, count).scatter_add(1, index.flatten().expand(batch, -1), start.flatten(1))
             descriptor, tilt = descend(z, weight / len(index), self.statistics, self.eta)
             # Merge. A softmax of logits plus ε is the product with e^ε, normalised: columns sum to one.
             mask = (logits + tilt[:, index]).softmax(dim=-1)
             merged = gathered(tokens, index, mask.to(tokens.dtype))
-        return merged, kept, Step(GridAssignment(index, mask, count), descriptor)
+        return merged, grid_out, Merge(GridAssignment(index, mask, count), descriptor)
 
 
 def _build(place: Place, keys: Keys) -> nn.Module:
     mask: MaskModule | GridMask
     widths, statistics = (place.dim, place.key_dim), (max(1, place.classes), place.clusters)
-    if place.grid is not None and place.kept is not None:
-        mask = GridMask(*widths, place.grid, place.kept, *statistics)
+    if place.grid is not None and place.grid_out is not None:
+        mask = GridMask(*widths, place.grid, place.grid_out, *statistics)
     else:
         mask = MaskModule(*widths, place.tokens_in, place.tokens_out, place.prefix, *statistics)
     mask = mask.to(keys.weight.device, place.dtype or torch.float32)
@@ -225,8 +225,8 @@ def _macs(place: Place) -> int:
     similarities and merging are ``P·k·d`` and ``P·k·D``. All of it in each cell, but ``2AD + 2AC`` once a sequence.
     """
     patches, step = place.tokens_in - place.prefix, 2 * place.clusters * (place.dim + max(1, place.classes))
-    if place.grid is not None and place.kept is not None:
-        compared = merged = grid_overlaps(place.grid, place.kept)[0].numel()
+    if place.grid is not None and place.grid_out is not None:
+        compared = merged = grid_overlaps(place.grid, place.grid_out)[0].numel()
     else:
         _, _, sources, destinations = partition(place.tokens_in, place.tokens_out, place.prefix)
         compared, merged = sources * destinations, (place.tokens_in - place.tokens_out) * destinations

@@ -55,8 +55,8 @@ class Keys(NamedTuple):
 class Place:
     """Where a mask works, as far as a method needs to know. Token counts are of one sequence, prefix tokens included.
 
-    In scope ``GRID``, ``grid`` (H, W) becomes ``kept`` (H', W') and the counts are their products. In scope ``LOCAL``
-    the counts are those of one cell, and a sequence has ``cells`` of them, which share one descriptor.
+    In scope ``GRID``, ``grid`` (H, W) becomes ``grid_out`` (H', W') and the counts are their products. In scope
+    ``LOCAL`` the counts are those of one cell, and a sequence has ``cells`` of them, which share one descriptor.
     """
 
     scope: str
@@ -68,7 +68,7 @@ class Place:
     classes: int = 1  # C, of the statistics
     clusters: int = CLUSTERS  # A, likewise
     grid: Grid | None = None
-    kept: Grid | None = None
+    grid_out: Grid | None = None
     cells: int = 1
     width: int | None = None  # of the tokens that are brought back, where it is not D
     dtype: torch.dtype | None = None  # of the host's weights; float32 where nobody says

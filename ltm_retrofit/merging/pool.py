@@ -14,43 +14,43 @@ from torch import Tensor, nn
 
 from ltm_retrofit.merging.matching import partition
 from ltm_retrofit.merging.methods import SCOPES, Grid, Keys, Method, Place
-from ltm_retrofit.merging.tokens import GridAssignment, Mask, Merged, Step, dense_unmerge_macs, merge_by
+from ltm_retrofit.merging.tokens import GridAssignment, Mask, Merge, Merged, dense_unmerge_macs, merge_by
 
 
-def overlaps(size: int, kept: int) -> tuple[Tensor, Tensor]:
-    """Return which of ``size`` boxes each of ``kept`` equal boxes overlaps, and by how much of itself.
+def overlaps(size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return which of ``size`` boxes each of ``count`` equal boxes overlaps, and by how much of itself.
 
     Returns:
-        ``index (kept, k)`` int64 and ``share (kept, k)`` float64, rows summing to one. Where fewer than k overlap, the
-        rest have index and share 0.
+        ``index (count, k)`` int64 and ``share (count, k)`` float64, rows summing to one. Where fewer than k overlap,
+        the rest have index and share 0.
     """
-    # In units of 1/kept box p is [p·size, (p + 1)·size) and box j is [j·kept, (j + 1)·kept): whole numbers, so that
+    # In units of 1/count box p is [p·size, (p + 1)·size) and box j is [j·count, (j + 1)·count): whole numbers, so that
     # nothing is rounded before the last division and two boxes that only touch never overlap by 1e-17.
-    width = max(ceil((p + 1) * size / kept) - (p * size) // kept for p in range(kept))
-    start = torch.arange(kept).unsqueeze(1) * size
-    index = start // kept + torch.arange(width)
-    common = torch.minimum(start + size, (index + 1) * kept) - torch.maximum(start, index * kept)
+    width = max(ceil((p + 1) * size / count) - (p * size) // count for p in range(count))
+    start = torch.arange(count).unsqueeze(1) * size
+    index = start // count + torch.arange(width)
+    common = torch.minimum(start + size, (index + 1) * count) - torch.maximum(start, index * count)
     meets = (common > 0) & (index < size)
     return torch.where(meets, index, 0), torch.where(meets, common, 0).double() / size
 
 
-def grid_overlaps(grid: Grid, kept: Grid) -> tuple[Tensor, Tensor]:
+def grid_overlaps(grid: Grid, grid_out: Grid) -> tuple[Tensor, Tensor]:
     """`overlaps` of height and width: ``index (P, k)`` into the H·W tokens, line by line, and ``share (P, k)``.
 
     A mask on a grid so has ``P·k`` entries and not ``N·P``: k is 9 where fewer than half of height and width go.
     """
-    (lines, line_share), (columns, column_share) = overlaps(grid[0], kept[0]), overlaps(grid[1], kept[1])
+    (lines, line_share), (columns, column_share) = overlaps(grid[0], grid_out[0]), overlaps(grid[1], grid_out[1])
     index = lines[:, None, :, None] * grid[1] + columns[None, :, None, :]
     share = line_share[:, None, :, None] * column_share[None, :, None, :]
-    places = kept[0] * kept[1]
+    places = grid_out[0] * grid_out[1]
     return index.reshape(places, -1), share.reshape(places, -1)
 
 
-def grid_at(grid: Grid, planned: Grid, kept: Grid) -> Grid:
-    """Return the output grid for an input ``grid`` where ``planned`` → ``kept`` was planned: the same share."""
+def grid_at(grid: Grid, planned: Grid, grid_out: Grid) -> Grid:
+    """Return the output grid for an input ``grid`` where ``planned`` → ``grid_out`` was planned: the same share."""
     if grid == planned:
-        return kept
-    height, width = (max(1, ceil(size * k / p)) for size, p, k in zip(grid, planned, kept, strict=True))
+        return grid_out
+    height, width = (max(1, ceil(size * k / p)) for size, p, k in zip(grid, planned, grid_out, strict=True))
     return height, width
 
 
@@ -65,36 +65,37 @@ class PoolGrid(Mask):
     Args:
         dim: width D of the tokens.
         grid: (H, W) as planned; at another size the same shares of height and width are kept.
-        kept: (H', W').
+        grid_out: (H', W').
     """
 
     index: Tensor
     share: Tensor
 
-    def __init__(self, dim: int, grid: Grid, kept: Grid) -> None:
-        super().__init__(grid[0] * grid[1], kept[0] * kept[1])
-        self.dim, self.grid, self.kept = dim, grid, kept
-        index, share = grid_overlaps(grid, kept)
+    def __init__(self, dim: int, grid: Grid, grid_out: Grid) -> None:
+        super().__init__(grid[0] * grid[1], grid_out[0] * grid_out[1])
+        self.dim, self.grid, self.grid_out = dim, grid, grid_out
+        index, share = grid_overlaps(grid, grid_out)
         self.register_buffer("index", index, persistent=False)
         self.register_buffer("share", share.float(), persistent=False)
 
     def extra_repr(self) -> str:
         """Say what the module does in a printed model."""
-        return f"{self.grid[0]}×{self.grid[1]} → {self.kept[0]}×{self.kept[1]} tokens"
+        return f"{self.grid[0]}×{self.grid[1]} → {self.grid_out[0]}×{self.grid_out[1]} tokens"
 
     def boxes(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Grid]:
         """Return index and share ``(P, k)`` for this grid, and the grid that comes out."""
         if grid == self.grid:
-            return self.index, self.share, self.kept
-        kept = grid_at(grid, self.grid, self.kept)
-        index, share = grid_overlaps(grid, kept)
-        return index.to(tokens.device), share.to(tokens.device, torch.float32), kept
+            return self.index, self.share, self.grid_out
+        grid_out = grid_at(grid, self.grid, self.grid_out)
+        index, share = grid_overlaps(grid, grid_out)
+        return index.to(tokens.device), share.to(tokens.device, torch.float32), grid_out
 
-    def forward(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Grid, Step]:
+    def forward(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Grid, Merge]:
         """Pool ``(B, H·W, D)`` tokens that lie line by line on ``grid``."""
-        index, share, kept = self.boxes(tokens, grid)
+        index, share, grid_out = self.boxes(tokens, grid)
         mask = share.expand(tokens.shape[0], -1, -1)
-        return gathered(tokens, index, mask.to(tokens.dtype)), kept, Step(GridAssignment(index, mask, tokens.shape[1]))
+        merge = Merge(GridAssignment(index, mask, tokens.shape[1]))
+        return gathered(tokens, index, mask.to(tokens.dtype)), grid_out, merge
 
 
 class PoolMask(Mask):
@@ -130,15 +131,15 @@ def _pooling(tokens_in: int, tokens_out: int, prefix: int) -> Tensor:
 
 
 def _build(place: Place, keys: Keys) -> nn.Module:
-    if place.grid is not None and place.kept is not None:
-        return PoolGrid(place.dim, place.grid, place.kept)
+    if place.grid is not None and place.grid_out is not None:
+        return PoolGrid(place.dim, place.grid, place.grid_out)
     return PoolMask(place.tokens_in, place.tokens_out, place.prefix)
 
 
 def _macs(place: Place) -> int:
     """``P·k·D`` on a map, of whose P boxes each meets k others; ``N·P·(D + 1)`` in each cell: tokens and sizes."""
-    if place.grid is not None and place.kept is not None:
-        return grid_overlaps(place.grid, place.kept)[0].numel() * place.dim
+    if place.grid is not None and place.grid_out is not None:
+        return grid_overlaps(place.grid, place.grid_out)[0].numel() * place.dim
     partition(place.tokens_in, place.tokens_out, place.prefix)
     return place.cells * place.tokens_in * place.tokens_out * (place.dim + 1)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.merging.methods import SCOPES, Grid, Keys, Method, Place
 from ltm_retrofit.merging.pool import PoolGrid
-from ltm_retrofit.merging.tokens import Assignment, GridAssignment, Mask, Merged, Step, dense_unmerge_macs
+from ltm_retrofit.merging.tokens import Assignment, GridAssignment, Mask, Merge, Merged, dense_unmerge_macs
 
 
 class SliceMask(Mask):
@@ -23,22 +23,22 @@ class SliceMask(Mask):
         # Unmerging has to give every dropped token something. The last kept one stands for none of them in the
         # attention, so its size stays one.
         assignment = Assignment(places[:, :stay], places[:, stay:], tokens.new_ones(batch, count - stay, 1))
-        return Merged(kept, torch.ones_like(kept[..., 0]), Step(assignment))
+        return Merged(kept, torch.ones_like(kept[..., 0]), Merge(assignment))
 
 
 class CropGrid(PoolGrid):
     """Keep the upper left H'×W' tokens."""
 
-    def forward(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Grid, Step]:
+    def forward(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Grid, Merge]:
         """Crop ``(B, H·W, D)`` tokens that lie line by line on ``grid``."""
-        index, share, kept = self.boxes(tokens, grid)
-        cropped = tokens.view(tokens.shape[0], *grid, self.dim)[:, : kept[0], : kept[1]].flatten(1, 2)
-        return cropped, kept, Step(GridAssignment(index, share.expand(tokens.shape[0], -1, -1), tokens.shape[1]))
+        index, share, grid_out = self.boxes(tokens, grid)
+        cropped = tokens.view(tokens.shape[0], *grid, self.dim)[:, : grid_out[0], : grid_out[1]].flatten(1, 2)
+        return cropped, grid_out, Merge(GridAssignment(index, share.expand(tokens.shape[0], -1, -1), tokens.shape[1]))
 
 
 def _build(place: Place, keys: Keys) -> nn.Module:
-    if place.grid is not None and place.kept is not None:
-        return CropGrid(place.dim, place.grid, place.kept)
+    if place.grid is not None and place.grid_out is not None:
+        return CropGrid(place.dim, place.grid, place.grid_out)
     return SliceMask(place.tokens_in, place.tokens_out, place.prefix)
 
 

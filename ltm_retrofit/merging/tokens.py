@@ -97,7 +97,7 @@ class GridAssignment(NamedTuple):
         return self.near.expand(len(self.mask), -1, -1).gather(2, self.mask.argmax(-1, keepdim=True)).squeeze(2)
 
 
-class Step(NamedTuple):
+class Merge(NamedTuple):
     """What one site did: its assignment, and the descriptor ``(B, D)`` of its merged tokens where it has one."""
 
     assignment: Assignment | DenseAssignment | GridAssignment
@@ -105,11 +105,11 @@ class Step(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What a mask hands on: tokens ``(B, P, D)``, sizes ``(B, P)`` and the step that led there."""
+    """What a mask hands on: tokens ``(B, P, D)``, sizes ``(B, P)`` and the merge that led there."""
 
     tokens: Tensor
     sizes: Tensor
-    step: Step
+    merge: Merge
 
 
 class Mask(nn.Module):
@@ -124,9 +124,9 @@ class Mask(nn.Module):
     - ``cells``: in ``LOCAL``, so many consecutive entries of the batch are the cells of one sequence.
     - ``padded``: whether tokens of size zero are padding.
 
-    Scope ``GRID`` calls ``forward(tokens, grid) -> (merged, kept, step)``: ``tokens (B, H·W, D)`` line by line,
-    ``grid`` (H, W), ``merged (B, H'·W', D)``, ``kept`` (H', W'). Such a mask has the planned sizes as attributes,
-    ``grid`` and ``kept``.
+    Scope ``GRID`` calls ``forward(tokens, grid) -> (merged, grid_out, merge)``: ``tokens (B, H·W, D)`` line by line,
+    ``grid`` (H, W), ``merged (B, H'·W', D)``, ``grid_out`` (H', W'). Such a mask has the planned sizes as attributes,
+    ``grid`` and ``grid_out``.
 
     The shape of what comes out follows from the shape of what goes in and from nothing else: ``torch.compile``, export
     and counting MACs rely on it. Images of another size bring other counts than planned: keep the same share of them
@@ -147,7 +147,7 @@ class Mask(nn.Module):
     def __init__(self, tokens_in: int, tokens_out: int, prefix: int = 0) -> None:
         super().__init__()
         self.tokens_in, self.tokens_out, self.prefix = tokens_in, tokens_out, prefix
-        #: of its descriptors; a mask that learns has some, and a descriptor in each of its steps. Set here and not on
+        #: of its descriptors; a mask that learns has some, and a descriptor in each of its merges. Set here and not on
         #: the class, where it would hide the submodule of that name
         self.statistics: Statistics | None = None
 
@@ -185,7 +185,7 @@ def merge_by(matrix: Tensor, tokens: Tensor, sizes: Tensor | None) -> Merged:
         weighted = (sizes.unsqueeze(-1) * matrix / merged_sizes.unsqueeze(1)).to(tokens.dtype)
         merged = torch.matmul(weighted.transpose(1, 2), tokens)
     kept = matrix.argmax(dim=-2).expand(batch, -1)
-    return Merged(merged, merged_sizes, Step(DenseAssignment(kept, matrix)))
+    return Merged(merged, merged_sizes, Merge(DenseAssignment(kept, matrix)))
 
 
 def dense_unmerge_macs(place: Place) -> int:
@@ -194,13 +194,13 @@ def dense_unmerge_macs(place: Place) -> int:
 
 
 class Carried(NamedTuple):
-    """What the tokens of one tensor know of their past: sizes ``(B, P)`` and one `Step` for each site passed.
+    """What the tokens of one tensor know of their past: sizes ``(B, P)`` and one `Merge` for each site passed.
 
     Where they are ``padded``, padding has size zero.
     """
 
     sizes: Tensor
-    steps: tuple[Step, ...]
+    merges: tuple[Merge, ...]
     padded: bool = False
 
 
@@ -216,21 +216,21 @@ def carry(tokens: Tensor, carried: Carried | None) -> Tensor:
     return tokens
 
 
-def positions(steps: tuple[Step, ...]) -> Tensor:
+def positions(merges: tuple[Merge, ...]) -> Tensor:
     """Return the original position ``(B, P)`` of each present token; a merged one stands where its destination was."""
-    present = steps[0].assignment.kept
-    for step in steps[1:]:
-        present = present.gather(1, step.assignment.kept)
+    present = merges[0].assignment.kept
+    for merge in merges[1:]:
+        present = present.gather(1, merge.assignment.kept)
     return present
 
 
-def unmerge_all(tokens: Tensor, steps: tuple[Step, ...]) -> Tensor:
+def unmerge_all(tokens: Tensor, merges: tuple[Merge, ...]) -> Tensor:
     """Bring ``(B, P, D)`` back to the token count before the first merge, one assignment after the other."""
-    for step in reversed(steps):
-        tokens = step.assignment.unmerge(tokens)
+    for merge in reversed(merges):
+        tokens = merge.assignment.unmerge(tokens)
     return tokens
 
 
-def accumulated(steps: tuple[Step, ...]) -> Tensor:
+def accumulated(merges: tuple[Merge, ...]) -> Tensor:
     """Return ``W¹W²…`` ``(B, N, P)``: where each original token is now."""
-    return unmerge_all(steps[-1].assignment.dense(), steps[:-1])
+    return unmerge_all(merges[-1].assignment.dense(), merges[:-1])

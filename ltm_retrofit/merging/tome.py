@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ltm_retrofit.merging.ib import full_precision
 from ltm_retrofit.merging.matching import SimilarityMask, lifted, partition, take, unmerge_macs
 from ltm_retrofit.merging.methods import Keys, Method, Place, Scope
-from ltm_retrofit.merging.tokens import TINY, Merged, Step
+from ltm_retrofit.merging.tokens import TINY, Merge, Merged
 
 
 class ToMeMask(SimilarityMask):
@@ -66,7 +66,7 @@ class ToMeMask(SimilarityMask):
         return Merged(
             self.together(tokens, source, staying, merged),
             self.together(sizes, source_size, staying, new_size),
-            Step(self.assignment(leaving, staying, weights, counts)),
+            Merge(self.assignment(leaving, staying, weights, counts)),
         )
 
 

@@ -111,9 +111,9 @@ def panels_of(model: nn.Module, traced: MergeTrace, size: tuple[int, int]) -> di
         CountError: where patches make no grid, or merging is disabled at the moment.
     """
     rows = [row for row in get_plan(model).rows if not row.slices]
-    if len(traced.steps) != len(rows):
+    if len(traced.merges) != len(rows):
         raise CountError(
-            f"the plan merges at {len(rows)} sites and {len(traced.steps)} did: merging is disabled at the moment. "
+            f"the plan merges at {len(rows)} sites and {len(traced.merges)} did: merging is disabled at the moment. "
             "Call show_merges outside `with ltm_retrofit.disabled(model):`"
         )
     seen = Shown(traced.by_site, {forward.name: forward for forward in forwards_of(model)}, size)

@@ -17,7 +17,7 @@ from ltm_retrofit.finding.call import Settings, changed_setting
 from ltm_retrofit.finding.sites import AttentionSite, Found, Sites
 from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.merging.methods import Keys, Place, Scope, get_method
-from ltm_retrofit.merging.tokens import Step
+from ltm_retrofit.merging.tokens import Merge
 
 #: name under which masks are registered, and the plan on the model
 CHILD = "ltm"
@@ -154,8 +154,8 @@ class Interceptor:
         name: the site it works for.
     """
 
-    #: told of each step while a trace is on
-    listener: Callable[[str, Step], None] | None = None
+    #: told of each merge while a trace is on
+    listener: Callable[[str, Merge], None] | None = None
     #: or "identity" (nothing merged: proof (e)) or "original"
     mode = "merge"
     #: tokens that it slices to, where it does
@@ -188,10 +188,10 @@ class Interceptor:
         child = self.host._modules.get(CHILD)
         return child.mask if isinstance(child, Record) else child
 
-    def tell(self, step: Step) -> None:
+    def tell(self, merge: Merge) -> None:
         """Let a trace know what the mask did."""
         if self.listener is not None:
-            self.listener(self.name, step)
+            self.listener(self.name, merge)
 
     def put_in_place(self) -> None:
         """Intercept from now on."""
@@ -282,7 +282,7 @@ def make_mask(method: str, place: Place, keys: Keys, host: nn.Module) -> nn.Modu
 class Shown(NamedTuple):
     """A pass over one image."""
 
-    steps: Mapping[str, Step]  # what each site did
+    merges: Mapping[str, Merge]  # what each site did
     forwards: Mapping[str, Interceptor]  # one of each site
     size: tuple[int, int]  # height and width of the image, in pixels
 

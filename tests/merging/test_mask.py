@@ -107,7 +107,7 @@ def reference(prefix: int, *args) -> dict:
 
 def pairs_of(merged: Merged, image: int) -> set[tuple[int, int]]:
     """Who went where, as positions among all N tokens."""
-    assignment = merged.step.assignment
+    assignment = merged.merge.assignment
     destinations = assignment.weights.shape[-1]
     goal = assignment.weights[image].argmax(dim=-1)
     lasts = assignment.kept[image, -destinations:]
@@ -221,9 +221,9 @@ def naive(mask: MaskModule, tokens: Tensor, sizes: Tensor, dense: Tensor) -> dic
 def test_the_mask_equals_the_dense_formulas(n, p, prefix, eta):
     mask, tokens, sizes, merged = run_soft(n, p, prefix, fit=True, eta=eta)
     with torch.no_grad():
-        want = naive(mask, tokens, sizes, merged.step.assignment.dense())
+        want = naive(mask, tokens, sizes, merged.merge.assignment.dense())
     torch.testing.assert_close(want["G"].sum(dim=1), torch.ones(BATCH, p).double())
-    torch.testing.assert_close(merged.step.descriptor.detach(), want["descriptor"], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(merged.merge.descriptor.detach(), want["descriptor"], rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(merged.sizes.detach(), want["sizes"], rtol=1e-12, atol=1e-12)
     # variance ε inside the layer norm and float32 statistics bound the agreement
     torch.testing.assert_close(merged.tokens.detach(), want["tokens"], rtol=1e-5, atol=1e-6)
@@ -233,10 +233,10 @@ def test_the_mask_equals_the_dense_formulas(n, p, prefix, eta):
 def test_epsilon_is_the_standardised_step_down_the_bound(n, p, prefix):
     mask, tokens, sizes, merged = run_soft(n, p, prefix, fit=True, eta=0.7)
     with torch.no_grad():
-        want = naive(mask, tokens, sizes, merged.step.assignment.dense())
+        want = naive(mask, tokens, sizes, merged.merge.assignment.dense())
         halves = split(tokens[:, prefix:], mask.counts(tokens))
         places = torch.arange(n).expand(BATCH, n)[:, prefix:]
-        share = uniform_share(sizes, merged.step.assignment.dense())[:, prefix:]
+        share = uniform_share(sizes, merged.merge.assignment.dense())[:, prefix:]
         shares = split(share, mask.counts(tokens))
         z, share = torch.cat(halves, dim=1), torch.cat(shares, dim=1)
         _, epsilon = descend(z, share / (p - prefix), mask.statistics, mask.eta)
@@ -262,7 +262,7 @@ def test_assignment_rows_sum_to_one_sizes_are_conserved_and_prefix_tokens_stay(n
         merged = ToMeMask(DIM, n, p, prefix)(inner, tokens, sizes, key)
     else:
         merged = mask(inner, tokens, sizes)
-    dense = merged.step.assignment.dense()
+    dense = merged.merge.assignment.dense()
     assert dense.shape == (BATCH, n, p) and bool((dense >= 0).all())
     torch.testing.assert_close(dense.sum(dim=2), torch.ones(BATCH, n).double())
     torch.testing.assert_close(merged.sizes.sum(dim=1), sizes.sum(dim=1))
@@ -280,7 +280,7 @@ def test_assignment_rows_sum_to_one_sizes_are_conserved_and_prefix_tokens_stay(n
 @pytest.mark.parametrize("n, p, prefix", COUNTS)
 def test_each_input_token_is_kept_or_merged_exactly_once(n, p, prefix):
     _, _, _, merged = run_soft(n, p, prefix)
-    kept, left = merged.step.assignment.kept, merged.step.assignment.merged
+    kept, left = merged.merge.assignment.kept, merged.merge.assignment.merged
     for image in range(BATCH):
         assert sorted([*kept[image].tolist(), *left[image].tolist()]) == list(range(n))
         destinations = partition(n, p, prefix).destinations
@@ -296,13 +296,13 @@ def test_a_constant_survives_merging_and_unmerging(n, p, prefix, eta):
     constant = torch.linspace(-2, 3, DIM, dtype=torch.float64).expand(BATCH, n, DIM).contiguous()
     merged = mask(inner, constant, sizes)
     torch.testing.assert_close(merged.tokens, constant[:, :p])
-    torch.testing.assert_close(merged.step.assignment.unmerge(merged.tokens), constant)
+    torch.testing.assert_close(merged.merge.assignment.unmerge(merged.tokens), constant)
 
 
 @pytest.mark.parametrize("n, p, prefix", COUNTS)
 def test_unmerge_is_the_dense_product_and_kept_tokens_come_back_in_place(n, p, prefix):
     _, _, _, merged = run_soft(n, p, prefix)
-    assignment = merged.step.assignment
+    assignment = merged.merge.assignment
     back = assignment.unmerge(merged.tokens)
     torch.testing.assert_close(back, assignment.dense() @ merged.tokens)
     places = assignment.kept[..., None].expand(-1, -1, DIM)
@@ -311,7 +311,7 @@ def test_unmerge_is_the_dense_product_and_kept_tokens_come_back_in_place(n, p, p
 
 def test_nothing_merged_is_a_permutation():
     _, tokens, sizes, merged = run_soft(9, 9, 1, fit=True, eta=0.7)
-    torch.testing.assert_close(merged.step.assignment.unmerge(merged.tokens), tokens)
+    torch.testing.assert_close(merged.merge.assignment.unmerge(merged.tokens), tokens)
     assert torch.equal(merged.sizes.sort().values, sizes.sort().values)
 
 
@@ -328,8 +328,8 @@ def test_with_fitted_statistics_the_step_changes_tokens_but_never_sizes_or_assig
     moved = soft(17, 12, 1, fit=True, eta=0.5)(inner, tokens, sizes)
     assert not torch.allclose(still.tokens, moved.tokens, atol=1e-3)
     assert torch.equal(still.sizes, moved.sizes)
-    assert torch.equal(still.step.assignment.weights, moved.step.assignment.weights)
-    assert torch.equal(still.step.descriptor, moved.step.descriptor)
+    assert torch.equal(still.merge.assignment.weights, moved.merge.assignment.weights)
+    assert torch.equal(still.merge.descriptor, moved.merge.descriptor)
 
 
 def test_sizes_left_out_are_ones():
@@ -364,7 +364,7 @@ def test_every_parameter_learns_from_the_merged_tokens():
 def test_keys_and_temperature_learn_from_the_bound_on_the_descriptor_alone():
     mask, _, _, merged = run_soft(17, 12, 1, fit=True)
     targets = soft_targets(torch.arange(BATCH) % CLASSES, CLASSES)
-    mask.statistics.bound(merged.step.descriptor, targets).backward()
+    mask.statistics.bound(merged.merge.descriptor, targets).backward()
     for name in ("key.weight", "key.bias", "log_scale"):
         gradient = mask.get_parameter(name).grad
         assert gradient is not None and float(gradient.abs().max()) > 1e-8, name
@@ -484,7 +484,7 @@ def test_another_count_than_planned_keeps_the_same_share(kind, count):
     one, other = (mask(inner, tokens, None, key) for mask in (make(17, 12), make(count, kept)))
     assert one.tokens.shape == (BATCH, kept, DIM)
     assert torch.equal(one.tokens, other.tokens) and torch.equal(one.sizes, other.sizes)
-    assert torch.equal(one.step.assignment.dense(), other.step.assignment.dense())
+    assert torch.equal(one.merge.assignment.dense(), other.merge.assignment.dense())
 
 
 @pytest.mark.parametrize("make", [ToMeMask, lambda *a: MaskModule(a[0], KEY, *a[1:], CLASSES)], ids=["tome", "ltm"])
@@ -499,9 +499,9 @@ def test_a_slice_keeps_the_first_tokens_and_gives_the_lost_ones_the_last():
     inner, tokens, _ = double_inputs(17, DIM, 0, False)
     merged = SliceMask(17, 12)(inner, tokens, None)
     assert torch.equal(merged.tokens, tokens[:, :12])
-    back = merged.step.assignment.unmerge(merged.tokens)
+    back = merged.merge.assignment.unmerge(merged.tokens)
     assert torch.equal(back, torch.cat([tokens[:, :12], tokens[:, 11:12].expand(-1, 5, -1)], dim=1))
-    torch.testing.assert_close(merged.step.assignment.dense().sum(dim=2), torch.ones(BATCH, 17).double())
+    torch.testing.assert_close(merged.merge.assignment.dense().sum(dim=2), torch.ones(BATCH, 17).double())
 
 
 @pytest.mark.parametrize("n, p, prefix", COUNTS)
@@ -516,16 +516,16 @@ def test_macs_of_methods_are_ordered(n, p, prefix):
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
-def test_steps_compose(prefix):
+def test_merges_compose(prefix):
     first, second = soft(20 + prefix, 15 + prefix, prefix), soft(15 + prefix, 6 + prefix, prefix, seed=1)
     inner, tokens, _ = double_inputs(20 + prefix, DIM, 3, False)
     one = first(inner, tokens, None)
     two = second(one.tokens, one.tokens, one.sizes)
-    steps = (one.step, two.step)
-    product = one.step.assignment.dense() @ two.step.assignment.dense()
-    torch.testing.assert_close(accumulated(steps), product)
-    torch.testing.assert_close(accumulated(steps[:1]), one.step.assignment.dense())
-    torch.testing.assert_close(unmerge_all(two.tokens, steps), product @ two.tokens)
+    merges = (one.merge, two.merge)
+    product = one.merge.assignment.dense() @ two.merge.assignment.dense()
+    torch.testing.assert_close(accumulated(merges), product)
+    torch.testing.assert_close(accumulated(merges[:1]), one.merge.assignment.dense())
+    torch.testing.assert_close(unmerge_all(two.tokens, merges), product @ two.tokens)
     torch.testing.assert_close(product.sum(dim=1), two.sizes)  # s² = (W¹W²)ᵀ 1
     assert unmerge_all(tokens, ()) is tokens
 
@@ -536,12 +536,12 @@ def test_tokens_carry_what_they_are_given_and_results_do_not():
     merged = soft(4, 3, 1)
     _, x, _ = double_inputs(4, DIM, 0, False)
     sentinel = merged(x, x, None)
-    carried = Carried(sentinel.sizes, (sentinel.step,))
+    carried = Carried(sentinel.sizes, (sentinel.merge,))
     assert carry(tokens, carried) is tokens and carried_by(tokens) is carried
     assert carried_by(tokens + 0) is None
 
 
 def test_unmerging_keeps_the_dtype_of_its_tokens():
     _, _, _, merged = run_soft(17, 12, 1)
-    assignment: Assignment = merged.step.assignment
+    assignment: Assignment = merged.merge.assignment
     assert assignment.unmerge(merged.tokens.bfloat16()).dtype == torch.bfloat16

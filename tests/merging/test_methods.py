@@ -27,7 +27,7 @@ def flow(dim: int, key_dim: int, n: int, p: int, prefix: int, classes: int) -> P
 
 def grid(dim: int, key_dim: int, before: tuple[int, int], after: tuple[int, int], classes: int) -> Place:
     n, p = before[0] * before[1], after[0] * after[1]
-    return Place("GRID", dim, key_dim, n, p, classes=classes, grid=before, kept=after)
+    return Place("GRID", dim, key_dim, n, p, classes=classes, grid=before, grid_out=after)
 
 
 def local(dim: int, key_dim: int, n: int, p: int, classes: int, cells: int, width: int) -> Place:
@@ -67,7 +67,7 @@ def test_counts_of_the_learnable_mask_are_the_formula(place):
     patches = place.tokens_in - place.prefix
     step = 2 * a * d + 2 * a * c + place.cells * 2 * patches * d
     if place.grid is not None:
-        pairs = grid_overlaps(place.grid, place.kept)[0].numel()
+        pairs = grid_overlaps(place.grid, place.grid_out)[0].numel()
         assert get_method("ltm").macs(place) == patches * d * key + pairs * key + pairs * d + step
         return
     stride = 2 if place.tokens_out - place.prefix >= patches // 2 else -(-patches // (place.tokens_out - place.prefix))
@@ -220,8 +220,8 @@ def test_a_mask_that_says_its_assignment_alone_merges_counts_and_unmerges():
         torch.testing.assert_close(merged.tokens[:, 1:], pairs / total[..., None])
         torch.testing.assert_close(merged.sizes[:, 1:], total)
         assert torch.equal(merged.tokens[:, :1], tokens[:, :1])
-    back = merged.step.assignment.unmerge(merged.tokens)
-    assert torch.equal(back[:, 1::2], back[:, 2::2]) and merged.step.descriptor is None
+    back = merged.merge.assignment.unmerge(merged.tokens)
+    assert torch.equal(back[:, 1::2], back[:, 2::2]) and merged.merge.descriptor is None
     assert mask(tokens[:, :12], tokens[:, :12], None).tokens.shape[1] == 1 + round(11 * 8 / 16)
 
 
@@ -231,8 +231,8 @@ def test_an_assignment_may_differ_from_image_to_image():
     merged = merge_by(matrix, tokens, None)
     torch.testing.assert_close(merged.tokens[0, 1], tokens[0, 1:3].mean(0))
     torch.testing.assert_close(merged.tokens[1, 0], tokens[1, :2].mean(0))
-    assert merged.step.assignment.whole == 4 and torch.equal(merged.step.assignment.dense(), matrix)
-    assert merged.step.assignment.kept.tolist() == [[0, 1, 3], [0, 2, 3]]
+    assert merged.merge.assignment.whole == 4 and torch.equal(merged.merge.assignment.dense(), matrix)
+    assert merged.merge.assignment.kept.tolist() == [[0, 1, 3], [0, 2, 3]]
 
 
 @pytest.mark.parametrize("scopes", [(), "FLOW", ("FLOW", "local")], ids=str)
@@ -252,6 +252,6 @@ def test_an_unknown_method_is_refused_with_the_nearest_name(registry):
 
 def test_a_mask_lives_where_its_keys_do_also_beside_a_module_without_parameters() -> None:
     keys = Keys(torch.empty(8, 16, device="meta"))
-    place = Place("GRID", 16, 8, 16, 4, grid=(4, 4), kept=(2, 2))
+    place = Place("GRID", 16, 8, 16, 4, grid=(4, 4), grid_out=(2, 2))
     mask = make_mask("ltm", place, keys, torch.nn.Identity())
     assert {value.device.type for value in mask.parameters()} == {"meta"}

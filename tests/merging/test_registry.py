@@ -18,7 +18,7 @@ from ltm_retrofit.macs import count_macs
 from ltm_retrofit.merging import methods
 from ltm_retrofit.merging.methods import Keys, Method, Place, register_method
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.merging.tokens import DenseAssignment, Merged, Step
+from ltm_retrofit.merging.tokens import DenseAssignment, Merge, Merged
 from ltm_retrofit.plan import MergePlan
 
 torch.set_num_threads(1)
@@ -48,7 +48,7 @@ class Stretches(nn.Module):
         merged = self.scale * torch.matmul((weights / new_sizes.unsqueeze(1)).transpose(1, 2), z)
         descriptor = merged.mean(dim=1).unflatten(0, (-1, cells)).mean(dim=1)
         kept = self.matrix.argmax(dim=0).expand(len(z), -1)
-        return Merged(merged, new_sizes, Step(DenseAssignment(kept, self.matrix), descriptor))
+        return Merged(merged, new_sizes, Merge(DenseAssignment(kept, self.matrix), descriptor))
 
 
 def macs(place: Place) -> int:

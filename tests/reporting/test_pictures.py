@@ -66,13 +66,13 @@ def test_groups_are_a_partition_with_one_group_for_each_token(
     prefix = next(forward.prefix for forward in forwards_of(model))
     rows = merges(model)
     for site, row in enumerate(rows):
-        labels = flow.groups_of(traced.steps[: site + 1], prefix)
+        labels = flow.groups_of(traced.merges[: site + 1], prefix)
         assert labels.shape == (rows[0].tokens_in - prefix,)
         names = np.unique(labels)
         assert len(names) == row.tokens_out - prefix
         if method != "pool":  # a group is named after a patch of its own; boxes in boxes share their patches
             np.testing.assert_array_equal(labels[names], names)
-        np.testing.assert_array_equal(np.flatnonzero(flow.survivors(traced.steps[: site + 1], prefix)), names)
+        np.testing.assert_array_equal(np.flatnonzero(flow.survivors(traced.merges[: site + 1], prefix)), names)
 
 
 def test_slicing_shows_what_it_drops(build: Build, images: Tensor) -> None:
@@ -80,7 +80,7 @@ def test_slicing_shows_what_it_drops(build: Build, images: Tensor) -> None:
     with torch.no_grad(), ltm.trace(model) as traced:
         model(images)
     for site, row in enumerate(merges(model)):
-        alive = flow.survivors(traced.steps[: site + 1], prefix=1)
+        alive = flow.survivors(traced.merges[: site + 1], prefix=1)
         np.testing.assert_array_equal(alive, np.arange(64) < row.tokens_out - 1)
     figure = ltm.show_merges(model, images)
     assert "dropped" in figure.get_supxlabel()
@@ -99,7 +99,7 @@ def test_a_group_keeps_its_number_and_every_merged_patch_has_one(build: Build, i
     model = converted(build)
     with torch.no_grad(), ltm.trace(model) as traced:
         model(images[:1])
-    labelled = [flow.groups_of(traced.steps[: site + 1], 1) for site in range(len(traced.steps))]
+    labelled = [flow.groups_of(traced.merges[: site + 1], 1) for site in range(len(traced.merges))]
     names = base.names_of(labelled)
     for labels, ax in zip(labelled, ltm.show_merges(model, images).axes[1:], strict=True):
         counts = np.bincount(labels, minlength=64)

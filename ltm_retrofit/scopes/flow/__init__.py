@@ -11,7 +11,7 @@ from torch import nn
 from ltm_retrofit.finding.example import home
 from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.methods import Keys, Scope
-from ltm_retrofit.merging.tokens import Step, accumulated
+from ltm_retrofit.merging.tokens import Merge, accumulated
 from ltm_retrofit.scopes import base
 from ltm_retrofit.scopes.flow.budget import FlowBudget, place_of
 from ltm_retrofit.scopes.flow.find import find as find_flow
@@ -40,7 +40,7 @@ def panels(rows: Sequence[base.Row], seen: base.Shown) -> dict[str, base.Panel]:
     """Show in each panel all that happened so far; a group keeps its number."""
     prefix = seen.forwards[rows[0].site].prefix
     grid = base.patch_grid(rows[0].tokens_in - prefix, *seen.size)
-    so_far = [tuple(seen.steps[row.site] for row in rows[: place + 1]) for place in range(len(rows))]
+    so_far = [tuple(seen.merges[row.site] for row in rows[: place + 1]) for place in range(len(rows))]
     groups = [groups_of(before, prefix) for before in so_far]
     names = base.names_of(groups)
     drawn = {}
@@ -56,29 +56,29 @@ def legend(rows: Sequence[base.Row], dropping: bool) -> str:
     return ""
 
 
-def survivors(steps: Sequence[Step], prefix: int) -> np.ndarray:
+def survivors(merges: Sequence[Merge], prefix: int) -> np.ndarray:
     """Return which patches still are where their own token is, not moved into another one: ``(patches,)`` bool."""
-    alive = np.zeros(steps[0].assignment.whole, dtype=bool)
-    alive[_origins(steps)] = True
+    alive = np.zeros(merges[0].assignment.whole, dtype=bool)
+    alive[_origins(merges)] = True
     return alive[prefix:]
 
 
-def groups_of(steps: Sequence[Step], prefix: int) -> np.ndarray:
+def groups_of(merges: Sequence[Merge], prefix: int) -> np.ndarray:
     """Return the group of each patch after these sites, for the first image: ``(patches,)`` integers.
 
     A patch belongs to the token that gets most of it. A group is named after the one of its patches that the token
     stands for, so the name is the same after every site.
     """
-    strongest = accumulated(tuple(steps))[0, prefix:].argmax(dim=-1).cpu().numpy()
-    return np.asarray(_origins(steps)[strongest] - prefix)
+    strongest = accumulated(tuple(merges))[0, prefix:].argmax(dim=-1).cpu().numpy()
+    return np.asarray(_origins(merges)[strongest] - prefix)
 
 
-def _origins(steps: Sequence[Step]) -> np.ndarray:
+def _origins(merges: Sequence[Merge]) -> np.ndarray:
     """Return for each present token of the first image the original position that it never left, ``(P,)``."""
-    first = steps[0].assignment
+    first = merges[0].assignment
     origins = torch.arange(first.whole, device=first.kept.device)
-    for step in steps:
-        origins = origins[step.assignment.kept[0]]
+    for merge in merges:
+        origins = origins[merge.assignment.kept[0]]
     return np.asarray(origins.cpu().numpy())
 
 

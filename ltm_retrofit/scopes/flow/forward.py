@@ -64,9 +64,9 @@ class FlowForward(Interceptor):
         if carried is not None and self.bias is not None:
             # a token that stands for s is attended to as often as s tokens: exp(q·k + log s) = s exp(q·k)
             bias = carried.sizes.log()[:, None, None, :].to(tokens.dtype)
-        if carried is not None and carried.steps and followers:
-            whole = carried.steps[0].assignment.whole
-            followers = self.signature.gather(followers, whole, positions(carried.steps))
+        if carried is not None and carried.merges and followers:
+            whole = carried.merges[0].assignment.whole
+            followers = self.signature.gather(followers, whole, positions(carried.merges))
         halves = self.halves[block.training, bias is not None]
         stream, inner = halves.front(block, tokens, bias, followers)
         stream, carried = self.merge(stream, inner, carried)
@@ -75,7 +75,7 @@ class FlowForward(Interceptor):
         out = halves.back(block, stream)
         if not self.last:
             return carry(out, carried)
-        return unmerge_all(out, carried.steps) if self.unmerge and carried is not None else out
+        return unmerge_all(out, carried.merges) if self.unmerge and carried is not None else out
 
     def arriving(self, tokens: Tensor, padding: Tensor | None) -> Carried | None:
         """Return what tokens ``(B, N, D)`` bring with them; None before anything was merged."""
@@ -103,12 +103,12 @@ class FlowForward(Interceptor):
         mask = self.mask
         if mask is None:
             return stream, carried
-        sizes, steps, padded = (None, (), False) if carried is None else carried
+        sizes, merges, padded = (None, (), False) if carried is None else carried
         # the published baseline compares by the keys that the block has now, also while it trains
         key = self.key.mean_map(self.block) if getattr(mask, "wants_key", False) else None
-        stream, sizes, step = mask(inner, stream, sizes, key, padded=padded)
-        self.tell(step)
-        return stream, Carried(sizes, (*steps, step), padded)
+        stream, sizes, merge = mask(inner, stream, sizes, key, padded=padded)
+        self.tell(merge)
+        return stream, Carried(sizes, (*merges, merge), padded)
 
     def valid(self, padding: Tensor, tokens: Tensor) -> Tensor:
         """Read off an attention mask ``(B, 1, 1 or N, N)`` which tokens are no padding: ``(B, N)`` bool.

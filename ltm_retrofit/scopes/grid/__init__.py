@@ -40,14 +40,14 @@ def panels(rows: Sequence[base.Row], seen: base.Shown) -> dict[str, base.Panel]:
     for row in rows:
         forward = seen.forwards[row.site]
         assert isinstance(forward, GridForward) and row.grid is not None
-        (height, width), kept = forward.grid, row.grid
-        share, strongest = seen.steps[row.site].assignment.dense()[0].max(dim=-1)
+        (height, width), grid_out = forward.grid, row.grid
+        share, strongest = seen.merges[row.site].assignment.dense()[0].max(dim=-1)
         _, first, inverse = np.unique(strongest.cpu().numpy(), return_index=True, return_inverse=True)
         groups = first[inverse].reshape(height, width)  # named after its first place
         alive = np.ones((height, width), dtype=bool)
         if isinstance(forward.mask, CropGrid):
-            alive[kept[0] :], alive[:, kept[1] :] = False, False
-        title = f"{row.site} · {height}×{width} → {kept[0]}×{kept[1]} tokens"
+            alive[grid_out[0] :], alive[:, grid_out[1] :] = False, False
+        title = f"{row.site} · {height}×{width} → {grid_out[0]}×{grid_out[1]} tokens"
         taken = share.float().cpu().numpy().reshape(height, width)
         drawn[row.site] = base.Panel(title, groups, alive, taken, base.names_of([groups]))
     return drawn

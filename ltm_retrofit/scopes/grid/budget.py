@@ -52,9 +52,9 @@ class GridBudget(Budget[GridSite]):
         rows, present = [], Fraction(1)
         for site in self.blocks:
             after = min(shares.get(site.block, present), present)
-            before, kept = (smaller(grid_of(site), share) for share in (present, after))
-            if prod(kept) < prod(before):
-                rows.append(Row(site.block, site.scope.value, prod(before), prod(kept), grid=kept))
+            grid, grid_out = (smaller(grid_of(site), share) for share in (present, after))
+            if prod(grid_out) < prod(grid):
+                rows.append(Row(site.block, site.scope.value, prod(grid), prod(grid_out), grid=grid_out))
             present = after
         return tuple(rows)
 

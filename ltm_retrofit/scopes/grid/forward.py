@@ -37,6 +37,6 @@ class GridForward(Interceptor):
         height, width = (int(size) for size in spatial_of(tuple(x.shape), self.order))  # tensors while it is traced
         mask = self.mask
         assert mask is not None
-        merged, grid, step = mask(as_tokens(x, self.order), (height, width))
-        self.tell(step)
+        merged, grid, merge = mask(as_tokens(x, self.order), (height, width))
+        self.tell(merge)
         return from_tokens(merged, self.order, grid)

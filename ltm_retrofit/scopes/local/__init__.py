@@ -54,7 +54,7 @@ def legend(rows: Sequence[base.Row], dropping: bool) -> str:
 
 
 def _panel(row: base.Row, seen: base.Shown) -> base.Panel:
-    forward, step = seen.forwards[row.site], seen.steps[row.site]
+    forward, merge = seen.forwards[row.site], seen.merges[row.site]
     assert isinstance(forward, LocalForward) and forward.layout.grid is not None
     layout, grid = forward.layout, forward.layout.grid
     cells = forward.cells(layout.tokens, grid)
@@ -68,8 +68,8 @@ def _panel(row: base.Row, seen: base.Shown) -> base.Panel:
         whole = cells.together(ends[0], values.unsqueeze(-1), ends[1])[0, layout.prefix :, 0]
         return np.asarray(whole[: layout.tokens - layout.prefix - layout.trail].numpy().reshape(shape))
 
-    kept = step.assignment.kept[: len(own)].cpu()
-    share, strongest = (each.cpu() for each in step.assignment.dense()[: len(own)].float().max(dim=-1))
+    kept = merge.assignment.kept[: len(own)].cpu()
+    share, strongest = (each.cpu() for each in merge.assignment.dense()[: len(own)].float().max(dim=-1))
     groups = spread(own.gather(1, kept.gather(1, strongest)), torch.arange(layout.tokens).view(1, -1, 1))
     everyone = torch.ones(1, layout.tokens, 1)
     alive = spread(torch.zeros(own.shape).scatter(1, kept, 1.0), everyone) > 0

@@ -103,11 +103,11 @@ class LocalForward(Interceptor):
         mask = self.mask
         assert mask is not None
         # one descriptor for each sequence: how many of them (windows) an image has, another input size would change
-        merged, _, step = mask(middle, middle, None, None, cells.per_sequence)
-        self.tell(step)
+        merged, _, merge = mask(middle, middle, None, None, cells.per_sequence)
+        self.tell(merge)
         merged = merged.reshape(tokens.shape[0], -1, merged.shape[-1])
         short = torch.cat([lead, merged, rest], dim=1)
-        opened = Open(cells, step.assignment, spatial)
+        opened = Open(cells, merge.assignment, spatial)
         return from_tokens(short, self.order, (*[1] * (len(spatial) - 1), short.shape[1])), opened
 
     def unmerge(self, out: Tensor, opened: Open) -> Tensor:
