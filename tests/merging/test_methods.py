@@ -108,7 +108,7 @@ def test_counts_are_those_of_the_mask_that_is_built(name, place):
             seen.append(mask(tokens, place.grid)[2])
         else:
             key = keys if mask.wants_key and place.scope == "FLOW" else None
-            seen.append(mask(tokens, tokens, None, key, place.cells).step)
+            seen.append(mask(tokens, tokens, None, key, place.cells).merge)
 
     with torch.no_grad():
         assert count_macs_quick(merge) == method.macs(place)
