@@ -10,7 +10,7 @@ from typing import Any, Self
 from ltm_retrofit.errors import RecipeError, check_choice
 from ltm_retrofit.merging.methods import Scope, method_names
 
-SCHEDULES = ("stages",)
+SCHEDULES = ("auto", "stages", "every")
 OUTPUT_TOKENS = ("auto", "full")
 
 
@@ -58,13 +58,17 @@ class LTMConfig(Strict):
         method: a name in the registry: ``"ltm"`` (learnable token merging), ``"tome"`` (the published parameter-free
             baseline), ``"pool"`` (average pooling to the same counts), ``"slice"`` (keep the first P tokens: the free
             lower limit, for measuring), or one of your own.
-        schedule: ``"stages"``: of the d blocks in scope FLOW or GRID the 0-based ⌊d/4⌋, ⌊d/2⌋, ⌊3d/4⌋, and every
+        schedule: which sites merge. ``"auto"``: in scope FLOW every second block, from the first one on where little
+            shall be left; where ``tokens`` are given, as many sites as counts, evenly spread over the depth; in scope
+            GRID as ``"stages"``. ``"every"``: every block. ``"stages"``: of the d blocks in scope FLOW or GRID the 0-based ⌊d/4⌋, ⌊d/2⌋, ⌊3d/4⌋, and every
             LOCAL block.
         sites: block names to choose from, instead of the schedule.
         scope: force one scope: ``"FLOW"`` (tokens stay merged), ``"GRID"`` (a smaller H'×W' grid goes on) or
             ``"LOCAL"`` (merged for the MLP only); the best that the proofs allow where left out.
         output_tokens: ``"auto"`` brings every token back after the last block where something reads them;
             ``"full"`` always does, for feature extraction.
+        rounds: in how many rounds tokens leave at a site, of ``"ltm"``; the method's own number where left out.
+        ib_step: whether the masks of ``"ltm"`` weigh tokens by a step down the bound (docs/method.md, item 5).
 
     Raises:
         RecipeError: where a value cannot be.
@@ -79,10 +83,12 @@ class LTMConfig(Strict):
     flops: float | None = None
     tokens: tuple[int, ...] | None = None
     method: str = "ltm"
-    schedule: str = "stages"
+    schedule: str = "auto"
     sites: tuple[str, ...] | None = None
     scope: str | None = None
     output_tokens: str = "auto"
+    rounds: int | None = None
+    ib_step: bool = False
 
     def __post_init__(self) -> None:
         """Check every value; nothing is corrected silently."""
@@ -104,6 +110,8 @@ class LTMConfig(Strict):
                 raise RecipeError(f"token counts cannot grow from site to site, got {self.tokens!r}")
         if self.sites is not None and not all(isinstance(site, str) for site in self.sites):
             raise RecipeError(f"sites are names of blocks, got {self.sites!r}")
+        if self.rounds is not None and not (type(self.rounds) is int and self.rounds > 0):
+            raise RecipeError(f"rounds is a positive whole number, got {self.rounds!r}")
         check_choice(self.method, method_names(), "method")
         check_choice(self.schedule, SCHEDULES, "schedule")
         check_choice(self.output_tokens, OUTPUT_TOKENS, "output_tokens")

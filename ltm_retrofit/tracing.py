@@ -217,8 +217,7 @@ def _learn(traced: MergeTrace, targets: Tensor) -> None:
         return
     masks: dict[str, Any] = masks_of(traced.model)
     for name, merge in zip(traced.sites, traced.merges, strict=True):
-        if learns(masks[name]):
-            assert merge.descriptor is not None
+        if merge.descriptor is not None and learns(masks[name]):
             # of each sequence: an image may have several (windows), and has one label
             own = merge.descriptor.reshape(len(targets), -1, merge.descriptor.shape[-1]).mean(dim=1)
             masks[name].statistics.update(*of_all_ranks(own, targets), together=TOGETHER)

@@ -112,9 +112,31 @@ def test_a_budget_error_crosses_processes():
     assert again.nearest == 0.25 and str(again) == "no"
 
 
-def test_the_schedule_is_quarters_of_the_depth(sites_of):
-    plan = ltm.make_plan(sites_of("timm-vit"), ltm.LTMConfig(flops=0.7))
-    assert [row.site for row in plan.rows if row.action == "merge"] == ["blocks.1", "blocks.3", "blocks.4"]
+@pytest.mark.parametrize(
+    "options, blocks",
+    [
+        pytest.param({"flops": 0.7, "schedule": "stages"}, (1, 3, 4), id="stages"),
+        pytest.param({"flops": 0.7}, (0, 2, 4), id="auto"),
+        pytest.param({"flops": 0.7, "schedule": "every"}, (0, 1, 2, 3, 4), id="every"),
+        pytest.param({"tokens": (49, 40, 33)}, (1, 3, 4), id="auto-three-counts"),
+        pytest.param({"tokens": (49, 33)}, (2, 4), id="auto-two-counts"),
+        pytest.param({"tokens": (49, 33, 1)}, (2, 4), id="auto-two-counts-and-the-slice"),
+        pytest.param({"tokens": (60, 55, 50, 45, 40)}, (0, 1, 2, 3, 4), id="auto-a-count-each"),
+    ],
+)
+def test_which_blocks_merge_is_the_schedules_choice(sites_of, options, blocks):
+    plan = ltm.make_plan(sites_of("timm-vit"), ltm.LTMConfig(**options))
+    assert [row.site for row in plan.rows if row.action == "merge"] == [f"blocks.{block}" for block in blocks]
+    assert {row.rounds for row in plan.rows if row.action == "merge"} == {3}
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_rounds_are_planned_and_counted(build, rounds):
+    model = ltm.retrofit(build("timm-vit"), ltm.LTMConfig(flops=0.6, rounds=rounds))
+    plan = ltm.get_plan(model)
+    assert {row.rounds for row in plan.rows if row.action == "merge"} == {rounds}
+    assert count_macs(model, torch.randn(1, 3, 32, 32)).total == plan.macs
+    assert all(module.rounds == rounds for module in model.modules() if hasattr(module, "rounds"))
 
 
 def test_where_the_schedule_cannot_meet_it_sites_are_added(sites_of):
@@ -174,9 +196,11 @@ def test_counts_that_merge_nothing_at_a_site_leave_it_alone(sites_of):
 @pytest.mark.parametrize(
     "family, options, match",
     [
-        pytest.param("timm-vit", {"tokens": (49, 40)}, "2 counts; expected 3", id="too-few"),
+        pytest.param("timm-vit", {"tokens": (49, 40), "schedule": "stages"}, "2 counts; expected 3", id="too-few"),
         pytest.param("timm-vit", {"tokens": (66, 40, 33)}, "has 65 tokens", id="more-than-there-are"),
-        pytest.param("timm-vit", {"tokens": (49, 40, 1)}, "2 counts|choose 2 to", id="no-patch-left"),
+        pytest.param("timm-vit", {"tokens": (9,) * 6}, "6 counts; expected 5", id="too-many"),
+        pytest.param("timm-vit", {"tokens": (49, 40, 1), "schedule": "stages"}, "2 counts", id="no-patch-left"),
+        pytest.param("timm-vit", {"tokens": (49, 1, 1)}, "choose 2 to 49", id="no-patch-left-before-the-slice"),
         pytest.param("timm-dinov2", {"tokens": (49, 40, 4)}, "choose 6 to 40", id="prefix-cut"),
         pytest.param("timm-dinov2", {"tokens": (49, 40, 4), "method": "slice"}, "prefix", id="prefix-sliced"),
         pytest.param("hf-clip", {"tokens": (65, 65, 65)}, "merges nothing", id="nothing"),

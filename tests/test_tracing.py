@@ -22,7 +22,7 @@ CLASSES = 7
 
 @pytest.fixture
 def model(build) -> nn.Module:
-    return ltm.retrofit(build("timm-vit"), ltm.LTMConfig(flops=0.7)).train()
+    return ltm.retrofit(build("timm-vit"), ltm.LTMConfig(flops=0.7, ib_step=True)).train()
 
 
 def draw(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -107,6 +107,18 @@ def test_after_a_fit_the_bound_is_positive_and_teaches_every_mask(model):
     for mask in masks(model):
         for name, parameter in mask.named_parameters():
             assert parameter.grad is not None and float(parameter.grad.abs().max()) > 0, name
+
+
+def test_without_a_step_only_the_feature_has_statistics_and_the_bound_teaches_every_mask(build):
+    model = ltm.retrofit(build("timm-vit"), ltm.LTMConfig(flops=0.7)).train()
+    fit(model)
+    assert all(mask.statistics is None for mask in masks(model)) and bool(model.ltm.readout.fitted)
+    images, labels = draw(8, 3)
+    with ltm.trace(model) as traced:
+        model(images)
+        ltm.bound_loss(traced, labels).backward()
+    assert all(merge.descriptor is None for merge in traced.merges)
+    assert all(float(mask.weight.grad.abs().max()) > 0 for mask in masks(model))
 
 
 def test_soft_labels_that_are_hard_count_the_same_and_mixtures_lie_between(model):
@@ -238,4 +250,4 @@ def test_a_plain_training_loop_learns(build):
         bounds.append(float(bound.detach()))
     assert bounds[:3] == [0, 0, 0] and all(bound > 0 for bound in bounds[4:])
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
-    assert any(float(mask.eta.detach()) != 0 for mask in masks(model))
+    assert any(float(mask.weight.detach().std()) > 0 for mask in masks(model))

@@ -197,7 +197,9 @@ def _renew_statistics(model: nn.Module, plan: MergePlan) -> None:
     fresh = make_readout(model, plan, masks)
     if _shapes(record.readout) != _shapes(fresh):
         record.readout = fresh if fresh is None else fresh.train(record.training)
-    for mask in filter(learns, masks):
+    for mask in masks:
+        if not isinstance(getattr(mask, "statistics", None), Statistics):
+            continue
         clusters, dim = mask.statistics.centroids.shape
         other = Statistics(dim, max(1, plan.classes), clusters)
         if _shapes(mask.statistics) != _shapes(other):

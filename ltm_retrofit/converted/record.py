@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.errors import NotRetrofitted
 from ltm_retrofit.merging.statistics import Statistics
+from ltm_retrofit.merging.tokens import Mask
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.scopes.base import CHILD, Interceptor, Record
 
@@ -130,8 +131,9 @@ def masks_of(model: nn.Module) -> dict[str, Any]:
 
 
 def learns(mask: nn.Module) -> bool:
-    """Say whether a module is a mask that training teaches: one with statistics for the bound."""
-    return isinstance(getattr(mask, "statistics", None), Statistics)
+    """Say whether a module is a mask that training teaches: one with parameters, or with statistics for the bound."""
+    has_statistics = isinstance(getattr(mask, "statistics", None), Statistics)
+    return has_statistics or (isinstance(mask, Mask) and next(mask.parameters(), None) is not None)
 
 
 @contextmanager

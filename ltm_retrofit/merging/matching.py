@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ltm_retrofit.errors import CountError
 from ltm_retrofit.merging.methods import Place
+from ltm_retrofit.merging.rounds import PADDING, check_counts
 from ltm_retrofit.merging.tokens import Assignment, Mask
-
-#: a size below this is padding: nothing else adds up to so little
-PADDING = 1e-6
 
 
 class Partition(NamedTuple):
@@ -42,11 +39,7 @@ def partition(tokens_in: int, tokens_out: int, prefix: int) -> Partition:
         CountError: where the counts cannot be, with the range that can.
     """
     patches, remain = tokens_in - prefix, tokens_out - prefix
-    if not 1 <= remain <= patches:
-        raise CountError(
-            f"cannot merge {tokens_in} tokens, {prefix} of them prefix tokens, into {tokens_out}: "
-            f"choose {prefix + 1} to {tokens_in}"
-        )
+    check_counts(tokens_in, tokens_out, prefix)
     stride, offset = 2, (1 - prefix) % 2
     if len(range(offset, patches, stride)) > remain or patches < 2:
         stride, offset = math.ceil(patches / remain), 0

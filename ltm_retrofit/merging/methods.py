@@ -70,6 +70,8 @@ class Place:
     grid: Grid | None = None
     grid_out: Grid | None = None
     cells: int = 1
+    rounds: int = 1  # in which tokens leave
+    step: bool = False  # whether the mask has the information-bottleneck step
     width: int | None = None  # of the tokens that are brought back, where it is not D
     dtype: torch.dtype | None = None  # of the host's weights; float32 where nobody says
 
@@ -88,6 +90,7 @@ class Method:
         macs: multiply–adds of the mask for one sequence (all its ``cells``); a `CountError` where the counts of the
             place cannot be. Plans promise these numbers; `ltm.measure` counts them anew, and refuses where they differ.
         unmerge_macs: multiply–adds of bringing all tokens of one sequence back.
+        rounds: in which tokens leave where nobody says otherwise, of methods whose masks know `Place.rounds`.
 
     Raises:
         RecipeError: where it serves no scope, or one that does not exist.
@@ -108,6 +111,7 @@ class Method:
     build: Callable[[Place, Keys], nn.Module]
     macs: Callable[[Place], int]
     unmerge_macs: Callable[[Place], int]
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         """Check the scopes; a string alone would be read letter by letter."""

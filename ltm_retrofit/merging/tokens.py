@@ -10,9 +10,11 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ltm_retrofit.merging.ib import full_precision
 from ltm_retrofit.merging.methods import Place
+from ltm_retrofit.merging.rounds import rows_at
 from ltm_retrofit.merging.statistics import Statistics
 
 ATTRIBUTE = "ltm_carried"
@@ -49,6 +51,29 @@ class Assignment(NamedTuple):
         """Return W as a dense ``(B, N, P)`` matrix."""
         batch, count = self.kept.shape
         return self.unmerge(torch.eye(count, dtype=self.weights.dtype, device=self.weights.device).repeat(batch, 1, 1))
+
+
+class HardAssignment(NamedTuple):
+    """Each of N tokens wholly in one of P groups: a one-hot W.
+
+    ``of[b, j]`` is the group of input token j, and ``kept[b, p]`` the input position that group p stands at.
+    """
+
+    of: Tensor  # (B, N) int64
+    kept: Tensor  # (B, P) int64
+
+    @property
+    def whole(self) -> int:
+        """N, how many tokens went in."""
+        return self.of.shape[1]
+
+    def unmerge(self, tokens: Tensor) -> Tensor:
+        """``W x̃``: bring ``(B, P, D)`` back to ``(B, N, D)``, each token as its group."""
+        return rows_at(tokens, self.of)
+
+    def dense(self) -> Tensor:
+        """Return W as a dense ``(B, N, P)`` matrix in float32."""
+        return F.one_hot(self.of, self.kept.shape[1]).float()
 
 
 class DenseAssignment(NamedTuple):
@@ -100,7 +125,7 @@ class GridAssignment(NamedTuple):
 class Merge(NamedTuple):
     """What one site did: its assignment, and the descriptor ``(B, D)`` of its merged tokens where it has one."""
 
-    assignment: Assignment | DenseAssignment | GridAssignment
+    assignment: Assignment | HardAssignment | DenseAssignment | GridAssignment
     descriptor: Tensor | None = None
 
 

@@ -16,7 +16,7 @@ from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.finding.call import Settings, changed_setting
 from ltm_retrofit.finding.sites import AttentionSite, Found, Sites
 from ltm_retrofit.finding.walk import Walk
-from ltm_retrofit.merging.methods import Keys, Place, Scope, get_method
+from ltm_retrofit.merging.methods import CLUSTERS, Keys, Place, Scope, get_method
 from ltm_retrofit.merging.tokens import Merge
 
 #: name under which masks are registered, and the plan on the model
@@ -30,7 +30,8 @@ class Row(Strict):
     """A line of a plan: what one site does.
 
     Its ``action`` is ``"merge"``, N tokens into P, or ``"slice"``, to the prefix tokens after the last attention.
-    Counts are of one sequence of one image, prefix tokens included; ``grid`` is H'×W' in scope ``GRID``.
+    Counts are of one sequence of one image, prefix tokens included; ``grid`` is H'×W' in scope ``GRID``. Tokens leave
+    in so many ``rounds``, where the method has rounds.
     """
 
     site: str
@@ -39,11 +40,33 @@ class Row(Strict):
     tokens_out: int
     action: str = "merge"
     grid: tuple[int, int] | None = None
+    rounds: int = 1
 
     @property
     def slices(self) -> bool:
         """Whether the row only drops tokens, without a mask."""
         return self.action == "slice"
+
+
+class Made(Protocol):
+    """What a method's masks are made for, whatever the place: a plan, or the search for one."""
+
+    @property
+    def config(self) -> LTMConfig:
+        """What was asked for."""
+
+    @property
+    def classes(self) -> int:
+        """C, of the statistics."""
+
+    @property
+    def clusters(self) -> int:
+        """A, likewise."""
+
+
+def made(of: Made) -> dict[str, Any]:
+    """Return what a `Place` says of that."""
+    return {"classes": max(1, of.classes), "clusters": of.clusters, "step": of.config.ib_step}
 
 
 #: rows, and by how many MACs they change the model
@@ -57,7 +80,7 @@ def quarters(blocks: Sequence[S]) -> list[S]:
 
 
 #: which blocks merge first, by the name of the schedule
-SCHEDULES: dict[str, Callable[[Sequence[Any]], list[Any]]] = {"stages": quarters}
+SCHEDULES: dict[str, Callable[[Sequence[Any]], list[Any]]] = {"auto": quarters, "stages": quarters, "every": list}
 
 
 class Budget(ABC, Generic[S]):
@@ -72,6 +95,8 @@ class Budget(ABC, Generic[S]):
 
     def __init__(self, sites: Sites, config: LTMConfig, blocks: Sequence[S], mergeable: Sequence[S]) -> None:
         self.config, self.method, self.classes = config, get_method(config.method), sites.ending.classes
+        self.clusters = CLUSTERS
+        self.rounds = config.rounds or self.method.rounds
         self.blocks = blocks
         self.mergeable = [site for site in mergeable if config.sites is None or site.block in config.sites]
 
@@ -237,24 +262,12 @@ def check_settings(module: nn.Module, settings: Settings, block: str) -> None:
         )
 
 
-class Planned(Protocol):
+class Planned(Made, Protocol):
     """What a scope reads of a `MergePlan`."""
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """One a site."""
-
-    @property
-    def config(self) -> LTMConfig:
-        """What was asked for."""
-
-    @property
-    def classes(self) -> int:
-        """C, of the statistics."""
-
-    @property
-    def clusters(self) -> int:
-        """A, likewise."""
 
     @property
     def unmerge(self) -> bool:

@@ -300,7 +300,8 @@ class Information:
         self.dim: Any = 0
         if wanted:
             site, mask = next(iter(masks_of(model).items()))
-            self.entrances, self.dim = entrances_of(model, site), mask.statistics.centroids.shape[1]
+            self.entrances = entrances_of(model, site)
+            self.dim = mask.dim if hasattr(mask, "dim") else mask.statistics.centroids.shape[1]
         self.memory = Memory(SAMPLES)  # of inputs, features and soft labels
         self.latest: dict[str, Tensor] = {}
 

@@ -40,7 +40,7 @@ def chosen(model: nn.Module, train: str) -> set[nn.Parameter]:
     found = set(masks_in(model))
     if train != "lora" and not found:
         raise TrainingError(
-            f"train={train!r} finds no mask that learns: convert the model with a method whose masks have statistics, "
+            f"train={train!r} finds no mask that learns: convert the model with a method whose masks have parameters, "
             "such as 'ltm'"
         )
     if train == "masks+norms":

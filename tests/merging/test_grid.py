@@ -11,6 +11,7 @@ from ltm_retrofit.merging.mask import GridMask
 from ltm_retrofit.merging.methods import Place, get_method
 from ltm_retrofit.merging.pool import PoolGrid, PoolMask, grid_at, grid_overlaps, overlaps
 from ltm_retrofit.merging.slice import CropGrid
+from ltm_retrofit.merging.statistics import Statistics
 
 torch.set_num_threads(1)
 DIM, KEY, CLASSES, CLUSTERS = 8, 4, 3, 6
@@ -37,7 +38,7 @@ def test_whole_numbered_overlaps_are_average_pooling(size, kept):
 
 
 def test_a_fresh_mask_is_average_pooling_and_a_trained_one_is_not():
-    x, mask = torch.randn(2, 14 * 10, DIM), GridMask(DIM, KEY, (14, 10), (11, 8), CLASSES, CLUSTERS)
+    x, mask = torch.randn(2, 14 * 10, DIM), GridMask(DIM, KEY, (14, 10), (11, 8))
     pooled, _, _ = PoolGrid(DIM, (14, 10), (11, 8))(x, (14, 10))
     merged, grid, step = mask(x, (14, 10))
     assert grid == (11, 8) and torch.allclose(merged, pooled, atol=1e-6)
@@ -51,7 +52,7 @@ def test_a_fresh_mask_is_average_pooling_and_a_trained_one_is_not():
 
 @pytest.mark.parametrize("kind", [PoolGrid, CropGrid, GridMask])
 def test_a_constant_survives_merging_and_unmerging(kind):
-    more = (KEY, (9, 7), (5, 4), CLASSES, CLUSTERS) if kind is GridMask else ((9, 7), (5, 4))
+    more = (KEY, (9, 7), (5, 4)) if kind is GridMask else ((9, 7), (5, 4))
     x = torch.full((1, 63, DIM), 2.5)
     merged, _, step = kind(DIM, *more)(x, (9, 7))
     assert torch.allclose(merged, torch.full_like(merged, 2.5), atol=1e-6)
@@ -62,7 +63,7 @@ def test_a_constant_survives_merging_and_unmerging(kind):
 @given(height=st.integers(1, 30), width=st.integers(1, 30))
 @settings(max_examples=40, deadline=None)
 def test_at_another_size_the_same_share_is_kept(height, width):
-    mask = GridMask(DIM, KEY, (8, 8), (6, 6), CLASSES, CLUSTERS)
+    mask = GridMask(DIM, KEY, (8, 8), (6, 6))
     merged, grid, _ = mask(torch.randn(1, height * width, DIM), (height, width))
     assert grid == grid_at((height, width), (8, 8), (6, 6))
     assert merged.shape[1] == grid[0] * grid[1] and grid[0] <= height and grid[1] <= width
@@ -70,7 +71,7 @@ def test_at_another_size_the_same_share_is_kept(height, width):
 
 
 def test_every_weight_of_a_grid_mask_gets_a_gradient():
-    mask = GridMask(DIM, KEY, (8, 8), (6, 6), CLASSES, CLUSTERS)
+    mask = GridMask(DIM, KEY, (8, 8), (6, 6), Statistics(DIM, CLASSES, CLUSTERS))
     with torch.no_grad():
         mask.alpha.fill_(0.5)
     mask(torch.randn(2, 64, DIM), (8, 8))[0].square().sum().backward()

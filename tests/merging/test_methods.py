@@ -14,6 +14,7 @@ from ltm_retrofit.macs import count_macs_quick
 from ltm_retrofit.merging import methods
 from ltm_retrofit.merging.methods import Keys, Method, Place, get_method, method_names, register_method
 from ltm_retrofit.merging.pool import grid_overlaps
+from ltm_retrofit.merging.rounds import leaving_in
 from ltm_retrofit.merging.tokens import Mask, dense_unmerge_macs, merge_by
 from ltm_retrofit.scopes.base import make_mask
 
@@ -21,8 +22,8 @@ torch.set_num_threads(1)
 OURS = ("ltm", "tome", "pool", "slice")
 
 
-def flow(dim: int, key_dim: int, n: int, p: int, prefix: int, classes: int) -> Place:
-    return Place("FLOW", dim, key_dim, n, p, prefix, classes)
+def flow(dim: int, key_dim: int, n: int, p: int, prefix: int, classes: int, **more: int) -> Place:
+    return Place("FLOW", dim, key_dim, n, p, prefix, classes, **more)
 
 
 def grid(dim: int, key_dim: int, before: tuple[int, int], after: tuple[int, int], classes: int) -> Place:
@@ -36,13 +37,15 @@ def local(dim: int, key_dim: int, n: int, p: int, classes: int, cells: int, widt
 
 #: saved plans hold sums of these, so they never change while a method's version stays; None: nothing is brought back
 COUNTED = [
-    ("ltm", flow(384, 64, 197, 138, 1, 1000), 7_979_520, 2_220_288),
-    ("ltm", flow(384, 64, 197, 40, 1, 1000), 7_478_336, 1_989_504),
-    ("ltm", flow(768, 64, 201, 120, 5, 10), 16_745_472, 6_096_384),
-    ("ltm", local(96, 16, 64, 30, 1000, 49, 384), 9_802_304, 14_074_368),
-    ("ltm", local(144, 16, 16, 3, 7, 4, 288), 210_176, 44_928),
-    ("ltm", grid(128, 16, (14, 14), (11, 8), 1000), 710_016, None),
-    ("ltm", grid(64, 16, (8, 8), (6, 6), 7), 94_336, None),
+    ("ltm", flow(384, 64, 197, 138, 1, 1000), 3_687_936, 0),
+    ("ltm", flow(384, 64, 197, 138, 1, 1000, step=True), 4_015_616, 0),
+    ("ltm", flow(384, 64, 197, 138, 1, 1000, rounds=3), 8_997_888, 0),
+    ("ltm", flow(384, 64, 197, 40, 1, 1000), 4_840_320, 0),
+    ("ltm", flow(768, 64, 201, 120, 5, 10, rounds=2), 11_988_480, 0),
+    ("ltm", local(96, 16, 64, 30, 1000, 49, 384), 6_021_120, 0),
+    ("ltm", local(144, 16, 16, 3, 7, 4, 288), 48_384, 0),
+    ("ltm", grid(128, 16, (14, 14), (11, 8), 1000), 515_456, None),
+    ("ltm", grid(64, 16, (8, 8), (6, 6), 7), 77_056, None),
     ("tome", flow(384, 64, 197, 138, 1, 1000), 5_431_552, 2_220_288),
     ("tome", flow(192, 16, 50, 12, 0, 7), 160_000, 72_960),
     ("tome", local(96, 16, 64, 30, 1000, 49, 384), 5_541_312, 14_074_368),
@@ -65,18 +68,17 @@ def test_counts_of_saved_plans_stay(name, place, macs, unmerge_macs):
 def test_counts_of_the_learnable_mask_are_the_formula(place):
     d, key, a, c = place.dim, place.key_dim, place.clusters, place.classes
     patches = place.tokens_in - place.prefix
-    step = 2 * a * d + 2 * a * c + place.cells * 2 * patches * d
+    step = 2 * a * d + 2 * a * c + place.cells * 2 * patches * d if place.step else 0
     if place.grid is not None:
         pairs = grid_overlaps(place.grid, place.grid_out)[0].numel()
         assert get_method("ltm").macs(place) == patches * d * key + pairs * key + pairs * d + step
         return
-    stride = 2 if place.tokens_out - place.prefix >= patches // 2 else -(-patches // (place.tokens_out - place.prefix))
-    first = (1 - place.prefix) % 2 if stride == 2 else 0
-    destinations = len(range(first, patches, stride))
-    merging = (place.tokens_in - place.tokens_out) * destinations
-    once = patches * d * key + (patches - destinations) * destinations * key + merging * d
-    assert get_method("ltm").macs(place) == place.cells * once + step
-    assert get_method("ltm").unmerge_macs(place) == place.cells * merging * (place.width or d)
+    compared = 0
+    for leave in leaving_in(place.tokens_in, place.tokens_out, place.rounds, place.prefix):
+        compared += (patches // 2) * -(-patches // 2)
+        patches -= leave
+    assert get_method("ltm").macs(place) == place.cells * compared * d + step
+    assert get_method("ltm").unmerge_macs(place) == 0
 
 
 def keys_of(place: Place, bias: bool = True) -> Keys:
@@ -86,7 +88,7 @@ def keys_of(place: Place, bias: bool = True) -> Keys:
 
 SMALL = [
     flow(24, 8, 17, 12, 1, 5),
-    flow(24, 8, 26, 8, 5, 5),
+    flow(24, 8, 26, 8, 5, 5, rounds=3, step=True),
     local(24, 8, 16, 7, 5, 3, 36),
     grid(24, 8, (6, 5), (4, 4), 5),
 ]
@@ -117,24 +119,30 @@ def test_counts_are_those_of_the_mask_that_is_built(name, place):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("step", [True, False], ids=["step", "no-step"])
 @pytest.mark.parametrize("place", [SMALL[0], SMALL[2], SMALL[3]], ids=["flow", "local", "grid"])
-def test_a_learnable_mask_starts_from_the_hosts_keys(place, bias, dtype):
+def test_a_learnable_mask_starts_neutral_and_on_a_map_from_the_hosts_keys(place, bias, dtype, step):
     keys = keys_of(place, bias)
-    mask = get_method("ltm").build(replace(place, dtype=dtype), keys)
+    mask = get_method("ltm").build(replace(place, dtype=dtype, step=step), keys)
     dtype = dtype or torch.float32
-    assert torch.equal(mask.key.weight, keys.weight.to(dtype))
     if place.grid is None:
-        assert torch.equal(mask.key.bias, keys.bias.to(dtype) if bias else torch.zeros(place.key_dim, dtype=dtype))
+        assert torch.equal(mask.weight, torch.ones(place.dim, dtype=dtype))
+    else:
+        assert torch.equal(mask.key.weight, keys.weight.to(dtype)) and mask.alpha == 0
     assert all(parameter.dtype == dtype and parameter.requires_grad for parameter in mask.parameters())
-    assert mask.statistics.centroids.shape == (64, place.dim) and mask.statistics.counts.shape == (64, place.classes)
-    assert mask.learned().keys() == ({"eta", "temperature"} if place.grid is None else {"eta", "alpha"})
-    assert mask.learned()["eta"] == 0
+    assert mask.learned().keys() == {"weight_std" if place.grid is None else "alpha"} | ({"eta"} if step else set())
+    if step:
+        assert mask.statistics.centroids.shape == (64, place.dim)
+        assert mask.statistics.counts.shape == (64, place.classes) and mask.learned()["eta"] == 0
+    else:
+        assert mask.statistics is None and not dict(mask.named_buffers()).keys() - {"index", "share"}
 
 
 def test_a_host_without_classes_gets_statistics_of_one():
-    mask = get_method("ltm").build(replace(SMALL[0], classes=0), keys_of(SMALL[0]))
+    place = replace(SMALL[0], step=True)
+    mask = get_method("ltm").build(replace(place, classes=0), keys_of(place))
     assert mask.statistics.counts.shape == (64, 1)
-    assert get_method("ltm").macs(replace(SMALL[0], classes=0)) == get_method("ltm").macs(replace(SMALL[0], classes=1))
+    assert get_method("ltm").macs(replace(place, classes=0)) == get_method("ltm").macs(replace(place, classes=1))
 
 
 def test_tome_follows_the_blocks_keys_and_has_keys_of_its_own_for_an_mlp():

@@ -30,7 +30,7 @@ def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
         unmerge = last and plan.unmerge
         forwards.append(FlowForward(block, site, expects=bool(masks), keep=keep, last=last, unmerge=unmerge))
         if row is not None and keep is None:
-            place = place_of(site, row, plan.classes, plan.clusters, home(block)[1])
+            place = place_of(site, row, plan, home(block)[1])
             # tokens are alike where the block's own attention finds their keys alike, on average over its heads
             masks[block] = base.make_mask(plan.config.method, place, Keys(*site.key.mean_map(block)), block)
     return forwards, masks

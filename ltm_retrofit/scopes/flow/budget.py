@@ -11,15 +11,18 @@ import torch
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.sites import Sites
-from ltm_retrofit.merging.methods import CLUSTERS, Place, Scope
-from ltm_retrofit.scopes.base import Budget, Option, Row
+from ltm_retrofit.merging.methods import Place, Scope
+from ltm_retrofit.scopes.base import Budget, Made, Option, Row, made
 from ltm_retrofit.scopes.flow.site import FlowSite
 
 
-def place_of(site: FlowSite, row: Row, classes: int, clusters: int, dtype: torch.dtype | None = None) -> Place:
+def place_of(site: FlowSite, row: Row, of: Made, dtype: torch.dtype | None = None) -> Place:
     """Say to a method where a row's mask works."""
-    counts, prefix = (row.tokens_in, row.tokens_out), site.layout.prefix
-    return Place(site.scope, site.dim, site.key_dim, *counts, prefix, max(1, classes), clusters, dtype=dtype)
+    counts = (row.tokens_in, row.tokens_out, site.layout.prefix)
+    return Place(site.scope, site.dim, site.key_dim, *counts, rounds=row.rounds, dtype=dtype, **made(of))
+
+#: share of the MACs below which the first blocks merge as well
+LITTLE = 0.45
 
 
 class FlowBudget(Budget[FlowSite]):
@@ -34,13 +37,33 @@ class FlowBudget(Budget[FlowSite]):
         self.tokens, self.prefix = blocks[0].layout.tokens, blocks[0].layout.prefix
         self.prefix_macs = sites.ending.prefix_macs
 
+    def scheduled(self) -> list[FlowSite]:
+        """Return the sites of the schedule, or all that the user named.
+
+        Many mild merges lose less than few harsh ones, and each costs a matching: every second block is where more
+        sites bring nothing (docs/real.md). The first blocks know least of what is in the image. They merge only where
+        so little shall be left that the later ones would have to merge what differs, or where blocks are few.
+        """
+        if self.config.sites is not None or self.config.schedule != "auto":
+            return super().scheduled()
+        depth = len(self.blocks)
+        if self.config.tokens is not None:
+            spoken = self.slices and self.config.tokens[-1] == self.prefix
+            count = len(self.config.tokens) - spoken
+            chosen = {self.blocks[depth * place // (count + 1)].block for place in range(1, count + 1)}
+        else:
+            assert self.config.flops is not None
+            start = 0 if self.config.flops < LITTLE else depth // 12 * 2
+            chosen = {site.block for site in self.blocks[start::2]}
+        return [site for site in self.mergeable if site.block in chosen]
+
     def rows(self, counts: Mapping[str, int]) -> tuple[Row, ...]:
         """Turn counts after sites into rows; a site that merges nothing has none."""
         rows, present = [], self.tokens
         for site in self.blocks:
             after = min(counts.get(site.block, present), present)
             if after < present:
-                rows.append(Row(site.block, site.scope.value, present, after))
+                rows.append(Row(site.block, site.scope.value, present, after, rounds=self.rounds))
                 present = after
         if self.slices:
             last = self.blocks[-1]
@@ -57,7 +80,7 @@ class FlowBudget(Budget[FlowSite]):
             after = row.tokens_out if row else present
             total += site.cost(present, after) - site.cost(self.tokens, self.tokens)
             if row is not None and not row.slices:
-                place = place_of(site, row, self.classes, CLUSTERS)
+                place = place_of(site, row, self)
                 total += self.method.macs(place)
                 # where only prefix tokens are left in the end, nothing is brought back
                 total += 0 if self.slices else self.method.unmerge_macs(place)
@@ -68,13 +91,13 @@ class FlowBudget(Budget[FlowSite]):
         """Take the user's counts, one for each scheduled or named site (or for every block)."""
         scheduled, present = self.scheduled(), self.tokens
         merging, last = list(tokens[:-1]), tokens[-1:]
-        spoken = self.slices and last == (self.prefix,) and len(merging) in (len(scheduled), len(self.mergeable))
-        pairs = self.counted(merging if spoken else tokens, scheduled)  # a last count may say the slice aloud
+        spoken = self.slices and last == (self.prefix,)  # a last count may say the slice aloud
+        pairs = self.counted(merging if spoken else tokens, scheduled)
         for site, count in pairs:
             if count > present:
                 raise CountError(f"{site.block} has {present} tokens, so {count} cannot be left")
-            row = Row(site.block, site.scope.value, present, count)
-            self.method.macs(place_of(site, row, self.classes, CLUSTERS))  # refuses counts that cannot be
+            row = Row(site.block, site.scope.value, present, count, rounds=self.rounds)
+            self.method.macs(place_of(site, row, self))  # refuses counts that cannot be
             present = count
         return self.rows({site.block: count for site, count in pairs})
 

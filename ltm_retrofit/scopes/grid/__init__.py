@@ -25,7 +25,7 @@ def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
         if (row := rows.get(site.block)) is None:
             continue
         block = model.get_submodule(site.block)
-        place = place_of(site, row, plan.classes, plan.clusters, home(model)[1])
+        place = place_of(site, row, plan, home(model)[1])
         assert place.grid is not None
         # tokens are alike where the first weights that read them make nearly the same of them
         keys = Keys(principal_keys(model.get_parameter(site.weight), site.key_dim))

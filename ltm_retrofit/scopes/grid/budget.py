@@ -13,20 +13,20 @@ import torch
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.sites import Sites
-from ltm_retrofit.merging.methods import CLUSTERS, Grid, Place, Scope
-from ltm_retrofit.scopes.base import Budget, Option, Row
+from ltm_retrofit.merging.methods import Grid, Place, Scope
+from ltm_retrofit.scopes.base import Budget, Made, Option, Row, made
 from ltm_retrofit.scopes.grid.site import GridSite, smaller
 
 #: sites that merge together in a plan that adds some to the schedule's: more would take too long to go through
 MOST = 4
 
 
-def place_of(site: GridSite, row: Row, classes: int, clusters: int, dtype: torch.dtype | None = None) -> Place:
+def place_of(site: GridSite, row: Row, of: Made, dtype: torch.dtype | None = None) -> Place:
     """Say to a method where a row's mask works."""
     # earlier sites have made the map smaller: it is the one of the proven ones that has as many tokens
     grid = next(grid for grid in sorted(site.segment) if prod(grid) == row.tokens_in)
-    counts, grids = (row.tokens_in, row.tokens_out), (grid, row.grid)
-    return Place(site.scope, site.dim, site.key_dim, *counts, 0, max(1, classes), clusters, *grids, dtype=dtype)
+    counts = (row.tokens_in, row.tokens_out)
+    return Place(site.scope, site.dim, site.key_dim, *counts, grid=grid, grid_out=row.grid, dtype=dtype, **made(of))
 
 
 def grid_of(site: GridSite) -> Grid:
@@ -69,7 +69,7 @@ class GridBudget(Budget[GridSite]):
                 if row.tokens_in != prod(present):
                     raise CountError(f"{site.block}: {present[0]}×{present[1]} tokens arrive, not {row.tokens_in}")
                 self._check_proven(site, present)
-                total += self.method.macs(place_of(site, row, self.classes, CLUSTERS))
+                total += self.method.macs(place_of(site, row, self))
                 share, present = Fraction(row.grid[0], grid_of(site)[0]), row.grid
             self._check_proven(site, present)
             total += site.segment[present] - site.segment[grid_of(site)]

@@ -32,7 +32,7 @@ def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
         for module in modules:
             first, last = module is modules[0], module is modules[-1]
             forwards.append(LocalForward(module, site, host, first=first, last=last, attention=attention))
-        place = place_of(site, row, plan.classes, plan.clusters, home(modules[0])[1])
+        place = place_of(site, row, plan, home(modules[0])[1])
         # tokens that are alike to the first weights of an MLP get nearly the same update from it
         keys = Keys(principal_keys(modules[0].get_parameter(site.weight), site.key_dim))
         masks[host] = base.make_mask(plan.config.method, place, keys, modules[0])

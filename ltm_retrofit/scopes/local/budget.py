@@ -11,15 +11,15 @@ import torch
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.sites import Sites
-from ltm_retrofit.merging.methods import CLUSTERS, Place, Scope
-from ltm_retrofit.scopes.base import Budget, Option, Row
+from ltm_retrofit.merging.methods import Place, Scope
+from ltm_retrofit.scopes.base import Budget, Made, Option, Row, made
 from ltm_retrofit.scopes.local.site import LocalSite, cells_of
 
 #: a row, or None where nothing is merged, and by how many MACs it changes the model
 Rung = tuple[Row | None, int]
 
 
-def place_of(site: LocalSite, row: Row, classes: int, clusters: int, dtype: torch.dtype | None = None) -> Place:
+def place_of(site: LocalSite, row: Row, of: Made, dtype: torch.dtype | None = None) -> Place:
     """Say to a method where a row's mask works: in each cell of a sequence.
 
     Raises:
@@ -32,7 +32,7 @@ def place_of(site: LocalSite, row: Row, classes: int, clusters: int, dtype: torc
             f"{site.block}: {row.tokens_in} → {row.tokens_out} tokens do not fit {count} cells of {size} tokens "
             f"({rest} others stay): choose {rest} + {count}·k with k from 1 to {size}"
         )
-    cell = Place(site.scope, site.dim, site.key_dim, size, kept, 0, max(1, classes), clusters, dtype=dtype)
+    cell = Place(site.scope, site.dim, site.key_dim, size, kept, rounds=row.rounds, dtype=dtype, **made(of))
     return replace(cell, cells=count, width=site.width)
 
 
@@ -49,7 +49,7 @@ class LocalBudget(Budget[LocalSite]):
 
     def cost(self, site: LocalSite, row: Row) -> int:
         """Return by how many MACs a row changes the model."""
-        place, (_, linear, square) = place_of(site, row, self.classes, CLUSTERS), site.cost
+        place, (_, linear, square) = place_of(site, row, self), site.cost
         if row.tokens_out == row.tokens_in:
             return 0
         saved = linear * (row.tokens_in - row.tokens_out) + square * (row.tokens_in**2 - row.tokens_out**2)
@@ -64,8 +64,8 @@ class LocalBudget(Budget[LocalSite]):
         """Take the user's counts, one for each site."""
         rows = []
         for site, count in self.counted(tokens, self.chosen):
-            row = Row(site.block, site.scope.value, site.layout.tokens, count)
-            self.method.macs(place_of(site, row, self.classes, CLUSTERS))  # refuses counts that cannot be
+            row = Row(site.block, site.scope.value, site.layout.tokens, count, rounds=self.rounds)
+            self.method.macs(place_of(site, row, self))  # refuses counts that cannot be
             if row.tokens_out < row.tokens_in:
                 rows.append(row)
         return tuple(rows)
@@ -103,7 +103,8 @@ class LocalBudget(Budget[LocalSite]):
         count, size, rest = cells_of(site)
         ladder: list[Rung] = [(None, 0)]
         for kept in range(size - 1, 0, -1):
-            row = Row(site.block, site.scope.value, count * size + rest, count * kept + rest)
+            counts = (count * size + rest, count * kept + rest)
+            row = Row(site.block, site.scope.value, *counts, rounds=self.rounds)
             if (cost := self.cost(site, row)) < ladder[-1][1]:  # merging a few tokens may cost more than it saves
                 ladder.append((row, cost))
         return ladder
