@@ -4,10 +4,9 @@
     python benchmarks/ablation.py run --data PATH      # appends a line for each finished run; goes on where it was
     python benchmarks/ablation.py table                # writes docs/ablation.md from ablation.jsonl
 
-First it is read off which blocks should merge: those with the best accuracy before any fine-tune, on the 5,000 training
-images set aside. Then every arm is tuned for an epoch with each rate of one grid on the other 45,000; the rate that is
-best on the images set aside is run with every seed and reads the test images, once; longer runs take the rate that was
-best after one epoch. What an arm does not say is as `TrainConfig` has it. The first seed's run of one epoch is the one
+Every arm is tuned for an epoch with each rate of one grid on 45,000 training images; the rate that is best on the 5,000
+set aside is run with every seed and reads the test images, once; longer runs take the rate that was best after one
+epoch. What an arm does not say is as `TrainConfig` has it. The first seed's run of one epoch is the one
 that was chosen, kept under runs/ablation. The unconverted network's arms serve all shares. The information is that of
 test images, with centroids and temperatures fitted to the same 5,000 training images for all arms. Variations have
 their arm's rate and its first seed, learn from a quarter of the images, as their arm then does too, and are read on
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import ablation_base as base
-from ablation_arms import ALL, ARMS, CHOICES, PROGRAMME, VARIATIONS, arm_of
+from ablation_arms import ALL, ARMS, PROGRAMME, VARIATIONS, arm_of
 from ablation_job import Job, do
 from ablation_page import write_page
 
@@ -38,7 +37,7 @@ def noted(log: Path) -> list[dict[str, Any]]:
 
 
 def job_of(line: dict[str, Any]) -> Job:
-    return Job(**{field: line[field] for field in Job._fields} | {"blocks": tuple(line["blocks"])})
+    return Job(**{field: line[field] for field in Job._fields})
 
 
 def best_of(jobs: list[Job], accuracies: dict[Job, float]) -> Job | None:
@@ -50,15 +49,7 @@ def wanted(programme: list[tuple[float, int, int, str]], done: dict[Job, float],
     """Yield every job whose choice has been made, done or not, in the order of the programme."""
     for flops, epochs, images, name in programme:
         arm, of = arm_of(name), VARIATIONS[name][0] if name in VARIATIONS else name
-        plan = Job("plan", "slow LTM, not tuned", 1.0)
-        if arm.method:
-            plans = [Job("plan", "slow LTM, not tuned", flops, blocks=blocks) for blocks in CHOICES]
-            yield from plans
-            best = best_of(plans, done)
-            if best is None:
-                continue
-            plan = best
-        setting = {"flops": flops, "epochs": epochs, "blocks": plan.blocks, "images": images}
+        setting = {"flops": flops, "epochs": epochs, "images": images}
         if arm.settings is None:
             yield Job("test", name, **setting)
             continue

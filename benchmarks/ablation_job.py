@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import ablation_base as base
 import torch
-from ablation_arms import ALL, BATCH, CLUSTERS, PERPLEXITY, Arm, arm_of, change, convert
+from ablation_arms import ALL, BATCH, CLUSTERS, PERPLEXITY, Arm, arm_of, convert
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,8 +29,8 @@ Images = tuple[Tensor, Tensor]
 class Job(NamedTuple):
     """A run, and what its line in the log is known by.
 
-    ``stage`` is "plan": converted, read on the images set aside; "choose": tuned as well; "vary": likewise, a variation
-    of an arm; "test": tuned, read on the test images.
+    ``stage`` is "choose": tuned, read on the images set aside; "vary": likewise, a variation of an arm; "test": tuned,
+    read on the test images.
     """
 
     stage: str
@@ -39,8 +39,6 @@ class Job(NamedTuple):
     epochs: int = 0
     rate: float = 0.0
     seed: int = 0
-    #: those that merge, the last one's slice included
-    blocks: tuple[int, ...] = ()
     #: that train
     images: int = ALL
 
@@ -79,7 +77,7 @@ def do(job: Job, data: Path, threads: int) -> dict[str, Any]:
     train = train[0][: job.images], train[1][: job.images]
     arm, kept = arm_of(job.arm), weights_of(job)
     if job.stage == "test" and kept.exists():
-        model = convert(arm.method, job.flops, job.blocks).to(base.DEVICE).eval()
+        model = convert(arm.method, job.flops, arm.masks).to(base.DEVICE).eval()
         model.load_state_dict(load_file(kept))
     else:
         model = tuned(arm, job, train)
@@ -90,7 +88,7 @@ def do(job: Job, data: Path, threads: int) -> dict[str, Any]:
     line["macs"] = count_macs(model, prepare_example(model, None)).total
     if job.stage == "test":
         line |= information(model, held, test)
-    if job.stage == "plan":
+    if arm.method is not None:
         line["tokens"] = {row.site: row.tokens_out for row in ltm.get_plan(model).rows}
     return line | {"seconds": time.perf_counter() - began, "hardware": base.hardware()}
 
@@ -98,10 +96,9 @@ def do(job: Job, data: Path, threads: int) -> dict[str, Any]:
 def tuned(arm: Arm, job: Job, train: Images) -> nn.Module:
     """Return an arm's network, converted and, where it has settings for that, fine-tuned."""
     torch.manual_seed(job.seed)
-    model = convert(arm.method, job.flops, job.blocks).to(base.DEVICE)
+    model = convert(arm.method, job.flops, arm.masks).to(base.DEVICE)
     if arm.settings is None:
         return model.eval()
-    change(model, **arm.masks)
     settings = dict(arm.settings)
     labelled = settings.pop("labels", True)
     if "mask_lr" in settings:

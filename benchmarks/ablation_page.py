@@ -8,7 +8,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import ablation_base as base
-from ablation_arms import ALL, ARMS, DISTILL, GONE, PROGRAMME, RATES, SLOW_RATES, VARIATIONS
+from ablation_arms import ALL, ARMS, DISTILL, PROGRAMME, RATES, VARIATIONS
 
 Runs = list[dict[str, Any]]
 #: pairs of arms that the page sets against each other
@@ -21,7 +21,6 @@ AGAINST = (
     ("LTM, distillation", "ToMe, distillation"),
     ("LTM, distillation + CEB", "ToMe, distillation"),
     ("LTM, CE", "average pooling, CE"),
-    *((f"LTM, {loss}", f"slow LTM, {loss}") for loss in ("CE", "CE + CEB", "distillation", "distillation + CEB")),
 )
 
 
@@ -54,7 +53,7 @@ def difference(one: Runs, other: Runs) -> str:
 
 def write_page(lines: Runs, out: Path) -> None:
     """Write all settings of the log as Markdown tables, and print them."""
-    arms, rates, slow = list(ARMS), *(", ".join(f"{rate:g}" for rate in several) for several in (RATES, SLOW_RATES))
+    arms, rates = list(ARMS), ", ".join(f"{rate:g}" for rate in RATES)
     labels = "with" if DISTILL["labels"] else "without"
     distilled = ", ".join(f"`{key}={value:g}`" for key, value in DISTILL.items() if key != "labels")
     curve = [json.loads(line) for line in (base.HERE / "ablation_base.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -73,13 +72,12 @@ def write_page(lines: Runs, out: Path) -> None:
         f"{labels} labels. Differences are means over the seeds, paired by test image, ±",
         "their standard error; of arms that ran on a GPU and on a CPU, those of one kind of machine are paired, where",
         "there are such. The *control* of an arm is the better of the untouched original and the original given",
-        "the same fine-tune. *Slow LTM* has its masks begin at a temperature of 0.05, not 0.01, and learn at the rate",
-        f"of the other weights, not at 30 times that, as was the default before; its rates were {slow}.",
+        "the same fine-tune. ToMe merges in every block, as published; LTM where the default plan does.",
         "IB = I(X̃;X) − I(X̃;Y) in nats, on test images, clusters fitted to the images set aside.",
-        "The options of *gate*, *counts annealed* and *bound at every site* brought nothing and are gone: the last",
-        "commit that had them is 56bc864.",
+        "What masks of the first version came to, with what else was tried on them, has",
+        "[a page of its own](ablation_mask_1.md). The options of *gate*, *counts annealed* and *bound at every site*",
+        "brought nothing and are gone: the last commit that had them is 56bc864.",
     ]
-    lines, plans = ([x for x in lines if (x["stage"] == "plan") == planned] for planned in (False, True))
     lines = chosen(lines)
     settings = sorted({(x["flops"], x["epochs"], x["images"]) for x in lines if x["flops"] < 1 and x["epochs"]})
     for flops, epochs, images in reversed(settings):
@@ -87,14 +85,22 @@ def write_page(lines: Runs, out: Path) -> None:
         here = [x for x in alike if x["flops"] in (flops, 1)]
         page += ["", f"## ×{flops:g} of the multiply-adds, {epochs} epoch{'s' * (epochs > 1)} of {images:,} images", ""]
         page += main_table(here, arms) + variations(here)
-    page += plateau(lines) + not_run(lines)
-    page += ["", "## Which blocks merge", "", "Without a fine-tune, on the images set aside; the best was taken.", ""]
-    page += ["| multiply-adds | tokens after each block | top-1 % |", "|---|---|---|"]
-    for line in sorted(plans, key=lambda line: (-line["flops"], -line["accuracy"])):
-        tokens = ", ".join(f"{site.removeprefix('blocks.')}: {count}" for site, count in line["tokens"].items())
-        page.append(f"| ×{line['flops']:g} | {tokens} | {line['accuracy']:.2f} |")
+    page += untuned(lines) + plateau(lines) + not_run(lines)
     out.write_text("\n".join(page) + "\n", encoding="utf-8")
     print("\n".join(page))
+
+
+def untuned(lines: Runs) -> list[str]:
+    """Say what conversion alone costs."""
+    tests = [x for x in lines if x["stage"] == "test" and not x["epochs"]]
+    original = [x for x in tests if x["flops"] == 1]
+    page = ["", "## Off the shelf", "", "| MACs | arm | tokens after each block | top-1 % | to the original |"]
+    page.append("|---|---|---|---|---|")
+    for x in sorted((x for x in tests if x["flops"] < 1), key=lambda x: (-x["flops"], x["arm"])):
+        tokens = ", ".join(f"{site.removeprefix('blocks.')}: {count}" for site, count in x["tokens"].items())
+        share = f"×{x['macs'] / original[0]['macs']:.3f}"
+        page.append(f"| {share} | {x['arm']} | {tokens} | {x['accuracy']:.2f} | {difference([x], original)} |")
+    return page
 
 
 def plateau(lines: Runs) -> list[str]:
@@ -173,7 +179,7 @@ def main_table(here: Runs, arms: list[str]) -> list[str]:
 
 def variations(here: Runs) -> list[str]:
     """Compare each variation with its arm at the same rate, on the images set aside."""
-    of_arm = {name: of for name, (of, *_) in VARIATIONS.items()} | GONE
+    of_arm = {name: of for name, (of, *_) in VARIATIONS.items()}
     tried = sorted({x["arm"]: None for x in here if x["stage"] == "vary"}, key=list(of_arm).index)
     if not tried:
         return []

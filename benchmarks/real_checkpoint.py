@@ -29,7 +29,7 @@ from torch.nn import functional as F
 HERE = Path(__file__).parent
 FOLDER = HERE.parent / "runs" / "dinov2s"
 RESULTS = HERE / "real_checkpoint.jsonl"
-LINEAR = {"attention.attention.query": "q_proj", "attention.attention.key": "k_proj", "attention.attention.value": "v_proj"}
+LINEAR = {f"attention.attention.{theirs}": f"{theirs[0]}_proj" for theirs in ("query", "key", "value")}
 
 
 # ------------------------------------------------------------------------------------------------------------- images
@@ -54,9 +54,8 @@ def tensors(data: Path, split: str, folder: Path) -> tuple[Tensor, Tensor]:
 
         processor = AutoImageProcessor.from_pretrained(folder)
         images, labels, _ = load_split(data, split)
-        raw = [
-            processor(image, do_normalize=False, do_rescale=False, return_tensors="pt")["pixel_values"] for image in images
-        ]
+        plain = {"do_normalize": False, "do_rescale": False, "return_tensors": "pt"}
+        raw = [processor(image, **plain)["pixel_values"] for image in images]
         torch.save((torch.cat(raw).round().clamp(0, 255).to(torch.uint8), torch.tensor(labels)), kept)
     images, labels = torch.load(kept)
     return images, labels
@@ -246,7 +245,7 @@ def settings(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for flops in args.flops:
         for method in args.method:
             config: dict[str, Any] = {"flops": flops, "method": method, "output_tokens": "full"}
-            for name in ("schedule", "sites"):
+            for name in ("schedule", "sites", "rounds"):
                 if getattr(args, name):
                     config[name] = getattr(args, name)
             yield config
@@ -299,6 +298,7 @@ def main() -> None:
     measuring.add_argument("--flops", nargs="+", type=float, default=[0.65, 0.5])
     measuring.add_argument("--schedule")
     measuring.add_argument("--sites", nargs="+")
+    measuring.add_argument("--rounds", type=int)
     measuring.add_argument("--split", default="validation", help="validation, test, train, all (713), validation+train")
     measuring.add_argument("--images", type=int, help="the first so many only")
     measuring.add_argument("--note", default="")

@@ -116,7 +116,7 @@ def test_a_budget_error_crosses_processes():
     "options, blocks",
     [
         pytest.param({"flops": 0.7, "schedule": "stages"}, (1, 3, 4), id="stages"),
-        pytest.param({"flops": 0.7}, (0, 2, 4), id="auto"),
+        pytest.param({"flops": 0.7}, (0, 2, 3), id="auto"),
         pytest.param({"flops": 0.7, "schedule": "every"}, (0, 1, 2, 3, 4), id="every"),
         pytest.param({"tokens": (49, 40, 33)}, (1, 3, 4), id="auto-three-counts"),
         pytest.param({"tokens": (49, 33)}, (2, 4), id="auto-two-counts"),

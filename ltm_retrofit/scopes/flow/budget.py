@@ -21,10 +21,6 @@ def place_of(site: FlowSite, row: Row, of: Made, dtype: torch.dtype | None = Non
     counts = (row.tokens_in, row.tokens_out, site.layout.prefix)
     return Place(site.scope, site.dim, site.key_dim, *counts, rounds=row.rounds, dtype=dtype, **made(of))
 
-#: share of the MACs below which the first blocks merge as well
-LITTLE = 0.45
-
-
 class FlowBudget(Budget[FlowSite]):
     """Costs of token counts, and the search for those that meet a budget."""
 
@@ -40,9 +36,8 @@ class FlowBudget(Budget[FlowSite]):
     def scheduled(self) -> list[FlowSite]:
         """Return the sites of the schedule, or all that the user named.
 
-        Many mild merges lose less than few harsh ones, and each costs a matching: every second block is where more
-        sites bring nothing (docs/real.md). The first blocks know least of what is in the image. They merge only where
-        so little shall be left that the later ones would have to merge what differs, or where blocks are few.
+        Many mild merges lose less than few harsh ones, but each costs a matching: five in twelve blocks are where more
+        bring little (docs/real.md). They lie evenly spread before the last two blocks, where a merge saves least.
         """
         if self.config.sites is not None or self.config.schedule != "auto":
             return super().scheduled()
@@ -52,9 +47,9 @@ class FlowBudget(Budget[FlowSite]):
             count = len(self.config.tokens) - spoken
             chosen = {self.blocks[depth * place // (count + 1)].block for place in range(1, count + 1)}
         else:
-            assert self.config.flops is not None
-            start = 0 if self.config.flops < LITTLE else depth // 12 * 2
-            chosen = {site.block for site in self.blocks[start::2]}
+            count = ceil(5 * depth / 12)
+            places = {max(0, round((depth - 2) * place / count) - 1) for place in range(1, count + 1)}
+            chosen = {self.blocks[place].block for place in places}
         return [site for site in self.mergeable if site.block in chosen]
 
     def rows(self, counts: Mapping[str, int]) -> tuple[Row, ...]:
