@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ltm_retrofit.merging.methods import Place
-from ltm_retrofit.merging.rounds import PADDING, check_counts
+from ltm_retrofit.merging.rounds import PADDING, check_counts, rows_at
 from ltm_retrofit.merging.tokens import Assignment, Mask
 
 
@@ -170,4 +170,4 @@ def take(x: Tensor, index: Tensor | None) -> Tensor:
     """Gather ``(B, n, D)`` or ``(B, n)`` by positions ``(B, k)``; None takes all."""
     if index is None:
         return x
-    return x.gather(1, index if x.ndim == 2 else index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return x.gather(1, index) if x.ndim == 2 else rows_at(x, index)

@@ -45,7 +45,7 @@ class Assignment(NamedTuple):
         everyone = torch.cat([tokens, spread], dim=1)
         # Each position occurs once, so sorting them gives the inverse permutation: no token moves through a matrix.
         back = torch.cat([self.kept, self.merged], dim=1).argsort(dim=1)
-        return everyone.gather(1, back.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        return rows_at(everyone, back)
 
     def dense(self) -> Tensor:
         """Return W as a dense ``(B, N, P)`` matrix."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ltm_retrofit.merging.ib import full_precision
 from ltm_retrofit.merging.matching import SimilarityMask, lifted, partition, take, unmerge_macs
 from ltm_retrofit.merging.methods import Keys, Method, Place, Scope
+from ltm_retrofit.merging.rounds import add_at
 from ltm_retrofit.merging.tokens import TINY, Merge, Merged
 
 
@@ -55,13 +56,12 @@ class ToMeMask(SimilarityMask):
             sizes = similarity.new_ones(tokens.shape[:2]) if sizes is None else sizes
             source, destination = self.halves(tokens, counts)
             source_size, size = self.halves(sizes, counts)
-            # Sums are scattered, not multiplied out: that is why merging costs no MAC here.
+            # Rows are added, not multiplied out: that is why merging costs no MAC here.
             brought = take(source_size, leaving)
             new_size = size.scatter_add(1, target, brought)
             weighted = take(source, leaving) * brought.unsqueeze(-1).to(tokens.dtype)
             summed = destination * size.unsqueeze(-1).to(tokens.dtype)
-            summed = summed.scatter_add(1, target.unsqueeze(-1).expand(-1, -1, self.dim), weighted)
-            merged = summed / new_size.clamp_min(TINY).unsqueeze(-1).to(tokens.dtype)
+            merged = add_at(summed, target, weighted) / new_size.clamp_min(TINY).unsqueeze(-1).to(tokens.dtype)
             weights = F.one_hot(target, counts.partition.destinations).to(similarity.dtype)
         return Merged(
             self.together(tokens, source, staying, merged),
