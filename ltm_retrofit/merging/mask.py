@@ -113,9 +113,9 @@ class MaskModule(Mask):
             merged = merged * torch.where(alone, 1.0, stretch).unsqueeze(-1)
             if self.training:
                 merged = merged + self._taught(z, s, merged.detach(), size)
-        places = torch.arange(prefix, device=tokens.device).expand(len(tokens), -1)
+        places = torch.arange(prefix, device=tokens.device).expand(tokens.shape[0], -1)
         of, stand = (torch.cat([places, where + prefix], dim=1) for where in groups[:2])
-        whole = s.new_ones(len(tokens), prefix) if sizes is None else sizes[:, :prefix].to(s.dtype)
+        whole = s.new_ones(tokens.shape[0], prefix) if sizes is None else sizes[:, :prefix].to(s.dtype)
         return Merged(
             torch.cat([tokens[:, :prefix], merged.to(tokens.dtype)], dim=1),
             torch.cat([whole, size], dim=1),

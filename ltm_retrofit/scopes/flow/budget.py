@@ -20,6 +20,9 @@ def place_of(site: FlowSite, row: Row, of: Made, dtype: torch.dtype | None = Non
     """Say to a method where a row's mask works."""
     counts = (row.tokens_in, row.tokens_out, site.layout.prefix)
     return Place(site.scope, site.dim, site.key_dim, *counts, rounds=row.rounds, dtype=dtype, **made(of))
+#: share of the MACs below which the first block merges as well
+LITTLE = 0.45
+
 
 class FlowBudget(Budget[FlowSite]):
     """Costs of token counts, and the search for those that meet a budget."""
@@ -37,7 +40,8 @@ class FlowBudget(Budget[FlowSite]):
         """Return the sites of the schedule, or all that the user named.
 
         Many mild merges lose less than few harsh ones, but each costs a matching: five in twelve blocks are where more
-        bring little (docs/real.md). They lie evenly spread before the last two blocks, where a merge saves least.
+        bring little (docs/real.md). They lie evenly spread before the last two blocks, where a merge saves least, and
+        begin with the first one where little shall be left: later merges alone would have to join what differs.
         """
         if self.config.sites is not None or self.config.schedule != "auto":
             return super().scheduled()
@@ -49,7 +53,8 @@ class FlowBudget(Budget[FlowSite]):
         else:
             count = ceil(5 * depth / 12)
             places = {max(0, round((depth - 2) * place / count) - 1) for place in range(1, count + 1)}
-            chosen = {self.blocks[place].block for place in places}
+            early = min(places) if self.config.flops is not None and self.config.flops < LITTLE else 0
+            chosen = {self.blocks[place - early].block for place in places}
         return [site for site in self.mergeable if site.block in chosen]
 
     def rows(self, counts: Mapping[str, int]) -> tuple[Row, ...]:
