@@ -1,8 +1,9 @@
-"""What a converted model refuses: methods that it cannot follow, and pooling that changed since it was converted."""
+"""What a converted model refuses or does otherwise: methods that it cannot follow, pooling that changed, and saving."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ from ltm_retrofit.scopes.base import check_settings, unwatch, watch
 GRID_METHODS = ("forward_intermediates", "get_intermediate_layers")
 #: methods of host models that take blocks away, and the plan's sites with them
 CUTTING_METHODS = ("prune_intermediate_layers",)
+#: methods of host models that write them down, and what does so for a converted one
+WRITING_METHODS = {"save_pretrained": "save_as_host", "push_to_hub": "push_as_host"}
+#: the room of saving stands above this one: it is looked up when one of these is called
+WRITING_ROOM = "ltm_retrofit.saving.as_host"
 #: what attributes that say how tokens are pooled have in their names
 POOLING = "pool"
 
@@ -32,6 +37,9 @@ def guard(model: nn.Module) -> None:
         for name in refused if shorten else ():
             if callable(getattr(module, name, None)):
                 module.__dict__[name] = Refusal(module, path, name)
+        for name in WRITING_METHODS if shorten else ():
+            if name not in module.__dict__ and callable(getattr(type(module), name, None)):
+                module.__dict__[name] = Writing(module, path, name)
     watch_pooling(model)
 
 
@@ -44,6 +52,8 @@ def unguard(model: nn.Module) -> None:
                 del module.__dict__[name]
                 if refusal.original is not None:
                     module.__dict__[name] = refusal.original
+            elif isinstance(refusal, Writing):
+                del module.__dict__[name]
 
 
 class Refusal:
@@ -99,6 +109,35 @@ class Refusal:
 def _described(values: Iterable[Any]) -> list[Any]:
     """Say what was given, one tensor like another."""
     return [Tensor if isinstance(value, Tensor) else value for value in values]
+
+
+class Writing:
+    """Stands in for a host's method that writes the model down: what it writes is the converted model.
+
+    transformers' own would write the host under its own name, with masks that no class of transformers reads: loaded
+    again it would run unmerged, without a word. So would a part of a converted model, which has no plan of its own.
+
+    Args:
+        module: the model, or a part of it with converted blocks in it.
+        path: the part's name below the model; empty for the model.
+        name: the method's.
+    """
+
+    def __init__(self, module: nn.Module, path: str, name: str) -> None:
+        self.module, self.path, self.name = module, path, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Write the converted model, with the arguments of the host's method.
+
+        Raises:
+            UnsupportedBlock: where it is a part that is asked for.
+        """
+        if self.path:
+            raise UnsupportedBlock(
+                f"{self.path} ({type(self.module).__name__}) is a part of a converted model, and cannot be loaded "
+                "without the whole: save the model itself, or call ltm_retrofit.restore(model) first"
+            )
+        return getattr(import_module(WRITING_ROOM), WRITING_METHODS[self.name])(self.module, *args, **kwargs)
 
 
 class PoolingWatch:

@@ -5,10 +5,13 @@ No name is ever imported because a file says so: only timm's registry and transf
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -159,6 +162,21 @@ def public_class(name: object) -> Any:
     return kind
 
 
+def auto_class(name: str) -> str:
+    """Return the narrowest Auto class of transformers that loads a model class: classifiers, backbones, or all."""
+    import transformers
+
+    kind = public_class(name)
+    narrow = ("AutoModelForImageClassification", "AutoBackbone")
+    return next((auto for auto in narrow if loads(getattr(transformers, auto), kind)), "AutoModel")
+
+
+def loads(auto: Any, kind: Any) -> bool:
+    """Say whether an Auto class loads this model class of transformers."""
+    loaded = auto._model_mapping.get(kind.config_class, None)
+    return kind in loaded if isinstance(loaded, tuple | list) else kind is loaded
+
+
 def create_timm(name: object, arguments: Mapping[str, Any], where: str, source: str = "", **options: Any) -> nn.Module:
     """Call ``timm.create_model`` with what a file says.
 
@@ -199,9 +217,7 @@ def _descriptions(model: nn.Module) -> Iterator[dict[str, Any]]:
         config: Any = model.config
         values = json.loads(config.to_json_string(use_diff=False))
         description |= {
-            "id": getattr(config, "_name_or_path", None) or None,
-            "revision": getattr(config, "_commit_hash", None),
-            "model_type": config.model_type,
+            **_origin(getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)),
             "attn_implementation": getattr(config, "_attn_implementation", None),
             "config": _public(values),
             "data": _spoken(model),
@@ -212,8 +228,42 @@ def _descriptions(model: nn.Module) -> Iterator[dict[str, Any]]:
             names = {index: f"LABEL_{index}" for index in range(classes)}
             labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
             yield {**description, "config": {**description["config"], **labels}}
+        # what a user gave to the class beside the configuration (add_pooling_layer=False) is kept nowhere: tried
+        switches = _switches(type(model))
+        for turned in list(product((False, True), repeat=len(switches)))[1:]:
+            chosen = [name for name, other in zip(switches, turned, strict=True) if other]
+            yield {**description, "arguments": {name: not switches[name] for name in chosen}}
     else:
         yield description
+
+
+def _switches(kind: type) -> dict[str, bool]:
+    """Return the arguments of a class of transformers that are yes or no, and what they are by default."""
+    parameters = inspect.signature(kind).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, bool)}
+
+
+def _origin(name: str | None, revision: str | None) -> dict[str, Any]:
+    """Say which repository of the Hub a model came from, and which of its revisions, as far as can be known.
+
+    A folder is no origin: what is saved may be read elsewhere. Where the model keeps no revision, as with newer
+    versions of transformers, the one in the cache is taken; whether it was that, an adapter's hash says.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    place = Path(name or "")
+    if len(place.parts) > 3 and place.parts[-2] == "snapshots" and place.parts[-3].startswith("models--"):
+        name, revision = place.parts[-3].removeprefix("models--").replace("--", "/"), place.name
+    elif name is None or not is_repository(name) or place.is_dir():
+        return {"id": None, "revision": None}
+    if revision is None and isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
+        revision = Path(cached).parent.name
+    return {"id": name, "revision": revision}
+
+
+def is_repository(name: str) -> bool:
+    """Say whether a name can be an id on the Hub, ``organisation/name``, and not a path."""
+    return name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
 
 
 def _describe_timm(model: Any) -> dict[str, Any]:
@@ -232,7 +282,7 @@ def _describe_timm(model: Any) -> dict[str, Any]:
     data = {key: value for key, value in declared.items() if key in _DATA_KEYS and value is not None}
     description = {"architecture": declared["architecture"], "arguments": arguments, "data": data}
     if set(arguments) <= _MILD and declared.get("hf_hub_id"):  # otherwise those weights cannot be in it
-        description |= {"id": declared["hf_hub_id"], "revision": declared.get("hf_hub_revision")}
+        description |= _origin(declared["hf_hub_id"], declared.get("hf_hub_revision"))
     return description
 
 
@@ -274,25 +324,39 @@ def _public(values: Any) -> Any:
 
 
 def _rebuild_transformers(description: Mapping[str, Any]) -> nn.Module:
+    kind, config = configured(description)
+    arguments = description.get("arguments", {})
+    if unknown := sorted(set(arguments) - set(_switches(kind))):
+        raise CheckpointError(f"{kind.__name__} has no switch {', '.join(map(repr, unknown))}")
+    dtype, config.dtype = config.dtype, None  # built in float32: stored weights bring their own dtype
+    model: nn.Module = kind(config, **{name: bool(value) for name, value in arguments.items()})
+    model.config.dtype = dtype
+    if data := description.get("data"):
+        _refuse(data.keys() - _SPOKEN_KEYS, "the data settings of a transformers base")
+        model.__dict__[RECORDED] = _tuples(data)
+    return model
+
+
+def configured(description: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the class of transformers that a description names, and its configuration.
+
+    Raises:
+        CheckpointError: where transformers has no such class, or it takes another configuration.
+    """
     import transformers
 
-    kind, model_type = public_class(description.get("class")), description.get("model_type")
+    kind, values = public_class(description.get("class")), description["config"]
+    model_type = description.get("model_type", values.get("model_type"))  # beside the config up to format version 2
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(f"transformers {transformers.__version__} has no model type {model_type!r}")
-    config = transformers.CONFIG_MAPPING[model_type].from_dict(_public(description["config"]))
+    config = transformers.CONFIG_MAPPING[model_type].from_dict(_public(values))
     if not isinstance(config, kind.config_class):
         raise CheckpointError(f"{kind.__name__} takes a {kind.config_class.__name__}, not one of {model_type!r}")
     if (attention := description.get("attn_implementation")) is not None:
         if attention not in _ATTENTION:
             raise CheckpointError(f"attn_implementation must be one of {', '.join(_ATTENTION)}, got {attention!r}")
         config._attn_implementation = attention
-    dtype, config.dtype = config.dtype, None  # built in float32: stored weights bring their own dtype
-    model: nn.Module = kind(config)
-    model.config.dtype = dtype
-    if data := description.get("data"):
-        _refuse(data.keys() - _SPOKEN_KEYS, "the data settings of a transformers base")
-        model.__dict__[RECORDED] = _tuples(data)
-    return model
+    return kind, config
 
 
 def _spoken(model: nn.Module) -> dict[str, Any]:
