@@ -22,7 +22,7 @@ from ltm_retrofit.errors import CheckpointError
 from ltm_retrofit.folders import OURS, check_ours, written_whole
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import adapter_state, labels_of
-from ltm_retrofit.saving.base import auto_class, differing, is_repository, proven_base
+from ltm_retrofit.saving.base import auto_class, describe_base, differing, is_repository, proven_base
 
 FORMAT_VERSION = 3
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -180,12 +180,15 @@ def contents_of(
         if differences := differing(state, given):
             raise CheckpointError(f"the state dict is not that of this {type(model).__name__}: {differences}")
         state = {key: given[key] for key in state}
-    base, reason = proven_base(model)
     if adapter:
         state, attached = adapter_state(model)
         extra |= {"adapter": attached, "labels": labels_of(model)}
-        reason = ADAPTER
-    elif reason is not None and not allow_unloadable:
+        base, reason = describe_base(model), ADAPTER
+        if base["id"] is not None:  # what it is fetched from has to fit
+            base, _ = proven_base(model)
+    else:
+        base, reason = proven_base(model)
+    if reason is not None and not (adapter or allow_unloadable):
         raise CheckpointError(
             f"this {type(model).__name__} cannot be rebuilt from a file ({reason}): what is saved will only load by "
             "from_pretrained(path, base=<the original model>). Where that will do, pass allow_unloadable=True"
