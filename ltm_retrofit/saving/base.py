@@ -40,6 +40,8 @@ _LOADING = set(
 )
 #: arguments that leave the architecture's own checkpoint recognisable
 _MILD = {"num_classes", "img_size", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "dynamic_img_size"}
+#: what the Hub's cache puts before the name of a repository of models
+_CACHED = "models--"
 #: a name with a slash is a kernel on the Hub, that is code
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -246,19 +248,22 @@ def _switches(kind: type) -> dict[str, bool]:
 def _origin(name: str | None, revision: str | None) -> dict[str, Any]:
     """Say which repository of the Hub a model came from, and which of its revisions, as far as can be known.
 
-    A folder is no origin: what is saved may be read elsewhere. Where the model keeps no revision, as with newer
-    versions of transformers, the one in the cache is taken; whether it was that, an adapter's hash says.
+    A folder is no origin: what is saved may be read elsewhere. Newer versions of transformers keep no revision in the
+    model. Then it is the one whose weights are in the cache; whether it was, an adapter's hash says.
     """
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants
 
     place = Path(name or "")
-    if len(place.parts) > 3 and place.parts[-2] == "snapshots" and place.parts[-3].startswith("models--"):
-        name, revision = place.parts[-3].removeprefix("models--").replace("--", "/"), place.name
-    elif name is None or not is_repository(name) or place.is_dir():
+    if len(place.parts) > 3 and place.parts[-2] == "snapshots" and place.parts[-3].startswith(_CACHED):
+        return {"id": place.parts[-3].removeprefix(_CACHED).replace("--", "/"), "revision": place.name}
+    if name is None or not is_repository(name) or place.is_dir():
         return {"id": None, "revision": None}
-    if revision is None and isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
-        revision = Path(cached).parent.name
-    return {"id": name, "revision": revision}
+    cached = Path(constants.HF_HUB_CACHE, _CACHED + name.replace("/", "--"))
+    held = {file.parent.name for file in cached.glob("snapshots/*/*") if file.suffix in (".safetensors", ".bin")}
+    main = cached / "refs" / "main"
+    if len(held) > 1 and main.is_file():
+        held &= {main.read_text(encoding="utf-8")}
+    return {"id": name, "revision": revision or (held.pop() if len(held) == 1 else None)}
 
 
 def is_repository(name: str) -> bool:
@@ -281,7 +286,9 @@ def _describe_timm(model: Any) -> dict[str, Any]:
     arguments = {name: value for name, value in kept.items() if _plain(value) and name not in _LOADING}
     data = {key: value for key, value in declared.items() if key in _DATA_KEYS and value is not None}
     description = {"architecture": declared["architecture"], "arguments": arguments, "data": data}
-    if set(arguments) <= _MILD and declared.get("hf_hub_id"):  # otherwise those weights cannot be in it
+    # a checkpoint fits the architecture as timm has it, or as its own configuration says it
+    fits = set(arguments) <= _MILD or declared.get("source") == "hf-hub"
+    if fits and declared.get("hf_hub_id"):
         description |= _origin(declared["hf_hub_id"], declared.get("hf_hub_revision"))
     return description
 
