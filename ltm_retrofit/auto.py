@@ -41,7 +41,7 @@ _WITHOUT_EFFECT = set(
 )
 
 
-class RetrofitConfig(PretrainedConfig):  # type: ignore[misc, no-untyped-call]
+class RetrofitConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """The ``config.json`` of a converted model, as transformers wants to see it; the model itself has its host's.
 
     ``base`` describes the host, ``plan`` what is merged; ``id2label`` names the classes.
@@ -58,8 +58,8 @@ class RetrofitConfig(PretrainedConfig):  # type: ignore[misc, no-untyped-call]
         """
         unused = kwargs.pop("return_unused_kwargs", False)
         host = (config_dict.get("base") or {}).get("config") or {}
-        labels = {name: host[name] for name in ("id2label", "label2id") if host.get(name)}
-        config = cls(**config_dict, **labels, name_or_path=kwargs.pop("name_or_path", ""))
+        more = {name: host[name] for name in ("id2label", "label2id") if host.get(name)}
+        config = cls(**config_dict, **more, **{"name_or_path": kwargs.pop("name_or_path", "")})
         if unused:
             return config, kwargs
         _check_options(kwargs)
@@ -132,7 +132,8 @@ def _register() -> dict[Any, type[Door]]:
 
 
 _DOORS = _register()
-_of_the_hub = transformers.AutoBackbone.from_pretrained.__func__
+_AutoBackbone: Any = transformers.AutoBackbone
+_of_the_hub = _AutoBackbone.from_pretrained.__func__
 
 
 def _backbone(cls: Any, name: Any, *args: Any, **options: Any) -> Any:
@@ -144,4 +145,4 @@ def _backbone(cls: Any, name: Any, *args: Any, **options: Any) -> Any:
     return _DOORS[cls].from_pretrained(name, *args, config=config, **options)
 
 
-transformers.AutoBackbone.from_pretrained = classmethod(_backbone)
+_AutoBackbone.from_pretrained = classmethod(_backbone)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ltm_retrofit.converted.record import forwards_of
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.finding.call import Settings, settings_of
-from ltm_retrofit.scopes.base import check_settings, unwatch, watch
+from ltm_retrofit.scopes.base import CHILD, check_settings, unwatch, watch
 
 #: methods of host models that lay every block's tokens out on the full grid
 GRID_METHODS = ("forward_intermediates", "get_intermediate_layers")
@@ -40,6 +40,8 @@ def guard(model: nn.Module) -> None:
         for name in WRITING_METHODS if shorten else ():
             if name not in module.__dict__ and callable(getattr(type(module), name, None)):
                 module.__dict__[name] = Writing(module, path, name)
+    if type(model).load_state_dict is not nn.Module.load_state_dict:
+        model.__dict__.setdefault("load_state_dict", Loading(model))
     watch_pooling(model)
 
 
@@ -52,7 +54,7 @@ def unguard(model: nn.Module) -> None:
                 del module.__dict__[name]
                 if refusal.original is not None:
                     module.__dict__[name] = refusal.original
-            elif isinstance(refusal, Writing):
+            elif isinstance(refusal, Writing | Loading):
                 del module.__dict__[name]
 
 
@@ -138,6 +140,38 @@ class Writing:
                 "without the whole: save the model itself, or call ltm_retrofit.restore(model) first"
             )
         return getattr(import_module(WRITING_ROOM), WRITING_METHODS[self.name])(self.module, *args, **kwargs)
+
+
+class Loading:
+    """Stands in for a ``load_state_dict`` of a host's own: the record's entries are loaded past it.
+
+    That of transformers' wrapper of timm models, by which Trainer reads its checkpoints, puts a prefix before them.
+
+    Args:
+        module: the model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load as `nn.Module.load_state_dict` does.
+
+        Raises:
+            RuntimeError: where keys are missing or unexpected, and it is to be strict.
+        """
+        top = f"{CHILD}."
+        ours = {key.removeprefix(top): value for key, value in state_dict.items() if key.startswith(top)}
+        theirs = {key: value for key, value in state_dict.items() if not key.startswith(top)}
+        record = self.module._modules[CHILD].load_state_dict(ours, strict=False, assign=assign)  # type: ignore[union-attr]
+        found = type(self.module).load_state_dict(self.module, theirs, strict=False, assign=assign)
+        missing = [key for key in found.missing_keys if not key.startswith(top)] + [
+            top + k for k in record.missing_keys
+        ]
+        unexpected = [*found.unexpected_keys, *(top + key for key in record.unexpected_keys)]
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"{type(self.module).__name__}: missing keys {missing}, unexpected keys {unexpected}")
+        return found._replace(missing_keys=missing, unexpected_keys=unexpected)
 
 
 class PoolingWatch:

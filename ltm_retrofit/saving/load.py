@@ -403,7 +403,7 @@ def fetch(
             repo,
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
             allow_patterns=_WANTED,
             local_files_only=bool(reason),
             etag_timeout=PATIENCE,

@@ -183,11 +183,10 @@ def contents_of(
     if adapter:
         state, attached = adapter_state(model)
         extra |= {"adapter": attached, "labels": labels_of(model)}
-        base, reason = describe_base(model), ADAPTER
-        if base["id"] is not None:  # what it is fetched from has to fit
-            base, _ = proven_base(model)
-    else:
-        base, reason = proven_base(model)
+    # an adapter's base is built from a file only where it can be fetched; else a user brings it
+    described = describe_base(model) if adapter else None
+    base, reason = proven_base(model) if described is None or described["id"] else (described, None)
+    reason = ADAPTER if adapter else reason
     if reason is not None and not (adapter or allow_unloadable):
         raise CheckpointError(
             f"this {type(model).__name__} cannot be rebuilt from a file ({reason}): what is saved will only load by "

@@ -131,6 +131,27 @@ def test_a_class_of_ones_own_is_written_where_that_is_asked_for(tmp_path: Path) 
     assert torch.equal(logits(ltm.from_pretrained(tmp_path / "saved", base=host)), logits(model))
 
 
+def test_a_host_that_renames_what_it_loads_loads_the_record_too(tmp_path: Path) -> None:
+    """So does transformers' wrapper of timm models, by which Trainer reads checkpoints of it."""
+    args = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    config = tr.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=args, num_labels=3)
+    host = randomise(tr.TimmWrapperForImageClassification(config))
+    model = ltm.retrofit(host, ltm.LTMConfig(flops=0.8), torch.randn(1, 3, 32, 32))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.copy_(value + 1 if value.is_floating_point() else ~value if value.dtype == torch.bool else value)
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    loaded = twin.load_state_dict(state, strict=False)
+    assert same_weights(twin, model) and not loaded.missing_keys and not loaded.unexpected_keys
+    assert same_weights(tr.AutoModelForImageClassification.from_pretrained(tmp_path), model)
+    del state["ltm.finetuned"]
+    with pytest.raises(RuntimeError, match=r"missing keys \['ltm.finetuned'\]"):
+        twin.load_state_dict(state)
+    assert "load_state_dict" not in vars(ltm.restore(twin))
+
+
 # ------------------------------------------------------------------------------------------------------------ Trainer
 
 
