@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from ltm_retrofit.converted.resizing import present_example
 from ltm_retrofit.errors import CheckpointError, DataError, RetrofitError
 from ltm_retrofit.finding.example import home, prepare_example, run
 from ltm_retrofit.finding.proofs import all_equal
+from ltm_retrofit.saving.hub import origin_of
 from ltm_retrofit.scopes.base import CHILD
 from ltm_retrofit.tuning.preprocessing import RECORDED, REFUSED, Preprocessing, preprocessing_of
 from ltm_retrofit.undisturbed import undisturbed
@@ -40,8 +40,6 @@ _LOADING = set(
 )
 #: arguments that leave the architecture's own checkpoint recognisable
 _MILD = {"num_classes", "img_size", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "dynamic_img_size"}
-#: what the Hub's cache puts before the name of a repository of models
-_CACHED = "models--"
 #: a name with a slash is a kernel on the Hub, that is code
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -219,7 +217,7 @@ def _descriptions(model: nn.Module) -> Iterator[dict[str, Any]]:
         config: Any = model.config
         values = json.loads(config.to_json_string(use_diff=False))
         description |= {
-            **_origin(getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)),
+            **origin_of(getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)),
             "attn_implementation": getattr(config, "_attn_implementation", None),
             "config": _public(values),
             "data": _spoken(model),
@@ -245,32 +243,6 @@ def _switches(kind: type) -> dict[str, bool]:
     return {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, bool)}
 
 
-def _origin(name: str | None, revision: str | None) -> dict[str, Any]:
-    """Say which repository of the Hub a model came from, and which of its revisions, as far as can be known.
-
-    A folder is no origin: what is saved may be read elsewhere. Newer versions of transformers keep no revision in the
-    model. Then it is the one whose weights are in the cache; whether it was, an adapter's hash says.
-    """
-    from huggingface_hub import constants
-
-    place = Path(name or "")
-    if len(place.parts) > 3 and place.parts[-2] == "snapshots" and place.parts[-3].startswith(_CACHED):
-        return {"id": place.parts[-3].removeprefix(_CACHED).replace("--", "/"), "revision": place.name}
-    if name is None or not is_repository(name) or place.is_dir():
-        return {"id": None, "revision": None}
-    cached = Path(constants.HF_HUB_CACHE, _CACHED + name.replace("/", "--"))
-    held = {file.parent.name for file in cached.glob("snapshots/*/*") if file.suffix in (".safetensors", ".bin")}
-    main = cached / "refs" / "main"
-    if len(held) > 1 and main.is_file():
-        held &= {main.read_text(encoding="utf-8")}
-    return {"id": name, "revision": revision or (held.pop() if len(held) == 1 else None)}
-
-
-def is_repository(name: str) -> bool:
-    """Say whether a name can be an id on the Hub, ``organisation/name``, and not a path."""
-    return name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
-
-
 def _describe_timm(model: Any) -> dict[str, Any]:
     """Read what ``timm.create_model`` keeps in a model, and what was changed since by methods of timm's.
 
@@ -289,7 +261,7 @@ def _describe_timm(model: Any) -> dict[str, Any]:
     # a checkpoint fits the architecture as timm has it, or as its own configuration says it
     fits = set(arguments) <= _MILD or declared.get("source") == "hf-hub"
     if fits and declared.get("hf_hub_id"):
-        description |= _origin(declared["hf_hub_id"], declared.get("hf_hub_revision"))
+        description |= origin_of(declared["hf_hub_id"], declared.get("hf_hub_revision"))
     return description
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,17 +25,13 @@ from ltm_retrofit.saving.base import (
     create_timm,
     differing,
     is_ours,
-    is_repository,
     load_exactly,
     public_class,
     rebuild_base,
 )
+from ltm_retrofit.saving.hub import fetch, is_repository
 from ltm_retrofit.saving.save import CONFIG, FORMAT_VERSION, WEIGHTS, digest
 
-#: seconds until the Hub counts as unreachable
-PATIENCE = 6.0
-#: never a pickle, never code
-_WANTED = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 #: the model that comes with the package
 EMBEDDED = "digits_vit"
 _ASSETS = Path(__file__).parent.parent / "assets"
@@ -342,9 +337,6 @@ def _read_transformers(folder: Path, kind: Any, new: Collection[str] = (), **opt
     return model.eval()
 
 
-# ------------------------------------------------------------ the Hub
-
-
 def fetch_base(said: Mapping[str, Any], adapter: Mapping[str, Any], hub: Mapping[str, Any]) -> nn.Module:
     """Fetch the checkpoint that an adapter was trained on, and load it as it was before the adapter's classifier.
 
@@ -372,72 +364,3 @@ def fetch_base(said: Mapping[str, Any], adapter: Mapping[str, Any], hub: Mapping
             raise
         except Exception as error:  # whatever a foreign file does to a loader
             raise CheckpointError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error
-
-
-def fetch(
-    repo: str,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """Download a model's configuration and safetensors, or find them in the cache; return the folder.
-
-    Args:
-        repo: the repository's id.
-        revision: its branch, tag or commit.
-        token: of an account that may read it.
-        cache_dir: another cache than the usual one.
-        local_files_only: ask nobody.
-
-    Raises:
-        CheckpointError: where there is no such repository, or the Hub cannot be reached and nothing is cached.
-    """
-    from huggingface_hub import snapshot_download
-
-    # asked once and briefly: the client's own retries add up to a minute
-    reason = "local_files_only is set" if local_files_only else _unreachable(repo, revision, token)
-    try:
-        folder = snapshot_download(
-            repo,
-            revision=revision,
-            token=token,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            allow_patterns=_WANTED,
-            local_files_only=bool(reason),
-            etag_timeout=PATIENCE,
-        )
-        return Path(folder)
-    except Exception as error:  # httpx, huggingface_hub and the file system each have their own
-        at = "" if revision is None else f" at revision {revision!r}"
-        raise CheckpointError(
-            f"{repo!r}{at} cannot be fetched from the Hugging Face Hub, and the cache does not hold it: "
-            f"{reason or _in_short(error)}. Give a local folder, or check the name, the connection (HF_HUB_OFFLINE, "
-            "HF_ENDPOINT) and, where it is private, the token"
-        ) from error
-
-
-def _unreachable(repo: str, revision: str | None, token: str | bool | None) -> str | None:
-    """Ask the Hub for a repository; return why not, or None. In a thread, for name resolution has no time limit."""
-    from huggingface_hub import HfApi, constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    answer: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            HfApi().model_info(repo, revision=revision, token=token, timeout=PATIENCE)
-            answer.append(None)
-        except Exception as error:
-            answer.append(_in_short(error))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE + 1)
-    return answer[0] if answer else f"no answer within {PATIENCE + 1:g} s"
-
-
-def _in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"

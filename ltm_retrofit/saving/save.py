@@ -22,7 +22,8 @@ from ltm_retrofit.errors import CheckpointError
 from ltm_retrofit.folders import OURS, check_ours, written_whole
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import adapter_state, labels_of
-from ltm_retrofit.saving.base import auto_class, describe_base, differing, is_repository, proven_base
+from ltm_retrofit.saving.base import auto_class, describe_base, differing, proven_base
+from ltm_retrofit.saving.hub import is_repository
 
 FORMAT_VERSION = 3
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
