@@ -21,6 +21,7 @@ from conversions import (
     scopes,
     trainable,
 )
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from zoo import ZOO, picture
 
@@ -282,3 +283,21 @@ def test_a_saved_folder_gives_equal_results(host, tmp_path: Path):
     with torch.no_grad():
         assert equal(call(again, inputs), expected)
     assert ltm.get_plan(again).rows == ltm.get_plan(model).rows
+
+
+def test_optimizers_of_timm_find_what_does_not_decay(tmp_path: Path) -> None:
+    """timm asks the host for it; of ours, what is one number or one vector does not."""
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
+    host = timm.create_model("vit_tiny_patch16_224", **arguments).eval()
+
+    def decaying(model: nn.Module) -> set[str]:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05).param_groups
+        return {names[id(one)] for group in groups if group["weight_decay"] for one in group["params"]}
+
+    before, asked = decaying(host), host.no_weight_decay()
+    ltm.save_pretrained(ltm.retrofit(host), tmp_path)
+    for model in (host, ltm.from_pretrained(tmp_path)):
+        assert model.no_weight_decay() == asked
+        assert {name for name in decaying(model) if ".ltm." not in name} == before
+        assert all(p.ndim > 1 for name, p in model.named_parameters() if name in decaying(model))

@@ -303,12 +303,9 @@ def _public(values: Any) -> Any:
 
 
 def _rebuild_transformers(description: Mapping[str, Any]) -> nn.Module:
-    kind, config = configured(description)
-    arguments = description.get("arguments", {})
-    if unknown := sorted(set(arguments) - set(_switches(kind))):
-        raise CheckpointError(f"{kind.__name__} has no switch {', '.join(map(repr, unknown))}")
+    kind, config, switches = configured(description)
     dtype, config.dtype = config.dtype, None  # built in float32: stored weights bring their own dtype
-    model: nn.Module = kind(config, **{name: bool(value) for name, value in arguments.items()})
+    model: nn.Module = kind(config, **switches)
     model.config.dtype = dtype
     if data := description.get("data"):
         _refuse(data.keys() - _SPOKEN_KEYS, "the data settings of a transformers base")
@@ -316,11 +313,11 @@ def _rebuild_transformers(description: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def configured(description: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the class of transformers that a description names, and its configuration.
+def configured(description: Mapping[str, Any]) -> tuple[Any, Any, dict[str, bool]]:
+    """Return the class of transformers that a description names, its configuration and its switches.
 
     Raises:
-        CheckpointError: where transformers has no such class, or it takes another configuration.
+        CheckpointError: where transformers has no such class, or it takes another configuration, or other switches.
     """
     import transformers
 
@@ -335,7 +332,10 @@ def configured(description: Mapping[str, Any]) -> tuple[Any, Any]:
         if attention not in _ATTENTION:
             raise CheckpointError(f"attn_implementation must be one of {', '.join(_ATTENTION)}, got {attention!r}")
         config._attn_implementation = attention
-    return kind, config
+    switches = {name: bool(value) for name, value in description.get("arguments", {}).items()}
+    if unknown := sorted(switches.keys() - _switches(kind).keys()):
+        raise CheckpointError(f"{kind.__name__} has no switch {', '.join(map(repr, unknown))}")
+    return kind, config, switches
 
 
 def _spoken(model: nn.Module) -> dict[str, Any]:

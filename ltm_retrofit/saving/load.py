@@ -358,8 +358,9 @@ def fetch_base(said: Mapping[str, Any], adapter: Mapping[str, Any], hub: Mapping
                 arguments = {**said.get("arguments", {}), **classes}
                 return _load_timm(folder, {**stored, "architecture": said["architecture"], "model_args": arguments})
             labels = {name: stored.get(name) for name in ("id2label", "label2id")} if adapter["new_head"] else {}
-            kind, config = configured({**said, "config": {**said["config"], **labels}})
-            return _read_transformers(folder, kind, adapter["carried"], config=config, dtype=config.dtype or "auto")
+            kind, config, switches = configured({**said, "config": {**said["config"], **labels}})
+            dtype = config.dtype or "auto"
+            return _read_transformers(folder, kind, adapter["carried"], config=config, dtype=dtype, **switches)
         except CheckpointError:
             raise
         except Exception as error:  # whatever a foreign file does to a loader

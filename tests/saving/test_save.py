@@ -377,6 +377,8 @@ def test_no_foreign_code_through_the_config(build: Build) -> None:
         rebuild_base({**description, "attn_implementation": "someone/kernel"})
     with pytest.raises(ltm.CheckpointError, match="model type"):
         rebuild_base({**description, "model_type": "nothing"})
+    with pytest.raises(ltm.CheckpointError, match="has no switch 'weights_only'"):
+        rebuild_base({**description, "arguments": {"weights_only": False}})
     with pytest.raises(ltm.CheckpointError, match="ViTConfig"):
         rebuild_base({**description, "model_type": "swin"})
     hidden = {
