@@ -157,7 +157,7 @@ def test_what_users_of_transformers_pass_is_followed(tmp_path: Path) -> None:
         ({"dtype": "bfloat15"}, "floating dtype"),
         ({"device_map": {"vit": "cpu", "classifier": "meta"}}, "lies on one"),
         ({"device_map": "nowhere"}, "device_map must be a device"),
-        ({"attn_implementation": "someone/kernel"}, "attn_implementation must be one of eager, sdpa"),
+        ({"attn_implementation": "someone/kernel"}, "attn_implementation must be one of 'eager', 'sdpa'"),
         ({"num_labels": 3}, "cannot be loaded with num_labels"),
         ({"quantization_config": {"bits": 4}}, "cannot be loaded with quantization_config"),
     ],

@@ -41,7 +41,7 @@ _LOADING = set(
 #: arguments that leave the architecture's own checkpoint recognisable
 _MILD = {"num_classes", "img_size", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "dynamic_img_size"}
 #: a name with a slash is a kernel on the Hub, that is code
-_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
@@ -329,8 +329,8 @@ def configured(description: Mapping[str, Any]) -> tuple[Any, Any, dict[str, bool
     if not isinstance(config, kind.config_class):
         raise CheckpointError(f"{kind.__name__} takes a {kind.config_class.__name__}, not one of {model_type!r}")
     if (attention := description.get("attn_implementation")) is not None:
-        if attention not in _ATTENTION:
-            raise CheckpointError(f"attn_implementation must be one of {', '.join(_ATTENTION)}, got {attention!r}")
+        if attention not in ATTENTION:
+            raise CheckpointError(f"attn_implementation must be one of {', '.join(ATTENTION)}, got {attention!r}")
         config._attn_implementation = attention
     switches = {name: bool(value) for name, value in description.get("arguments", {}).items()}
     if unknown := sorted(switches.keys() - _switches(kind).keys()):

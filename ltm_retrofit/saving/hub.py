@@ -82,7 +82,7 @@ def fetch(
         at = "" if revision is None else f" at revision {revision!r}"
         raise CheckpointError(
             f"{repo!r}{at} cannot be fetched from the Hugging Face Hub, and the cache does not hold it: "
-            f"{reason or _in_short(error)}. Give a local folder, or check the name, the connection (HF_HUB_OFFLINE, "
+            f"{reason or in_short(error)}. Give a local folder, or check the name, the connection (HF_HUB_OFFLINE, "
             "HF_ENDPOINT) and, where it is private, the token"
         ) from error
 
@@ -100,7 +100,7 @@ def _unreachable(repo: str, revision: str | None, token: str | bool | None) -> s
             HfApi().model_info(repo, revision=revision, token=token, timeout=PATIENCE)
             answer.append(None)
         except Exception as error:
-            answer.append(_in_short(error))
+            answer.append(in_short(error))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -108,5 +108,6 @@ def _unreachable(repo: str, revision: str | None, token: str | bool | None) -> s
     return answer[0] if answer else f"no answer within {PATIENCE + 1:g} s"
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
+    """Return the kind of an error and the first line of what it says."""
     return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"

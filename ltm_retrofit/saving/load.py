@@ -16,11 +16,12 @@ from ltm_retrofit.config import check_keys
 from ltm_retrofit.convert import restore, retrofit
 from ltm_retrofit.converted.record import align, is_retrofitted
 from ltm_retrofit.converted.resizing import example_of, planned_size, set_size, size_from
-from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError
+from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError, check_choice
 from ltm_retrofit.folders import OURS
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import attach
 from ltm_retrofit.saving.base import (
+    ATTENTION,
     configured,
     create_timm,
     differing,
@@ -109,6 +110,7 @@ def from_pretrained(
                 f"attn_implementation={attn_implementation!r} is for models of transformers, and {folder} holds a "
                 f"{config['base'].get('class')} of {config['base'].get('library')}: leave it out"
             )
+        check_choice(attn_implementation, ATTENTION, "attn_implementation")
         config["base"] = {**config["base"], "attn_implementation": attn_implementation}
     adapter = config.get("adapter")
     if base is None and not config["rebuildable"] and not (adapter and config["base"].get("id")):
@@ -349,7 +351,10 @@ def fetch_base(said: Mapping[str, Any], adapter: Mapping[str, Any], hub: Mapping
         CheckpointError: where it cannot be fetched, or does not fit.
     """
     where = f"{said['id']} (revision {said.get('revision') or 'main'}), the base of this adapter,"
-    folder = fetch(said["id"], revision=said.get("revision"), **hub)
+    try:
+        folder = fetch(said["id"], revision=said.get("revision"), **hub)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where} is not at hand: {error}. Or pass from_pretrained(path, base=<it>)") from error
     with torch.random.fork_rng(devices=[]):
         try:
             stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

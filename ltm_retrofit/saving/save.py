@@ -23,7 +23,7 @@ from ltm_retrofit.folders import OURS, check_ours, written_whole
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import adapter_state, labels_of
 from ltm_retrofit.saving.base import auto_class, describe_base, differing, proven_base
-from ltm_retrofit.saving.hub import is_repository
+from ltm_retrofit.saving.hub import in_short, is_repository
 
 FORMAT_VERSION = 3
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -142,10 +142,9 @@ def push_to_hub(
                 commit_message=commit_message or "Upload a model converted by ltm_retrofit",
             )
         except Exception as error:  # httpx, huggingface_hub and the file system each have their own
-            reason = (str(error) or "no message").splitlines()[0]
             raise CheckpointError(
-                f"{repo!r} cannot be written on the Hugging Face Hub: {type(error).__name__}: {reason}. Check the "
-                "name, the connection and the token (hf auth login, or token=)"
+                f"{repo!r} cannot be written on the Hugging Face Hub: {in_short(error)}. Check the name, the "
+                "connection and the token (hf auth login, or token=)"
             ) from error
     return str(commit.commit_url)
 
