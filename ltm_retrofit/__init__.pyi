@@ -27,6 +27,7 @@ from .reporting.report import Report as Report
 from .reporting.report import measure as measure
 from .saving.load import from_pretrained as from_pretrained
 from .saving.load import load_model as load_model
+from .saving.save import push_to_hub as push_to_hub
 from .saving.save import save_pretrained as save_pretrained
 from .tracing import MergeTrace as MergeTrace
 from .tracing import bound_loss as bound_loss

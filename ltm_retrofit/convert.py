@@ -13,6 +13,7 @@ from ltm_retrofit.converted.classifier import guard_classifier, make_readout, un
 from ltm_retrofit.converted.guards import guard, unguard
 from ltm_retrofit.converted.record import (
     Retrofit,
+    align,
     fingerprints_of,
     forwards_of,
     get_plan,
@@ -67,16 +68,21 @@ def retrofit(
         True
     """
     _check(model, config, plan)
-    example = prepare_example(model, example)
-    sites = find_sites(model, example)
-    plan = _fitting(plan, sites) if plan is not None else make_plan(sites, config or LTMConfig(flops=0.7))
-    conversion = build(model, sites, plan)
-    with undisturbed(model), torch.no_grad():
-        expected = run(model, example)
-    install(model, *conversion)
-    guard(model)
-    guard_classifier(model)
-    _prove_or_restore(model, example, expected)
+    put_back = align(model)  # first of all: the proofs compare bits
+    try:
+        example = prepare_example(model, example)
+        sites = find_sites(model, example)
+        plan = _fitting(plan, sites) if plan is not None else make_plan(sites, config or LTMConfig(flops=0.7))
+        conversion = build(model, sites, plan)
+        with undisturbed(model), torch.no_grad():
+            expected = run(model, example)
+        install(model, *conversion)
+        guard(model)
+        guard_classifier(model)
+        _prove_or_restore(model, example, expected)
+    except BaseException:
+        put_back()
+        raise
     return model
 
 

@@ -91,6 +91,11 @@ def _present(folder: Path) -> set[str]:
     }
 
 
+def is_ours_by(mark: Path, name: str) -> bool:
+    """Say whether an earlier writing, which listed its files in ``mark``, wrote the file of this name."""
+    return name in _listed(mark)
+
+
 def _listed(mark: Path) -> set[str]:
     """Return the files that an earlier writing listed; none where its list is missing, broken or not ours."""
     try:

@@ -84,7 +84,6 @@ def test_naflex_takes_its_one_dict_and_its_padding(name):
         assert torch.equal(ltm.restore(model)(_beside(inputs, 1.0)), whole)
 
 
-@pytest.mark.filterwarnings("error:the base .* cannot be rebuilt")
 def test_naflex_of_a_dict_is_saved_and_loaded(tmp_path):
     model, _ = ZOO["timm-naflex-gap"]()
     inputs = _naflex(model)

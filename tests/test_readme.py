@@ -32,7 +32,8 @@ def test_make_targets_exist() -> None:
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1][:40])
-def test_python_runs(code: str) -> None:
+def test_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some write a folder
     exec(compile(code, "README.md", "exec"), {})
     assert PYTHON
 

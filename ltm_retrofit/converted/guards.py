@@ -1,8 +1,9 @@
-"""What a converted model refuses: methods that it cannot follow, and pooling that changed since it was converted."""
+"""What a converted model refuses or does otherwise: methods that it cannot follow, pooling that changed, and saving."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,12 +11,16 @@ from torch import Tensor, nn
 from ltm_retrofit.converted.record import forwards_of
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.finding.call import Settings, settings_of
-from ltm_retrofit.scopes.base import check_settings, unwatch, watch
+from ltm_retrofit.scopes.base import CHILD, check_settings, unwatch, watch
 
 #: methods of host models that lay every block's tokens out on the full grid
 GRID_METHODS = ("forward_intermediates", "get_intermediate_layers")
 #: methods of host models that take blocks away, and the plan's sites with them
 CUTTING_METHODS = ("prune_intermediate_layers",)
+#: methods of host models that write them down, and what does so for a converted one
+WRITING_METHODS = {"save_pretrained": "save_as_host", "push_to_hub": "push_as_host"}
+#: the room of saving stands above this one: it is looked up when one of these is called
+WRITING_ROOM = "ltm_retrofit.saving.as_host"
 #: what attributes that say how tokens are pooled have in their names
 POOLING = "pool"
 
@@ -32,6 +37,11 @@ def guard(model: nn.Module) -> None:
         for name in refused if shorten else ():
             if callable(getattr(module, name, None)):
                 module.__dict__[name] = Refusal(module, path, name)
+        for name in WRITING_METHODS if shorten else ():
+            if name not in module.__dict__ and callable(getattr(type(module), name, None)):
+                module.__dict__[name] = Writing(module, path, name)
+    if type(model).load_state_dict is not nn.Module.load_state_dict:
+        model.__dict__.setdefault("load_state_dict", Loading(model))
     watch_pooling(model)
 
 
@@ -44,6 +54,8 @@ def unguard(model: nn.Module) -> None:
                 del module.__dict__[name]
                 if refusal.original is not None:
                     module.__dict__[name] = refusal.original
+            elif isinstance(refusal, Writing | Loading):
+                del module.__dict__[name]
 
 
 class Refusal:
@@ -99,6 +111,67 @@ class Refusal:
 def _described(values: Iterable[Any]) -> list[Any]:
     """Say what was given, one tensor like another."""
     return [Tensor if isinstance(value, Tensor) else value for value in values]
+
+
+class Writing:
+    """Stands in for a host's method that writes the model down: what it writes is the converted model.
+
+    transformers' own would write the host under its own name, with masks that no class of transformers reads: loaded
+    again it would run unmerged, without a word. So would a part of a converted model, which has no plan of its own.
+
+    Args:
+        module: the model, or a part of it with converted blocks in it.
+        path: the part's name below the model; empty for the model.
+        name: the method's.
+    """
+
+    def __init__(self, module: nn.Module, path: str, name: str) -> None:
+        self.module, self.path, self.name = module, path, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Write the converted model, with the arguments of the host's method.
+
+        Raises:
+            UnsupportedBlock: where it is a part that is asked for.
+        """
+        if self.path:
+            raise UnsupportedBlock(
+                f"{self.path} ({type(self.module).__name__}) is a part of a converted model, and cannot be loaded "
+                "without the whole: save the model itself, or call ltm_retrofit.restore(model) first"
+            )
+        return getattr(import_module(WRITING_ROOM), WRITING_METHODS[self.name])(self.module, *args, **kwargs)
+
+
+class Loading:
+    """Stands in for a ``load_state_dict`` of a host's own: the record's entries are loaded past it.
+
+    That of transformers' wrapper of timm models, by which Trainer reads its checkpoints, puts a prefix before them.
+
+    Args:
+        module: the model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load as `nn.Module.load_state_dict` does.
+
+        Raises:
+            RuntimeError: where keys are missing or unexpected, and it is to be strict.
+        """
+        top = f"{CHILD}."
+        ours = {key.removeprefix(top): value for key, value in state_dict.items() if key.startswith(top)}
+        theirs = {key: value for key, value in state_dict.items() if not key.startswith(top)}
+        record = self.module._modules[CHILD].load_state_dict(ours, strict=False, assign=assign)  # type: ignore[union-attr]
+        found = type(self.module).load_state_dict(self.module, theirs, strict=False, assign=assign)
+        missing = [key for key in found.missing_keys if not key.startswith(top)] + [
+            top + k for k in record.missing_keys
+        ]
+        unexpected = [*found.unexpected_keys, *(top + key for key in record.unexpected_keys)]
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"{type(self.module).__name__}: missing keys {missing}, unexpected keys {unexpected}")
+        return found._replace(missing_keys=missing, unexpected_keys=unexpected)
 
 
 class PoolingWatch:

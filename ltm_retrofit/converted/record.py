@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -171,6 +171,32 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 # --------------------------------------------------------------------------------------------- what it is made of
+
+
+#: bytes at whose multiples torch puts what it allocates itself
+ALIGNED = 64
+
+
+def align(model: nn.Module) -> Callable[[], None]:
+    """Move weights that lie at odd addresses to even ones, in place; the numbers and the parameters stay the same.
+
+    transformers maps weights straight from a file, wherever in it they lie. Products of them come out a rounding apart
+    from those of the same weights anywhere else, and no file could bring such a model back to the bit.
+
+    Returns:
+        a function that puts them back.
+    """
+    moved = []
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta and tensor.data_ptr() % ALIGNED:
+            moved.append((tensor, tensor.data))
+            tensor.data = tensor.data.clone()
+
+    def put_back() -> None:
+        for tensor, values in moved:
+            tensor.data = values
+
+    return put_back
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -5,10 +5,12 @@ No name is ever imported because a file says so: only timm's registry and transf
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from ltm_retrofit.converted.resizing import present_example
 from ltm_retrofit.errors import CheckpointError, DataError, RetrofitError
 from ltm_retrofit.finding.example import home, prepare_example, run
 from ltm_retrofit.finding.proofs import all_equal
+from ltm_retrofit.saving.hub import origin_of
 from ltm_retrofit.scopes.base import CHILD
 from ltm_retrofit.tuning.preprocessing import RECORDED, REFUSED, Preprocessing, preprocessing_of
 from ltm_retrofit.undisturbed import undisturbed
@@ -38,7 +41,7 @@ _LOADING = set(
 #: arguments that leave the architecture's own checkpoint recognisable
 _MILD = {"num_classes", "img_size", "in_chans", "global_pool", "drop_rate", "drop_path_rate", "dynamic_img_size"}
 #: a name with a slash is a kernel on the Hub, that is code
-_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 def describe_base(model: nn.Module) -> dict[str, Any]:
@@ -159,6 +162,21 @@ def public_class(name: object) -> Any:
     return kind
 
 
+def auto_class(name: str) -> str:
+    """Return the narrowest Auto class of transformers that loads a model class: classifiers, backbones, or all."""
+    import transformers
+
+    kind = public_class(name)
+    narrow = ("AutoModelForImageClassification", "AutoBackbone")
+    return next((auto for auto in narrow if loads(getattr(transformers, auto), kind)), "AutoModel")
+
+
+def loads(auto: Any, kind: Any) -> bool:
+    """Say whether an Auto class loads this model class of transformers."""
+    loaded = auto._model_mapping.get(kind.config_class, None)
+    return kind in loaded if isinstance(loaded, tuple | list) else kind is loaded
+
+
 def create_timm(name: object, arguments: Mapping[str, Any], where: str, source: str = "", **options: Any) -> nn.Module:
     """Call ``timm.create_model`` with what a file says.
 
@@ -199,9 +217,7 @@ def _descriptions(model: nn.Module) -> Iterator[dict[str, Any]]:
         config: Any = model.config
         values = json.loads(config.to_json_string(use_diff=False))
         description |= {
-            "id": getattr(config, "_name_or_path", None) or None,
-            "revision": getattr(config, "_commit_hash", None),
-            "model_type": config.model_type,
+            **origin_of(getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)),
             "attn_implementation": getattr(config, "_attn_implementation", None),
             "config": _public(values),
             "data": _spoken(model),
@@ -212,8 +228,19 @@ def _descriptions(model: nn.Module) -> Iterator[dict[str, Any]]:
             names = {index: f"LABEL_{index}" for index in range(classes)}
             labels = {"id2label": names, "label2id": {name: index for index, name in names.items()}}
             yield {**description, "config": {**description["config"], **labels}}
+        # what a user gave to the class beside the configuration (add_pooling_layer=False) is kept nowhere: tried
+        switches = _switches(type(model))
+        for turned in list(product((False, True), repeat=len(switches)))[1:]:
+            chosen = [name for name, other in zip(switches, turned, strict=True) if other]
+            yield {**description, "arguments": {name: not switches[name] for name in chosen}}
     else:
         yield description
+
+
+def _switches(kind: type) -> dict[str, bool]:
+    """Return the arguments of a class of transformers that are yes or no, and what they are by default."""
+    parameters = inspect.signature(kind).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if isinstance(parameter.default, bool)}
 
 
 def _describe_timm(model: Any) -> dict[str, Any]:
@@ -231,8 +258,10 @@ def _describe_timm(model: Any) -> dict[str, Any]:
     arguments = {name: value for name, value in kept.items() if _plain(value) and name not in _LOADING}
     data = {key: value for key, value in declared.items() if key in _DATA_KEYS and value is not None}
     description = {"architecture": declared["architecture"], "arguments": arguments, "data": data}
-    if set(arguments) <= _MILD and declared.get("hf_hub_id"):  # otherwise those weights cannot be in it
-        description |= {"id": declared["hf_hub_id"], "revision": declared.get("hf_hub_revision")}
+    # a checkpoint fits the architecture as timm has it, or as its own configuration says it
+    fits = set(arguments) <= _MILD or declared.get("source") == "hf-hub"
+    if fits and declared.get("hf_hub_id"):
+        description |= origin_of(declared["hf_hub_id"], declared.get("hf_hub_revision"))
     return description
 
 
@@ -274,25 +303,39 @@ def _public(values: Any) -> Any:
 
 
 def _rebuild_transformers(description: Mapping[str, Any]) -> nn.Module:
-    import transformers
-
-    kind, model_type = public_class(description.get("class")), description.get("model_type")
-    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
-        raise CheckpointError(f"transformers {transformers.__version__} has no model type {model_type!r}")
-    config = transformers.CONFIG_MAPPING[model_type].from_dict(_public(description["config"]))
-    if not isinstance(config, kind.config_class):
-        raise CheckpointError(f"{kind.__name__} takes a {kind.config_class.__name__}, not one of {model_type!r}")
-    if (attention := description.get("attn_implementation")) is not None:
-        if attention not in _ATTENTION:
-            raise CheckpointError(f"attn_implementation must be one of {', '.join(_ATTENTION)}, got {attention!r}")
-        config._attn_implementation = attention
+    kind, config, switches = configured(description)
     dtype, config.dtype = config.dtype, None  # built in float32: stored weights bring their own dtype
-    model: nn.Module = kind(config)
+    model: nn.Module = kind(config, **switches)
     model.config.dtype = dtype
     if data := description.get("data"):
         _refuse(data.keys() - _SPOKEN_KEYS, "the data settings of a transformers base")
         model.__dict__[RECORDED] = _tuples(data)
     return model
+
+
+def configured(description: Mapping[str, Any]) -> tuple[Any, Any, dict[str, bool]]:
+    """Return the class of transformers that a description names, its configuration and its switches.
+
+    Raises:
+        CheckpointError: where transformers has no such class, or it takes another configuration, or other switches.
+    """
+    import transformers
+
+    kind, values = public_class(description.get("class")), description["config"]
+    model_type = description.get("model_type", values.get("model_type"))  # beside the config up to format version 2
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(f"transformers {transformers.__version__} has no model type {model_type!r}")
+    config = transformers.CONFIG_MAPPING[model_type].from_dict(_public(values))
+    if not isinstance(config, kind.config_class):
+        raise CheckpointError(f"{kind.__name__} takes a {kind.config_class.__name__}, not one of {model_type!r}")
+    if (attention := description.get("attn_implementation")) is not None:
+        if attention not in ATTENTION:
+            raise CheckpointError(f"attn_implementation must be one of {', '.join(ATTENTION)}, got {attention!r}")
+        config._attn_implementation = attention
+    switches = {name: bool(value) for name, value in description.get("arguments", {}).items()}
+    if unknown := sorted(switches.keys() - _switches(kind).keys()):
+        raise CheckpointError(f"{kind.__name__} has no switch {', '.join(map(repr, unknown))}")
+    return kind, config, switches
 
 
 def _spoken(model: nn.Module) -> dict[str, Any]:

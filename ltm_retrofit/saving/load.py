@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,24 +14,32 @@ from torch import Tensor, nn
 
 from ltm_retrofit.config import check_keys
 from ltm_retrofit.convert import restore, retrofit
-from ltm_retrofit.converted.record import is_retrofitted
+from ltm_retrofit.converted.record import align, is_retrofitted
 from ltm_retrofit.converted.resizing import example_of, planned_size, set_size, size_from
-from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError
+from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError, check_choice
 from ltm_retrofit.folders import OURS
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import attach
-from ltm_retrofit.saving.base import create_timm, differing, is_ours, load_exactly, public_class, rebuild_base
+from ltm_retrofit.saving.base import (
+    ATTENTION,
+    configured,
+    create_timm,
+    differing,
+    is_ours,
+    load_exactly,
+    public_class,
+    rebuild_base,
+)
+from ltm_retrofit.saving.hub import fetch, is_repository
 from ltm_retrofit.saving.save import CONFIG, FORMAT_VERSION, WEIGHTS, digest
 
-#: seconds until the Hub counts as unreachable
-PATIENCE = 6.0
-#: never a pickle, never code
-_WANTED = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
 #: the model that comes with the package
 EMBEDDED = "digits_vit"
 _ASSETS = Path(__file__).parent.parent / "assets"
 _KEYS = ("format", "format_version", "versions", "base", "rebuildable", "reason", "plan", "dtypes", "sha256", "files")
-_OPTIONAL = ("adapter", "labels", "resized")
+_OPTIONAL = ("adapter", "labels", "resized", "model_type", "transformers_weights")
+#: format versions; 3 says to transformers what it is
+_READ = (2, FORMAT_VERSION)
 
 
 class LoadedModel(NamedTuple):
@@ -42,18 +49,40 @@ class LoadedModel(NamedTuple):
     origin: str
 
 
-def from_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None) -> nn.Module:
+def from_pretrained(
+    path: str | os.PathLike[str],
+    base: nn.Module | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> nn.Module:
     """Load what `save_pretrained` wrote: a converted model in eval mode, its logits equal bit for bit.
 
     Args:
         path: the folder, or the id of one on the Hugging Face Hub.
         base: the original model, changed in place and returned, where it is of a class that cannot be rebuilt from a
-            file: its weights do not matter, all come from the folder. For an adapter the checkpoint it was trained on.
+            file: its weights do not matter, all come from the folder. For an adapter the checkpoint it was trained on;
+            left out, that is fetched from the Hub, if it came from there.
+        dtype: of the weights, ``torch.bfloat16`` or ``"bfloat16"``; as they were saved where it is left out or
+            ``"auto"``. Statistics stay in float32.
+        device_map: the device, ``"cuda"``, ``0`` or ``{"": 0}``; ``"auto"`` is the accelerator where there is one. A
+            model lies on one device.
+        attn_implementation: of a transformers model, ``"eager"`` or ``"sdpa"``; as it was saved where it is left out.
+        token: of an account on the Hub that may read a private or gated repository.
+        cache_dir: where downloads are kept, instead of the Hub's usual cache.
+        revision: a branch, tag or commit of the repository.
+        local_files_only: ask nobody, take what the cache holds.
 
     Raises:
         CheckpointError: where the folder is missing, altered or truncated, or ``base`` is needed.
         BaseMismatch: where ``base`` is another architecture, or not the adapter's.
         AlreadyRetrofitted: where ``base`` is converted.
+        RecipeError: where ``dtype``, ``device_map`` or ``attn_implementation`` is none that can be.
 
     Example:
         >>> import timm, torch
@@ -65,22 +94,48 @@ def from_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
         >>> torch.equal(again(images), model(images))
         True
     """
-    folder = Path(path).expanduser()
-    if not folder.exists() and is_repository(str(path)):
-        folder = fetch(str(path))
-    config, plan = _read_config(folder)
-    size = size_from(config.get("resized"))
+    numbers, device = as_dtype(dtype), as_device(device_map)
     if base is not None and is_retrofitted(base):
         raise AlreadyRetrofitted(f"base, a {type(base).__name__}, is converted: call ltm_retrofit.restore(base) first")
-    if base is None and not config["rebuildable"]:
+    if base is not None and attn_implementation is not None:
+        raise RecipeError("give base or attn_implementation, not both: the base has its own, set it there")
+    folder = Path(path).expanduser()
+    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    if not folder.exists() and is_repository(str(path)):
+        folder = fetch(str(path), revision=revision, **hub)
+    config, plan = _read_config(folder)
+    if attn_implementation is not None:
+        if config["base"].get("library") != "transformers":
+            raise RecipeError(
+                f"attn_implementation={attn_implementation!r} is for models of transformers, and {folder} holds a "
+                f"{config['base'].get('class')} of {config['base'].get('library')}: leave it out"
+            )
+        check_choice(attn_implementation, ATTENTION, "attn_implementation")
+        config["base"] = {**config["base"], "attn_implementation": attn_implementation}
+    adapter = config.get("adapter")
+    if base is None and not config["rebuildable"] and not (adapter and config["base"].get("id")):
         raise CheckpointError(
             f"{folder} was made from a {config['base'].get('class')} that cannot be rebuilt from it "
             f"({config['reason']}): pass from_pretrained(path, base=<that model, as it was before conversion>)"
         )
     state = _read_weights(folder, config["sha256"])
-    model = rebuild_base(config["base"]) if base is None else base
-    if (adapter := config.get("adapter")) is not None:
-        return attach(model, adapter, plan, state, config.get("labels") or [])
+    if adapter is not None:
+        model = base if base is not None else fetch_base(config["base"], adapter, hub)
+        model = attach(model, adapter, plan, state, config.get("labels") or [])
+    else:
+        model = rebuild_base(config["base"]) if base is None else base
+        _fill(model, plan, state, size_from(config.get("resized")), folder)
+    if numbers is not None:
+        model.to(numbers)
+        if hasattr(model, "config"):
+            model.config.dtype = numbers
+    return (model if device is None else model.to(device)).eval()
+
+
+def _fill(
+    model: nn.Module, plan: MergePlan, state: dict[str, Tensor], size: tuple[int, int] | None, folder: Path
+) -> None:
+    """Convert a base by a stored plan, in place, and give it the stored weights."""
     own = {key: value for key, value in state.items() if not is_ours(key)}
     if differences := differing(own, model.state_dict()):
         raise BaseMismatch(f"{type(model).__name__} is not the base that {folder} was made from: {differences}")
@@ -96,7 +151,38 @@ def from_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
         restore(model)
         raise CheckpointError(f"{folder}: the weights do not fit its plan: {differences}")
     load_exactly(model, state)
-    return model.eval()
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Read a floating dtype as transformers' users write it; None where it stays as it was saved.
+
+    Raises:
+        RecipeError: where it is none.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise RecipeError(f"dtype must be 'auto' or a floating dtype such as torch.bfloat16, got {dtype!r}")
+    return found
+
+
+def as_device(device_map: Any) -> torch.device | None:
+    """Read a device map as transformers' users write it, all of it one device; None where it is left out.
+
+    Raises:
+        RecipeError: where it is no device, or several.
+    """
+    entries = set(device_map.values()) if isinstance(device_map, Mapping) else {device_map}
+    if len(entries) != 1:
+        raise RecipeError(f"device_map has several devices or none, {device_map!r}: a converted model lies on one")
+    (entry,) = entries
+    if entry in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return None if entry is None else torch.device(entry)
+    except (RuntimeError, TypeError) as error:
+        raise RecipeError(f"device_map must be a device such as 'cuda:0', or 'auto', got {device_map!r}") from error
 
 
 def load_model(name: str) -> nn.Module:
@@ -154,9 +240,9 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], MergePlan]:
         raise CheckpointError(f"{folder} has no readable {CONFIG}: {error}") from error
     if not isinstance(config, dict) or config.get("format") != OURS:
         raise CheckpointError(f"{folder / CONFIG} was not written by ltm_retrofit.save_pretrained")
-    if config.get("format_version") != FORMAT_VERSION:
+    if config.get("format_version") not in _READ:
         raise CheckpointError(
-            f"{folder} has format version {config.get('format_version')!r}, this ltm_retrofit reads {FORMAT_VERSION}: "
+            f"{folder} has format version {config.get('format_version')!r}, this ltm_retrofit reads {_READ}: "
             f"load it with the version that wrote it ({(config.get('versions') or {}).get('ltm-retrofit', 'unknown')})"
         )
     try:
@@ -232,69 +318,55 @@ def _load_transformers(folder: Path, config: Mapping[str, Any]) -> nn.Module:
 
     named = config.get("architectures")
     kind = public_class(named[0]) if isinstance(named, list) and named else transformers.AutoModelForImageClassification
+    return _read_transformers(folder, kind)
+
+
+def _read_transformers(folder: Path, kind: Any, new: Collection[str] = (), **options: Any) -> nn.Module:
+    """Load a folder by a class of transformers; entries of ``new`` may be missing in it."""
     model, loaded = kind.from_pretrained(
-        str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True
+        str(folder),
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+        **options,
     )
     for what in ("missing_keys", "mismatched_keys"):  # transformers fills them at random and only prints so
-        if wrong := sorted(map(str, loaded.get(what) or ())):
+        if wrong := sorted(set(map(str, loaded.get(what) or ())) - set(new)):
             raise CheckpointError(f"{folder}: {what.replace('_', ' ')} in its weights: {', '.join(wrong[:5])}")
     assert isinstance(model, nn.Module)
-    with torch.no_grad():
-        # mapped straight from the file, weights lie at odd addresses, and products come out a rounding apart from
-        # those of the same weights anywhere else
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
+    align(model)
     return model.eval()
 
 
-# ------------------------------------------------------------ the Hub
+def fetch_base(said: Mapping[str, Any], adapter: Mapping[str, Any], hub: Mapping[str, Any]) -> nn.Module:
+    """Fetch the checkpoint that an adapter was trained on, and load it as it was before the adapter's classifier.
 
-
-def is_repository(name: str) -> bool:
-    """Say whether a name can be an id on the Hub, ``organisation/name``, and not a path."""
-    return name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~"))
-
-
-def fetch(repo: str) -> Path:
-    """Download a model's configuration and safetensors, or find them in the cache; return the folder.
+    Args:
+        said: what the adapter's folder says of its base.
+        adapter: what it says of itself.
+        hub: options of `fetch`.
 
     Raises:
-        CheckpointError: where there is no such repository, or the Hub cannot be reached and nothing is cached.
+        CheckpointError: where it cannot be fetched, or does not fit.
     """
-    from huggingface_hub import snapshot_download
-
-    reason = _unreachable(repo)  # asked once and briefly: the client's own retries add up to a minute
+    where = f"{said['id']} (revision {said.get('revision') or 'main'}), the base of this adapter,"
     try:
-        folder = snapshot_download(repo, allow_patterns=_WANTED, local_files_only=bool(reason), etag_timeout=PATIENCE)
-        return Path(folder)
-    except Exception as error:  # httpx, huggingface_hub and the file system each have their own
-        raise CheckpointError(
-            f"{repo!r} cannot be fetched from the Hugging Face Hub, and the cache does not hold it: "
-            f"{reason or _in_short(error)}. Give a local folder, or check the name and the connection "
-            "(HF_HUB_OFFLINE, HF_ENDPOINT)"
-        ) from error
-
-
-def _unreachable(repo: str) -> str | None:
-    """Ask the Hub for a repository; return why not, or None. In a thread, for name resolution has no time limit."""
-    from huggingface_hub import HfApi, constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    answer: list[str | None] = []
-
-    def ask() -> None:
+        folder = fetch(said["id"], revision=said.get("revision"), **hub)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where} is not at hand: {error}. Or pass from_pretrained(path, base=<it>)") from error
+    with torch.random.fork_rng(devices=[]):
         try:
-            HfApi().model_info(repo, timeout=PATIENCE)
-            answer.append(None)
-        except Exception as error:
-            answer.append(_in_short(error))
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PATIENCE + 1)
-    return answer[0] if answer else f"no answer within {PATIENCE + 1:g} s"
-
-
-def _in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+            stored = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if said.get("library") == "timm":
+                classes = {"num_classes": stored["num_classes"]} if adapter["new_head"] else {}
+                arguments = {**said.get("arguments", {}), **classes}
+                return _load_timm(folder, {**stored, "architecture": said["architecture"], "model_args": arguments})
+            labels = {name: stored.get(name) for name in ("id2label", "label2id")} if adapter["new_head"] else {}
+            kind, config, switches = configured({**said, "config": {**said["config"], **labels}})
+            dtype = config.dtype or "auto"
+            return _read_transformers(folder, kind, adapter["carried"], config=config, dtype=dtype, **switches)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a foreign file does to a loader
+            raise CheckpointError(f"{where} cannot be loaded: {type(error).__name__}: {error}") from error

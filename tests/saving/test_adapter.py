@@ -106,6 +106,19 @@ def test_without_its_base_an_adapter_says_what_it_needs(build, tmp_path) -> None
     assert "base=base" in (tmp_path / "adapter" / "README.md").read_text()
 
 
+def test_a_base_that_cannot_be_fetched_may_be_brought(tmp_path) -> None:
+    model = ltm.retrofit(
+        timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7).eval(), ltm.LTMConfig(0.9)
+    )
+    ltm.save_pretrained(model, tmp_path / "adapter", adapter=True)
+    said = json.loads((tmp_path / "adapter" / "config.json").read_text())["base"]
+    assert said["id"] == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    with pytest.raises(
+        CheckpointError, match=rf"{said['id']} .*base of this adapter.*pass from_pretrained\(path, base="
+    ):
+        ltm.from_pretrained(tmp_path / "adapter", local_files_only=True)
+
+
 def test_where_everything_was_trained_there_is_no_adapter(build, tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"save it whole \(adapter=False\)"):
         ltm.save_pretrained(tuned(build("timm-vit"), "all"), tmp_path / "adapter", adapter=True)

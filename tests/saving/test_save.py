@@ -194,10 +194,11 @@ def by_its_entrypoint() -> nn.Module:
 @pytest.mark.parametrize("made", [by_hand, by_its_entrypoint])
 def test_a_timm_model_that_create_model_did_not_make_needs_base(made, images: torch.Tensor, tmp_path: Path) -> None:
     model = shake(ltm.retrofit(made().eval()))
-    with pytest.warns(
-        UserWarning, match=r"VisionTransformer cannot be rebuilt .*nor made by timm\.create_model.*base="
+    with pytest.raises(
+        ltm.CheckpointError, match=r"VisionTransformer cannot be rebuilt .*nor made by timm\.create_model.*base="
     ):
         ltm.save_pretrained(model, tmp_path / "saved")
+    ltm.save_pretrained(model, tmp_path / "saved", allow_unloadable=True)
     with pytest.raises(ltm.CheckpointError, match=r"VisionTransformer .*nor made by timm\.create_model.*base="):
         ltm.from_pretrained(tmp_path / "saved")
     loaded = ltm.from_pretrained(tmp_path / "saved", base=made())
@@ -260,8 +261,7 @@ def test_fitted_statistics_and_eta_survive(build: Build, images: torch.Tensor, t
 
 def test_users_own_class_needs_base(build: Build, images: torch.Tensor, tmp_path: Path) -> None:
     model = shake(ltm.retrofit(Own(build("timm-vit"))))
-    with pytest.warns(UserWarning, match="base="):
-        ltm.save_pretrained(model, tmp_path / "saved")
+    ltm.save_pretrained(model, tmp_path / "saved", allow_unloadable=True)
     with pytest.raises(ltm.CheckpointError, match="base="):
         ltm.from_pretrained(tmp_path / "saved")
     base = Own(build("timm-vit", seed=3))
@@ -377,6 +377,8 @@ def test_no_foreign_code_through_the_config(build: Build) -> None:
         rebuild_base({**description, "attn_implementation": "someone/kernel"})
     with pytest.raises(ltm.CheckpointError, match="model type"):
         rebuild_base({**description, "model_type": "nothing"})
+    with pytest.raises(ltm.CheckpointError, match="has no switch 'weights_only'"):
+        rebuild_base({**description, "arguments": {"weights_only": False}})
     with pytest.raises(ltm.CheckpointError, match="ViTConfig"):
         rebuild_base({**description, "model_type": "swin"})
     hidden = {
