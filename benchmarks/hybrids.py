@@ -56,7 +56,7 @@ def compare(name: str, log: Path, seed: int, epochs: int | None, limit: int | No
     from ltm_retrofit import RetrofitError, evaluate, finetune, get_plan
     from ltm_retrofit.finding.example import prepare_example
     from ltm_retrofit.macs import count_macs
-    from ltm_retrofit.merging.mask import INITIAL_TEMPERATURE
+    from ltm_retrofit.merging.methods import get_method
     from ltm_retrofit.recipe import Recipe
     from ltm_retrofit.tuning.parameters import MASKS_FASTER
     from ltm_retrofit.tuning.sources import load_split
@@ -69,7 +69,7 @@ def compare(name: str, log: Path, seed: int, epochs: int | None, limit: int | No
     for arm, (method, tuned) in ARMS.items():
         key = {"stage": "compare", "base": name, "arm": arm, "seed": seed if tuned else 0, "lr": LR if tuned else 0}
         key |= {"asked": FLOPS[name]} if method is not None else {}
-        key |= {"temperature": INITIAL_TEMPERATURE, "faster": MASKS_FASTER} if method == "ltm" else {}
+        key |= {"mask": get_method("ltm").version, "faster": MASKS_FASTER} if method == "ltm" else {}
         key |= {"epochs": config.epochs if tuned else 0, "train_images": len(data), "test_images": len(test)}
         if any(key.items() <= line.items() for line in noted(log, "compare") if "error" not in line):
             print(f"{name}, {arm}, seed {seed}: in {log} already, skipped")
@@ -112,9 +112,9 @@ def table(log: Path, out: Path) -> None:
         rows.append(f"| {' | '.join(cells)} |")
         sites.append(f"- {name}: {'; '.join(after['sites'])}")
     trained = ", ".join(f"{name} {value}" for name, value in {x["base"]: x["val"] for x in noted(log, "train")}.items())
-    old = [line["base"] for line in kept.values() if line["arm"] == "converted" and "temperature" not in line]
+    old = [line["base"] for line in kept.values() if line["arm"] == "converted" and "mask" not in line]
     told = (
-        f"The masks of {', '.join(old)} began at a temperature of 0.05 and had the rate of all else, the defaults then."
+        f"The masks of {', '.join(old)} are of the first version (commit 810c14b), as shipped before rounds by Ward's cost."
     )
     tests, epochs, seeds, machines = (
         ", ".join(sorted({str(line[key]) for line in kept.values() if line[key] or key == "seed"}))

@@ -111,10 +111,9 @@ def join(z: Tensor, sizes: Tensor | None, leaving: tuple[int, ...], padded: bool
 
 def _cost(x: Tensor, s: Tensor, equal: bool, padded: bool) -> Tensor:
     """Ward's cost ``(B, ⌊n/2⌋, ⌈n/2⌉)`` of each token at an odd place joining each one at an even place."""
-    source, target = x[:, 1::2], x[:, ::2]
     square = torch.linalg.vector_norm(x, dim=-1).square()
     # ‖a − b‖² = ‖a‖² + ‖b‖² − 2ab: one matrix product instead of (n/2)² differences of D numbers
-    cost = torch.bmm(source, target.transpose(1, 2)).mul(-2)
+    cost: Tensor = torch.bmm(x[:, 1::2], x[:, ::2].transpose(1, 2)).mul(-2)
     cost = (cost + square[:, 1::2].unsqueeze(2) + square[:, ::2].unsqueeze(1)).clamp_min(0)
     if equal:  # s_a s_b / (s_a + s_b) is the same for all
         return cost
@@ -139,10 +138,11 @@ def _flat(index: Tensor, rows: int) -> Tensor:
 
 def rows_at(x: Tensor, index: Tensor) -> Tensor:
     """Return rows ``(B, k, D)`` of ``(B, n, D)``: whole rows are copied, where a gather would pick number by number."""
-    rows = x.flatten(0, 1).index_select(0, _flat(index, x.shape[1]))
-    return rows.view(*index.shape, x.shape[-1])
+    rows: Tensor = x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).view(*index.shape, x.shape[-1])
+    return rows
 
 
 def add_at(x: Tensor, index: Tensor, more: Tensor) -> Tensor:
     """Return ``x (B, n, D)`` with rows ``more (B, k, D)`` added at positions ``index (B, k)``."""
-    return x.flatten(0, 1).index_add(0, _flat(index, x.shape[1]), more.flatten(0, 1)).view_as(x)
+    added: Tensor = x.flatten(0, 1).index_add(0, _flat(index, x.shape[1]), more.flatten(0, 1)).view_as(x)
+    return added
