@@ -114,7 +114,7 @@ def table(log: Path, out: Path) -> None:
     trained = ", ".join(f"{name} {value}" for name, value in {x["base"]: x["val"] for x in noted(log, "train")}.items())
     old = [line["base"] for line in kept.values() if line["arm"] == "converted" and "mask" not in line]
     told = (
-        f"The masks of {', '.join(old)} are of the first version (commit 810c14b), as shipped before rounds by Ward's cost."
+        f"The masks of {', '.join(old)} are of the first version (commit 810c14b)."
     )
     tests, epochs, seeds, machines = (
         ", ".join(sorted({str(line[key]) for line in kept.values() if line[key] or key == "seed"}))
