@@ -17,8 +17,9 @@ from torch import nn
 from ltm_retrofit.config import LTMConfig, Strict, check_keys
 from ltm_retrofit.convert import retrofit
 from ltm_retrofit.converted.record import get_plan
+from ltm_retrofit.converted.resizing import present_example
 from ltm_retrofit.errors import CheckpointError, DataError, RecipeError
-from ltm_retrofit.finding.example import prepare_example, run
+from ltm_retrofit.finding.example import run
 from ltm_retrofit.finding.proofs import all_equal
 from ltm_retrofit.folders import OURS, check_ours, written_whole
 from ltm_retrofit.plan import MergePlan
@@ -188,7 +189,7 @@ def _write(model: nn.Module, recipe: Recipe, report: Report, pictures: list[Any]
         save_pretrained(model, folder / "model", report=report, recipe=recipe.to_dict())
         if recipe.train.train.startswith("masks"):
             save_pretrained(model, folder / "adapter", adapter=True, report=report, recipe=recipe.to_dict())
-        example = prepare_example(model, None)
+        example = present_example(model)
         with undisturbed(model):
             same = all_equal(run(from_pretrained(folder / "model"), example), run(model, example))
         report = replace(report, extra={**report.extra, "reloaded_equal": same})

@@ -18,11 +18,12 @@ from ltm_retrofit.convert import restore, retrofit
 from ltm_retrofit.converted.record import is_retrofitted
 from ltm_retrofit.converted.resizing import example_of, planned_size, set_size, size_from
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError
+from ltm_retrofit.finding.example import KEPT, read_processor
 from ltm_retrofit.folders import OURS
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import attach
 from ltm_retrofit.saving.base import create_timm, differing, is_ours, load_exactly, public_class, rebuild_base
-from ltm_retrofit.saving.save import CONFIG, FORMAT_VERSION, WEIGHTS, digest
+from ltm_retrofit.saving.save import CONFIG, FORMAT_VERSION, PROCESSOR, WEIGHTS, digest
 
 #: seconds until the Hub counts as unreachable
 PATIENCE = 6.0
@@ -79,6 +80,8 @@ def from_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
         )
     state = _read_weights(folder, config["sha256"])
     model = rebuild_base(config["base"]) if base is None else base
+    if (folder / PROCESSOR).is_file() and (processor := read_processor(folder)) is not None:
+        model.__dict__[KEPT] = processor
     if (adapter := config.get("adapter")) is not None:
         return attach(model, adapter, plan, state, config.get("labels") or [])
     own = {key: value for key, value in state.items() if not is_ours(key)}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ltm_retrofit.converted.classifier import follow_classifier
 from ltm_retrofit.converted.record import get_plan
 from ltm_retrofit.converted.resizing import resized
+from ltm_retrofit.finding.example import processors_of
 from ltm_retrofit.folders import OURS, check_ours, written_whole
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import adapter_state, labels_of
@@ -24,6 +25,7 @@ from ltm_retrofit.saving.base import describe_base, proven_base
 
 FORMAT_VERSION = 2
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+PROCESSOR = "preprocessor_config.json"  # of a model whose images one of transformers' image processors makes
 
 
 def save_pretrained(
@@ -89,12 +91,17 @@ def save_pretrained(
         "files": [CONFIG, WEIGHTS, CARD],
         **extra,
     }
+    processor = next(iter(processors_of(model).values()), None)
+    if processor is not None:
+        config["files"].append(PROCESSOR)
     card = model_card(target.resolve().name, base, plan, reason, report, recipe)
     with written_whole(target, CONFIG, overwrite=overwrite) as folder:
         _write_weights(state, folder / WEIGHTS)
         config["sha256"] = digest(folder / WEIGHTS)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
+        if processor is not None:
+            processor.save_pretrained(folder)
 
 
 def digest(file: Path) -> str:
