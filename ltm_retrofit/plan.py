@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Self
 
 from ltm_retrofit.config import LTMConfig, Strict
@@ -106,6 +108,36 @@ class MergePlan(Strict):
         return "\n".join(lines)
 
 
+def read_plan(path: Path) -> MergePlan:
+    """Read a plan from a JSON file: one that `MergePlan.to_dict` made, or the config.json of a saved folder.
+
+    Raises:
+        RecipeError: where there is none.
+        BaseMismatch: as `MergePlan.from_dict`.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return MergePlan.from_dict(values.get("plan", values))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{path} holds no plan ({error}): expected what `convert --json` prints") from error
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def recounted(plan: MergePlan, sites: Sites) -> MergePlan:
+    """Return a plan whose rows were edited as one that says what they cost.
+
+    Raises:
+        CountError: where the rows do not fit the sites.
+    """
+    return replace(plan, macs=make_macs(sites, plan.config, plan.rows), unmerge=_unmerges(plan.rows))
+
+
+def _unmerges(rows: Sequence[Row]) -> bool:
+    """Say whether tokens that stay merged are left at the end, to be brought back."""
+    return any(row.scope == FLOW.name for row in rows) and not any(row.slices for row in rows)
+
+
 def check_method(name: str, version: int) -> None:
     """Check that a plan's method is the registry's: what another version computes, this one would compute differently.
 
@@ -165,7 +197,7 @@ def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
         config=config,
         macs_original=sites.total_macs,
         macs=make_macs(sites, config, rows),
-        unmerge=any(row.scope == FLOW.name for row in rows) and not any(row.slices for row in rows),
+        unmerge=_unmerges(rows),
         input_size=sites.input_size,
         sizes_said=sites.sizes_said,
         fixed_inputs=sites.fixed_inputs,

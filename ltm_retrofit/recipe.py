@@ -41,14 +41,21 @@ MARK = "run.json"
 
 @dataclass(frozen=True)
 class ModelSection(Strict):
-    """Which model: the embedded ``digits_vit``, a folder, a timm name or a Hub id."""
+    """Which model: the embedded ``digits_vit``, a folder, a timm name or a Hub id.
+
+    ``image_size`` is the side of its images, or height and width; left out, the model and what came with it say it.
+    """
 
     name: str = "digits_vit"
+    image_size: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Check the name's type."""
+        """Check both."""
         if not isinstance(self.name, str) or not self.name:
             raise RecipeError(f"name is a folder, a timm name or a Hub id, got {self.name!r}")
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
+        if self.image_size is not None and not (len(sides) == 2 and all(type(s) is int and s > 0 for s in sides)):
+            raise RecipeError(f"image_size is one side, or height and width, of 1 or more, got {self.image_size!r}")
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,8 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     kept = checkpoints_beside(out, resume)
     model, origin = find_model(recipe.model.name)
     say(f"model    {recipe.model.name}: {origin}")
+    if (size := recipe.model.image_size) is not None:
+        ask_size(model, size if isinstance(size, tuple) else (size, size))
     train, test = _prepare(model, recipe, say)
     original = copy.deepcopy(model)
 

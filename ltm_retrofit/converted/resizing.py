@@ -98,6 +98,18 @@ def image_shape(model: nn.Module) -> tuple[int, int, int] | None:
     return said
 
 
+def sizes_now(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return who says which (height, width) the images have that a model is fed, the one that is followed first.
+
+    Of a converted model it is what its plan noted; ``"plan"`` where that notes no source.
+    """
+    shape = image_shape(model)
+    if shape is None or not is_retrofitted(model):
+        return sizes_said(model)
+    noted = get_plan(model).sizes_said or {"plan": shape[1:]}
+    return noted if next(iter(noted.values())) == shape[1:] else sizes_said(model)
+
+
 def ask_size(model: nn.Module, size: tuple[int, int]) -> None:
     """Have a model looked at, fed and measured with images of this (height, width), whatever it says itself.
 
