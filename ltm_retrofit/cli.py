@@ -68,11 +68,11 @@ def parser() -> argparse.ArgumentParser:
     budget = sub.add_mutually_exclusive_group()
     budget.add_argument("--flops", type=float, help="share of the model's MACs to keep (default 0.7)")
     budget.add_argument("--tokens", type=int, nargs="+", help="token counts after each site, prefix tokens included")
-    budget.add_argument("--plan", type=Path, help="a plan in JSON: what --json printed, edited or not, or a config.json")
+    budget.add_argument("--plan", type=Path, help="JSON of a plan, edited or not: what --json printed")
     sub.add_argument("--method", choices=method_names(), help=f"default {LTMConfig.method}")
     sub.add_argument("--schedule", choices=SCHEDULES, help=f"default {LTMConfig.schedule}")
     sub.add_argument("--sites", nargs="+", help="blocks to choose from, instead of the schedule")
-    sub.add_argument("--scope", choices=[scope.value for scope in Scope], help="the best that is proven, where left out")
+    sub.add_argument("--scope", choices=[scope.value for scope in Scope], help="default: the best that is proven")
     sub.add_argument("--output-tokens", choices=OUTPUT_TOKENS, help=f"default {LTMConfig.output_tokens}")
     written(sub)
 
@@ -171,7 +171,7 @@ def _image_size(arguments: argparse.Namespace) -> tuple[int, int] | None:
     if given is None:
         return None
     if len(given) > 2 or min(given) < 1:
-        raise RecipeError(f"--image-size is one side, or height and width, of 1 or more, got {' '.join(map(str, given))}")
+        raise RecipeError(f"--image-size is one side, or height and width, from 1 on, got {' '.join(map(str, given))}")
     return given[0], given[-1]
 
 
@@ -235,7 +235,7 @@ def _converted_by_plan(arguments: argparse.Namespace) -> Any:
         ask_size(model, size)
     counted = recounted(plan, find_sites(model, example_of(plan, model)))
     if counted.macs != plan.macs:
-        _say(arguments, f"plan     its rows make {counted.macs:,} MACs, not the {plan.macs:,} that {arguments.plan} says")
+        _say(arguments, f"plan     {arguments.plan} says {plan.macs:,} MACs, and its rows make {counted.macs:,}")
     return retrofit(model, plan=counted)
 
 

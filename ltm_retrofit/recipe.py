@@ -17,7 +17,7 @@ from torch import nn
 from ltm_retrofit.config import LTMConfig, Strict, check_keys
 from ltm_retrofit.convert import retrofit
 from ltm_retrofit.converted.record import get_plan
-from ltm_retrofit.converted.resizing import present_example
+from ltm_retrofit.converted.resizing import ask_size, present_example
 from ltm_retrofit.errors import CheckpointError, DataError, RecipeError
 from ltm_retrofit.finding.example import run
 from ltm_retrofit.finding.proofs import all_equal

@@ -122,8 +122,8 @@ def ask_size(model: nn.Module, size: tuple[int, int]) -> None:
         if (planned := planned_size(get_plan(model))) == size:
             return
         raise ExampleError(
-            f"this model is converted for images of {planned}, not {size}: convert the original for that size, or leave "
-            "the size out"
+            f"this model is converted for images of {planned}, not {size}: convert the original for that size, or "
+            "leave the size out"
         )
     try:
         twin, _ = on_meta(model, {})

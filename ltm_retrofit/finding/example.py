@@ -33,7 +33,7 @@ def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """Return (channels, height, width) of the images that a model is looked at with, by `sizes_said`; None if unsaid."""
+    """Return (channels, height, width) of the images that a model is looked at with, by `sizes_said`, or None."""
     size = next(iter(sizes_said(model).values()), None)
     return None if size is None else (channels_of(model), *size)
 

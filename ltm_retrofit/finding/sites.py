@@ -94,7 +94,7 @@ class Sites(Sequence[AttentionSite]):
     ending: Ending
     input_size: dict[str, tuple[int, ...]] = field(default_factory=dict)
     fixed_inputs: dict[str, Any] = field(default_factory=dict)  # what of the example is no image, `fixed_of`
-    sizes_said: dict[str, tuple[int, int]] = field(default_factory=dict)  # who says which (H, W), the one followed first
+    sizes_said: dict[str, tuple[int, int]] = field(default_factory=dict)  # who says which (H, W), first who is followed
     base: dict[str, str] = field(default_factory=dict)  # library, class and architecture of the model
     alternatives: tuple[AttentionSite, ...] = ()
     attentions: int = 0  # seen in one forward pass

@@ -89,7 +89,7 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 
 
 def plain(shape: tuple[int, int, int]) -> Preprocessing:
-    """Return what makes the images of a model that nobody says anything of but their shape, of three channels or one."""
+    """Return what makes the images, of three channels or one, of a model of which nothing but their shape is known."""
     return Preprocessing(shape, _timms(PLAIN, shape))
 
 
