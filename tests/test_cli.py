@@ -240,7 +240,9 @@ def test_in_an_edited_plan_rows_decide_and_the_macs_are_counted_anew(folder: Pat
     ],
     ids=["no-json", "cut-off", "two-masters"],
 )
-def test_a_plan_that_is_none_is_refused(text: str, options: list[str], message: str, folder: Path, tmp_path, capsys) -> None:
+def test_a_plan_that_is_none_is_refused(
+    text: str, options: list[str], message: str, folder: Path, tmp_path: Path, capsys
+) -> None:
     (tmp_path / "plan.json").write_text(text)
     command = ["convert", str(folder), "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "none"), *options]
     assert cli.main(command) == 2

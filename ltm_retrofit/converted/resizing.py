@@ -91,10 +91,11 @@ def image_shape(model: nn.Module) -> tuple[int, int, int] | None:
     Those of a converted model are its plan's, unless `set_input_size` changed them. A network that says nothing of its
     images is asked for its parts, as a backbone within it says it.
     """
-    said = next((size for part in model.modules() if (size := input_size(part)) is not None), None)
+    said = next((shape for part in model.modules() if (shape := input_size(part)) is not None), None)
     if is_retrofitted(model) and (size := planned_size(get_plan(model))) is not None:
         if said is None or said[1:] == size or not can_resize(model) or takes(model, size):
-            return *(shape[1] for shape in get_plan(model).input_size.values() if len(shape) == 4), *size
+            channels = next(shape[1] for shape in get_plan(model).input_size.values() if len(shape) == 4)
+            return channels, *size
     return said
 
 

@@ -203,6 +203,8 @@ def _descriptions(model: nn.Module) -> Iterator[dict[str, Any]]:
             "attn_implementation": getattr(config, "_attn_implementation", None),
             "config": _public(values),
         }
+        if isinstance(said := model.__dict__.get(KEPT), Mapping):  # it came out of such a folder, and goes into one
+            description["data"] = {key: list(v) if isinstance(v, tuple) else v for key, v in said.items()}
         yield description
         classes = get_plan(model).classes if is_retrofitted(model) else len(values["id2label"])
         if classes != len(values["id2label"]):  # a classifier was replaced by hand, and the configuration was not told

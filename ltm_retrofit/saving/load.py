@@ -80,8 +80,6 @@ def from_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
         )
     state = _read_weights(folder, config["sha256"])
     model = rebuild_base(config["base"]) if base is None else base
-    if (folder / PROCESSOR).is_file() and (processor := read_processor(folder)) is not None:
-        model.__dict__[KEPT] = processor
     if (adapter := config.get("adapter")) is not None:
         return attach(model, adapter, plan, state, config.get("labels") or [])
     own = {key: value for key, value in state.items() if not is_ours(key)}
@@ -99,6 +97,8 @@ def from_pretrained(path: str | os.PathLike[str], base: nn.Module | None = None)
         restore(model)
         raise CheckpointError(f"{folder}: the weights do not fit its plan: {differences}")
     load_exactly(model, state)
+    if (folder / PROCESSOR).is_file() and (processor := read_processor(folder)) is not None:
+        model.__dict__[KEPT] = processor
     return model.eval()
 
 

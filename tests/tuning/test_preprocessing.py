@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -322,6 +323,12 @@ def test_sixteen_bits_are_not_cut_off_at_eight() -> None:
     assert torch.allclose(pixels / 2 + 0.5, torch.from_numpy(grey / 65535).float(), atol=1 / 255)
 
 
+@pytest.mark.parametrize("build", [timm_model, hf_model, None], ids=["timm", "hf", "image-processor"])
+def test_a_loaders_worker_can_be_sent_it(build: Callable[[], nn.Module] | None, tmp_path) -> None:
+    transform = make_transform(preprocessing_of(build() if build else saved(tmp_path, PROCESSORS["clip"]())))
+    assert torch.equal(pickle.loads(pickle.dumps(transform))(photo()), transform(photo()))
+
+
 def test_an_array_is_an_image() -> None:
     transform = plain((3, 32, 32))
     assert torch.equal(transform(np.asarray(photo())), transform(photo()))
@@ -434,7 +441,8 @@ def test_settings_in_a_folder_of_before_are_followed(blue_first: bool, tmp_path)
     said = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic", "crop_pct": 0.875}
     config["base"]["data"] = {**said, "crop_mode": "center", "reverse": blue_first}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    red = preprocessing_of(ltm.from_pretrained(tmp_path))(Image.new("RGB", (9, 9), (255, 0, 0)))[:, 0, 0]
+    ltm.save_pretrained(ltm.from_pretrained(tmp_path), tmp_path / "again")
+    red = preprocessing_of(ltm.from_pretrained(tmp_path / "again"))(Image.new("RGB", (9, 9), (255, 0, 0)))[:, 0, 0]
     raw = torch.tensor([0.0, 0.0, 1.0] if blue_first else [1.0, 0.0, 0.0])
     torch.testing.assert_close(red, (raw - torch.tensor(said["mean"])) / torch.tensor(said["std"]))
 
