@@ -26,7 +26,7 @@ PLAIN = {"mean": (0.5,), "std": (0.5,), "interpolation": "bilinear", "crop_pct":
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Makes a model's pixels ``(C, H, W)``, float32, of a PIL image or an array ``(H, W[, C])``.
+    """Makes a model's pixels ``(C, H, W)`` of a PIL image, an array ``(H, W[, C])`` or a tensor ``(C, H, W)``.
 
     ``host`` is what its host brought along: it takes a PIL image of eight bits a channel.
     """
@@ -243,8 +243,22 @@ def make_transform(
 
 
 def eight_bits(image: Any) -> Any:
-    """Return an image of eight bits, also of an array ``(H, W[, C])``; of 16, Pillow would cut off all above 255."""
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    """Return an image of eight bits, also of an array ``(H, W[, C])`` or a tensor ``(C, H, W)``.
+
+    Of 16 bits, Pillow would cut off all above 255, and with it transformers and timm.
+
+    Raises:
+        DataError: where it is an array of other numbers.
+    """
+    if isinstance(image, Tensor):
+        image = (image.movedim(0, -1) if image.ndim == 3 else image).cpu().numpy()
+    if isinstance(image, np.ndarray):
+        if image.dtype not in (np.uint8, np.uint16, np.bool_):
+            raise DataError(
+                f"an image is an array of {image.dtype}, and the model's own preprocessing takes 8 bits a channel: give "
+                "uint8 from 0 to 255, or pass a loader whose batches are ready for the model"
+            )
+        image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)
     if str(getattr(image, "mode", "")).startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image

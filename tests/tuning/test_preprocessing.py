@@ -329,9 +329,17 @@ def test_a_loaders_worker_can_be_sent_it(build: Callable[[], nn.Module] | None, 
     assert torch.equal(pickle.loads(pickle.dumps(transform))(photo()), transform(photo()))
 
 
-def test_an_array_is_an_image() -> None:
-    transform = plain((3, 32, 32))
-    assert torch.equal(transform(np.asarray(photo())), transform(photo()))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_an_array_and_a_tensor_are_images(mode: str) -> None:
+    transform, image = plain((3, 32, 32)), photo(mode=mode)
+    array = np.array(image) if mode != "L" else np.array(image)[..., None]
+    assert torch.equal(transform(array), transform(image))
+    assert torch.equal(transform(torch.from_numpy(array).movedim(-1, 0)), transform(image))
+
+
+def test_an_array_of_other_numbers_is_refused() -> None:
+    with pytest.raises(DataError, match="array of float32, .* 8 bits a channel: give uint8"):
+        plain((3, 32, 32))(torch.rand(3, 32, 32))
 
 
 def test_crop_shifts_by_up_to_a_sixteenth_and_pads_with_black() -> None:
