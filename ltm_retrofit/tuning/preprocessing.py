@@ -255,7 +255,7 @@ def eight_bits(image: Any) -> Any:
     if isinstance(image, np.ndarray):
         if image.dtype not in (np.uint8, np.uint16, np.bool_):
             raise DataError(
-                f"an image is an array of {image.dtype}, and the model's own preprocessing takes 8 bits a channel: give "
+                f"an image is an array of {image.dtype}, and the host's own preprocessing takes 8 bits a channel: give "
                 "uint8 from 0 to 255, or pass a loader whose batches are ready for the model"
             )
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image)

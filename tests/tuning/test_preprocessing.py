@@ -338,7 +338,7 @@ def test_an_array_and_a_tensor_are_images(mode: str) -> None:
 
 
 def test_an_array_of_other_numbers_is_refused() -> None:
-    with pytest.raises(DataError, match="array of float32, .* 8 bits a channel: give uint8"):
+    with pytest.raises(DataError, match=r"array of float32, .* 8 bits a channel: give uint8"):
         plain((3, 32, 32))(torch.rand(3, 32, 32))
 
 
