@@ -25,8 +25,8 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
     Args:
         model: any ``nn.Module``. Where its parameters are on the meta device, the proofs run on a twin with random
             values, in which runs of equal blocks are cut short; `retrofit` proves again on the real ones.
-        example: a tensor or a dict of keyword arguments, of any batch size; made from what the model says of its
-            input where it is left out.
+        example: a tensor or a dict of keyword arguments, of any batch size. Left out, it is made of the size that the
+            image processor saved beside the checkpoint makes, else of what the model says of its input.
 
     Returns:
         The sites in depth order, each attention in the best scope that the proofs allow; ``.excluded`` names every

@@ -186,6 +186,18 @@ def test_every_command_takes_images_of_the_size_that_was_planned_for(
     assert (tuned / "preprocessor_config.json").is_file()
 
 
+def test_a_run_is_of_the_size_that_was_asked_for(dinov2: Path, colours: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine.yaml").write_text("ltm: {flops: 0.8}\ntrain: {epochs: 1, batch_size: 8, bound: none}")
+    given = ["--model", str(dinov2), "--data", str(colours), "--image-size", "42", "42", "--out", str(tmp_path / "run")]
+    assert cli.main(["run", str(tmp_path / "mine.yaml"), *given]) == 0
+    assert "input 42×42 by the request, 10 tokens; the image processor says 28; the config says 70" in (
+        capsys.readouterr().out
+    )
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["plan"]["input_size"] == {"pixel_values": [1, 3, 42, 42]} and report["reloaded_equal"]
+    assert report["recipe"]["model"]["image_size"] == [42, 42] and None not in report["accuracy"].values()
+
+
 def test_report_of_an_original_is_of_its_image_processors_size(dinov2: Path, colours: Path, capsys) -> None:
     command = ["report", str(dinov2), "--data", str(colours), "--batches", "1", "--json"]
     assert cli.main(command) == 0

@@ -91,23 +91,26 @@ def save_pretrained(
         "files": [CONFIG, WEIGHTS, CARD],
         **extra,
     }
-    processor = next(iter(processors_of(model).values()), None)
-    if processor is not None:
-        config["files"].append(PROCESSOR)
     card = model_card(target.resolve().name, base, plan, reason, report, recipe)
     with written_whole(target, CONFIG, overwrite=overwrite) as folder:
         _write_weights(state, folder / WEIGHTS)
         config["sha256"] = digest(folder / WEIGHTS)
+        config["files"] += _write_processor(model, folder)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
-        if processor is not None:
-            processor.save_pretrained(folder)
 
 
 def digest(file: Path) -> str:
     """Return the SHA-256 of a file, by which a folder knows its weights again."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_processor(model: nn.Module, folder: Path) -> list[str]:
+    """Write the image processor that came with a model, if one did; return the names of the files."""
+    for processor in list(processors_of(model).values())[:1]:
+        processor.save_pretrained(folder)  # one of timm's settings writes nothing: they are in the base's config
+    return [PROCESSOR] if (folder / PROCESSOR).is_file() else []
 
 
 def _write_weights(state: Mapping[str, Tensor], file: Path) -> None:

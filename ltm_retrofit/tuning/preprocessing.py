@@ -38,14 +38,14 @@ class Preprocessing:
         """Make them."""
         return self.host(eight_bits(image))
 
+    def of(self, colour: str) -> Tensor:
+        """Return what becomes of a colour that Pillow knows by name, ``(C,)``."""
+        return self(Image.new("RGB", (64, 64), colour))[:, self.shape[1] // 2, self.shape[2] // 2]
+
     def shown(self, pixels: Tensor) -> Tensor:
         """Undo what the host does to values: of pixels ``(C, H, W)``, values from 0 to 1, red first."""
-        middle = self.shape[1] // 2, self.shape[2] // 2
         # asked of the host by plain pictures: nothing of it has to be known
-        black, white, red = (
-            self(Image.new("RGB", (64, 64), colour))[:, middle[0], middle[1]].view(-1, 1, 1)
-            for colour in ((0, 0, 0), (255, 255, 255), (255, 0, 0))
-        )
+        black, white, red = (self.of(colour).view(-1, 1, 1) for colour in ("black", "white", "red"))
         values = ((pixels - black) / (white - black)).clamp(0, 1)
         return values.flip(0) if int(((red - black) / (white - black)).argmax()) == 2 else values
 
@@ -236,8 +236,7 @@ def make_transform(
     steps: list[Any] = [wanted]
     if augment == "crop":
         _, *sides = wanted.shape
-        black = wanted(Image.new("RGB", (64, 64)))[:, sides[0] // 2, sides[1] // 2].tolist()
-        steps.append(v2.RandomCrop(sides, padding=max(sides) // 16, fill=black))
+        steps.append(v2.RandomCrop(sides, padding=max(sides) // 16, fill=wanted.of("black").tolist()))
     steps += [] if dtype == torch.float32 else [v2.ToDtype(dtype)]
     return v2.Compose(steps)  # type: ignore[no-any-return]
 
