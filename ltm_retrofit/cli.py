@@ -228,7 +228,7 @@ def _converted_by_plan(arguments: argparse.Namespace) -> Any:
 
     budget = {"flops", "tokens"}  # which the parser itself keeps apart from a plan
     settings = [*(field.name for field in fields(LTMConfig) if field.name not in budget), "image_size"]
-    if given := [f"--{name.replace('_', '-')}" for name in settings if getattr(arguments, name) is not None]:
+    if given := [f"--{name.replace('_', '-')}" for name in settings if getattr(arguments, name, None) is not None]:
         raise RecipeError(f"--plan says all that {', '.join(given)} would say: give one or the other")
     plan = read_plan(arguments.plan)
     model = _load(arguments)
