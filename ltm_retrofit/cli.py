@@ -14,10 +14,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ltm_retrofit.config import OUTPUT_TOKENS, LTMConfig
+from ltm_retrofit.config import OUTPUT_TOKENS, SCHEDULES, LTMConfig
 from ltm_retrofit.errors import NotRetrofitted, RecipeError, RetrofitError
 from ltm_retrofit.folders import check_ours
-from ltm_retrofit.merging.methods import method_names
+from ltm_retrofit.merging.methods import Scope, method_names
 
 EXAMPLES = {
     "inspect": "ltm-retrofit inspect vit_small_patch16_224\n  ltm-retrofit inspect ./my_checkpoint --json",
@@ -30,6 +30,7 @@ EXAMPLES = {
     "  ltm-retrofit run recipes/quickstart.yaml --model ./my_checkpoint --out runs/mine",
 }
 MODEL = "a folder, digits_vit (embedded), a timm name, or a Hub id, tried in this order"
+IMAGE_SIZE = "side of the images, or height and width (default: what the image processor makes, else the model's own)"
 RESUME = "go on where an earlier run to the same folder was interrupted"
 DATA = "digits (embedded), a folder (parquet files or class folders), or a Hub id"
 
@@ -50,21 +51,29 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return sub
 
+    def sized(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--image-size", type=int, nargs="+", metavar="N", help=IMAGE_SIZE)
+
     def written(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--out", type=Path, required=True, help="folder to write")
         sub.add_argument("--overwrite", action="store_true", help="replace a folder that this tool wrote")
 
     sub = command("inspect", "Show where a model attends, which blocks can be cut, and why others are left out.")
     sub.add_argument("model", help=MODEL)
+    sized(sub)
 
     sub = command("convert", "Insert masks, initialised from the pretrained weights, and save the model.")
     sub.add_argument("model", help=MODEL)
+    sized(sub)
     budget = sub.add_mutually_exclusive_group()
     budget.add_argument("--flops", type=float, help="share of the model's MACs to keep (default 0.7)")
     budget.add_argument("--tokens", type=int, nargs="+", help="token counts after each site, prefix tokens included")
-    sub.add_argument("--method", choices=method_names(), default="ltm", help="default ltm")
+    budget.add_argument("--plan", type=Path, help="JSON of a plan, edited or not: what --json printed")
+    sub.add_argument("--method", choices=method_names(), help=f"default {LTMConfig.method}")
+    sub.add_argument("--schedule", choices=SCHEDULES, help=f"default {LTMConfig.schedule}")
     sub.add_argument("--sites", nargs="+", help="blocks to choose from, instead of the schedule")
-    sub.add_argument("--output-tokens", choices=OUTPUT_TOKENS, default="auto", help="default auto")
+    sub.add_argument("--scope", choices=[scope.value for scope in Scope], help="default: the best that is proven")
+    sub.add_argument("--output-tokens", choices=OUTPUT_TOKENS, help=f"default {LTMConfig.output_tokens}")
     written(sub)
 
     sub = command("finetune", "Fine-tune a converted model with the information-bottleneck bound.")
@@ -85,12 +94,14 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("report", "Measure MACs, parameters, latency and, with --data, accuracy.")
     sub.add_argument("model", help=MODEL)
+    sized(sub)
     sub.add_argument("--data", help=DATA)
     sub.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="batch sizes to time")
 
     sub = command("run", "Carry out a recipe: convert, fine-tune, compare, measure, save.")
     sub.add_argument("recipe", type=Path, help="a YAML file, such as recipes/quickstart.yaml")
     sub.add_argument("--model", help=f"instead of the recipe's: {MODEL}")
+    sized(sub)
     sub.add_argument("--data", help=f"instead of the recipe's: {DATA}")
     sub.add_argument("--out", type=Path, help="folder to write (default runs/NAME_OF_THE_RECIPE)")
     sub.add_argument("--resume", action="store_true", help=RESUME)
@@ -144,18 +155,47 @@ def _settings(kind: Any, arguments: argparse.Namespace) -> Any:
 
 
 def _load(arguments: argparse.Namespace) -> Any:
+    from ltm_retrofit.converted.resizing import ask_size
     from ltm_retrofit.saving.load import find_model
 
     model, origin = find_model(arguments.model)
     _say(arguments, f"model    {arguments.model}: {origin}")
+    if (size := _image_size(arguments)) is not None:
+        ask_size(model, size)
     return model
+
+
+def _image_size(arguments: argparse.Namespace) -> tuple[int, int] | None:
+    """Return the height and width that were asked for, if any; one number is that of both."""
+    given = getattr(arguments, "image_size", None)
+    if given is None:
+        return None
+    if len(given) > 2 or min(given) < 1:
+        raise RecipeError(f"--image-size is one side, or height and width, from 1 on, got {' '.join(map(str, given))}")
+    return given[0], given[-1]
+
+
+def _say_input(arguments: argparse.Namespace, model: Any) -> None:
+    """Tell how large the images are that a model is fed, and who says so."""
+    from ltm_retrofit.converted.resizing import sizes_now
+    from ltm_retrofit.finding.example import sizes_in_words
+
+    if said := sizes_now(model):
+        _say(arguments, f"input    {sizes_in_words(said)}")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.find import find_sites
 
     sites = find_sites(_load(arguments))
-    values = {"macs": sites.total_macs, "sites": sites.rows(), "excluded": sites.excluded, "narrowed": sites.narrowed}
+    values = {
+        "macs": sites.total_macs,
+        "sizes_said": sites.sizes_said,
+        "tokens": sites.tokens,
+        "sites": sites.rows(),
+        "excluded": sites.excluded,
+        "narrowed": sites.narrowed,
+    }
     narrowed = "".join(f"\nno better scope: {name}: {reason}" for name, reason in sites.narrowed.items())
     ending = "prefix tokens only, so the last block may drop the others" if sites.ending.prefix_only else "all tokens"
     _show(arguments, f"{sites}{narrowed}\n{sites.total_macs / 1e9:.3f} GMACs; the classifier reads {ending}", values)
@@ -167,13 +207,37 @@ def _convert(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.saving.save import CONFIG, save_pretrained
 
     check_ours(arguments.out, CONFIG, overwrite=arguments.overwrite)
-    if arguments.flops is None and arguments.tokens is None:
-        arguments.flops = 0.7
-    config = _settings(LTMConfig, arguments)
-    model = retrofit(_load(arguments), config)
+    if arguments.plan is not None:
+        model = _converted_by_plan(arguments)
+    else:
+        if arguments.flops is None and arguments.tokens is None:
+            arguments.flops = 0.7
+        config = _settings(LTMConfig, arguments)
+        model = retrofit(_load(arguments), config)
     save_pretrained(model, arguments.out, overwrite=arguments.overwrite)
     plan = get_plan(model)
     _show(arguments, f"{plan}\nwritten to {arguments.out}/", plan.to_dict())
+
+
+def _converted_by_plan(arguments: argparse.Namespace) -> Any:
+    """Convert by the plan in a file. Where its rows were edited they decide, and the MACs are counted anew."""
+    from ltm_retrofit.convert import retrofit
+    from ltm_retrofit.converted.resizing import ask_size, example_of, image_shape, planned_size
+    from ltm_retrofit.find import find_sites
+    from ltm_retrofit.plan import read_plan, recounted
+
+    budget = {"flops", "tokens"}  # which the parser itself keeps apart from a plan
+    settings = [*(field.name for field in fields(LTMConfig) if field.name not in budget), "image_size"]
+    if given := [f"--{name.replace('_', '-')}" for name in settings if getattr(arguments, name, None) is not None]:
+        raise RecipeError(f"--plan says all that {', '.join(given)} would say: give one or the other")
+    plan = read_plan(arguments.plan)
+    model = _load(arguments)
+    if (size := planned_size(plan)) is not None and size != (image_shape(model) or (0,))[1:]:
+        ask_size(model, size)
+    counted = recounted(plan, find_sites(model, example_of(plan, model)))
+    if counted.macs != plan.macs:
+        _say(arguments, f"plan     {arguments.plan} says {plan.macs:,} MACs, and its rows make {counted.macs:,}")
+    return retrofit(model, plan=counted)
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
@@ -192,6 +256,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
     model = _load(arguments)
     if not is_retrofitted(model):
         raise NotRetrofitted(f"{arguments.model} is not converted: run `ltm-retrofit convert` on it first")
+    _say_input(arguments, model)
     section = DataSection(name=arguments.data)
     kept = checkpoints_beside(arguments.out, arguments.resume)
     train, test = (load_split(section, split) for split in (section.train_split, section.test_split))
@@ -214,6 +279,7 @@ def _report(arguments: argparse.Namespace) -> None:
     if min(arguments.batches) < 1:
         raise RecipeError(f"batches are whole numbers from 1 on, got {arguments.batches}")
     model = _load(arguments)
+    _say_input(arguments, model)
     section = None if arguments.data is None else DataSection(name=arguments.data)
     data = section and load_split(section, section.test_split)
     report = measure(model, data=data, batches=tuple(arguments.batches))
@@ -227,6 +293,8 @@ def _run(arguments: argparse.Namespace) -> None:
     for section in ("model", "data"):
         if (name := getattr(arguments, section)) is not None:
             recipe = replace(recipe, **{section: replace(getattr(recipe, section), name=name)})
+    if (size := _image_size(arguments)) is not None:
+        recipe = replace(recipe, model=replace(recipe.model, image_size=size))
     out = arguments.out or Path("runs") / arguments.recipe.stem
     report = run_recipe(recipe, out, say=lambda text: _say(arguments, text), resume=arguments.resume)
     if arguments.json:

@@ -22,6 +22,7 @@ from ltm_retrofit.converted.record import (
     mark_finetuned,
     was_finetuned,
 )
+from ltm_retrofit.converted.resizing import example_of
 from ltm_retrofit.errors import (
     AlreadyRetrofitted,
     BaseMismatch,
@@ -52,7 +53,10 @@ def retrofit(
     Args:
         model: a timm or Hugging Face vision transformer, or any module whose blocks can be cut.
         config: what to merge; ``LTMConfig(flops=0.7)`` where it and ``plan`` are left out.
-        example: an input to prove the conversion on; made from what the model says of itself where left out.
+        example: an input to prove the conversion on, of the size to plan for. Left out, it is made of the size that
+            ``plan`` is for; else of the first of: the image processor saved beside the checkpoint, where it fixes both
+            sides and the model takes them; the patch embedding; the Hugging Face config; timm's ``pretrained_cfg``.
+            The plan says which it was.
         plan: a finished plan instead of ``config``, as `make_plan` or a saved folder has it.
 
     Raises:
@@ -70,8 +74,10 @@ def retrofit(
     _check(model, config, plan)
     put_back = align(model)  # first of all: the proofs compare bits
     try:
-        example = prepare_example(model, example)
+        if plan is not None and example is None:
+            example = example_of(plan, model)
         sites = find_sites(model, example)
+        example = prepare_example(model, example)
         plan = _fitting(plan, sites) if plan is not None else make_plan(sites, config or LTMConfig(flops=0.7))
         conversion = build(model, sites, plan)
         with undisturbed(model), torch.no_grad():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import NoAttentionError, UnsupportedBlock
-from ltm_retrofit.finding.example import Example, fixed_of, prepare_example
+from ltm_retrofit.finding.example import Example, fixed_of, image_sizes, prepare_example, sizes_said
 from ltm_retrofit.finding.sites import AttentionSite, Found, Sites
 from ltm_retrofit.finding.walk import WHOLE, Walk
 from ltm_retrofit.scopes import SCOPES
@@ -24,8 +25,8 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
     Args:
         model: any ``nn.Module``. Where its parameters are on the meta device, the proofs run on a twin with random
             values, in which runs of equal blocks are cut short; `retrofit` proves again on the real ones.
-        example: a tensor or a dict of keyword arguments, of any batch size; made from what the model says of its
-            input where it is left out.
+        example: a tensor or a dict of keyword arguments, of any batch size. Left out, it is made of the size that the
+            image processor saved beside the checkpoint makes, else of what the model says of its input.
 
     Returns:
         The sites in depth order, each attention in the best scope that the proofs allow; ``.excluded`` names every
@@ -51,11 +52,14 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
             "inference_mode; torch.no_grad() does no harm"
         )
     base = identify(model)
+    said = sizes_said(model)
     walk = Walk.of(model, prepare_example(model, example))
+    if example is not None and len(images := image_sizes(walk.example)) == 1:
+        said = {"example": images[0], **said}
     if walk.removed:  # maps are merged in whole models only; and a short twin must see what the full model sees
         maps = walk.on_meta_macs < WHOLE and passes_maps(walk)
         walk = walk.whole() if maps or not walk.faithful() else walk
-    return _search(walk, base)
+    return replace(_search(walk, base), sizes_said=said)
 
 
 def identify(model: nn.Module) -> dict[str, str]:

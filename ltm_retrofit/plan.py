@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Self
 
 from ltm_retrofit.config import LTMConfig, Strict
 from ltm_retrofit.errors import BaseMismatch, BudgetError, CountError, RecipeError, UnsupportedBlock
+from ltm_retrofit.finding.example import sizes_in_words
 from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.methods import CLUSTERS, get_method, method_names
 from ltm_retrofit.scopes import SCOPES
@@ -17,6 +20,7 @@ from ltm_retrofit.scopes.flow import FLOW
 from ltm_retrofit.scopes.local import LOCAL
 
 TOLERANCE = 0.02  # how far below its target a plan's share may lie
+_SIZES = {"input_size", "sizes_said"}  # fields whose values are sizes by name
 _ROUNDING = 1 + 1e-12  # a share that was computed from MACs and comes back as a target still meets itself
 
 
@@ -24,7 +28,9 @@ _ROUNDING = 1 + 1e-12  # a share that was computed from MACs and comes back as a
 class MergePlan(Strict):
     """Which site keeps how many tokens. ``macs`` are for one image at ``input_size``, masks included.
 
-    ``fixed_inputs`` are the inputs beside the image that it was made with: identifiers, masks, settings.
+    ``fixed_inputs`` are the inputs beside the image that it was made with: identifiers, masks, settings. ``sizes_said``
+    is who said how high and wide an image is, the one that was followed first: ``"example"``, ``"request"``, ``"image
+    processor"``, ``"patch embedding"``, ``"config"``, ``"pretrained_cfg"``. It is empty where nobody noted it.
 
     Example:
         >>> import timm, ltm_retrofit as ltm
@@ -46,6 +52,7 @@ class MergePlan(Strict):
     clusters: int  # A, likewise
     base: dict[str, Any]  # library, class and architecture of the model it is for
     method_version: int = 1
+    sizes_said: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -59,8 +66,10 @@ class MergePlan(Strict):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        nested = {"rows": [row.to_dict() for row in self.rows], "config": self.config.to_dict()}
-        return {**super().to_dict(), **nested, "input_size": {key: list(size) for key, size in self.input_size.items()}}
+        nested: dict[str, Any] = {"config": self.config.to_dict(), "rows": [row.to_dict() for row in self.rows]}
+        for name in _SIZES:
+            nested[name] = {key: list(size) for key, size in getattr(self, name).items()}
+        return {**super().to_dict(), **nested}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -77,8 +86,8 @@ class MergePlan(Strict):
             read["config"] = LTMConfig.from_dict(read["config"])
         if "rows" in read:
             read["rows"] = tuple(map(Row.from_dict, read["rows"]))
-        if "input_size" in read:
-            read["input_size"] = {key: tuple(size) for key, size in read["input_size"].items()}
+        for name in _SIZES & read.keys():
+            read[name] = {key: tuple(size) for key, size in read[name].items()}
         return super().from_dict(read)
 
     def __str__(self) -> str:
@@ -93,7 +102,40 @@ class MergePlan(Strict):
         if self.unmerge:
             lines.append("all tokens are brought back after the last block")
         lines.append(f"MACs {self.macs_original / 1e9:.3f} G → {self.macs / 1e9:.3f} G (×{self.share:.3f}), predicted")
+        if self.sizes_said:
+            tokens = self.rows[0].tokens_in if self.rows[0].scope == FLOW.name else None
+            lines.append(f"input {sizes_in_words(self.sizes_said, tokens)}")
         return "\n".join(lines)
+
+
+def read_plan(path: Path) -> MergePlan:
+    """Read a plan from a JSON file: one that `MergePlan.to_dict` made, or the config.json of a saved folder.
+
+    Raises:
+        RecipeError: where there is none.
+        BaseMismatch: as `MergePlan.from_dict`.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return MergePlan.from_dict(values.get("plan", values))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{path} holds no plan ({error}): expected what `convert --json` prints") from error
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def recounted(plan: MergePlan, sites: Sites) -> MergePlan:
+    """Return a plan whose rows were edited as one that says what they cost.
+
+    Raises:
+        CountError: where the rows do not fit the sites.
+    """
+    return replace(plan, macs=make_macs(sites, plan.config, plan.rows), unmerge=_unmerges(plan.rows))
+
+
+def _unmerges(rows: Sequence[Row]) -> bool:
+    """Say whether tokens that stay merged are left at the end, to be brought back."""
+    return any(row.scope == FLOW.name for row in rows) and not any(row.slices for row in rows)
 
 
 def check_method(name: str, version: int) -> None:
@@ -139,6 +181,7 @@ def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
         blocks.2  FLOW     12 → 9     merge
         blocks.3  FLOW      9 → 1     slice
         MACs 0.031 G → 0.021 G (×0.672), predicted
+        input 32×32 by the patch embedding, 17 tokens; the pretrained_cfg says 224
     """
     _check(sites, config)
     budgets = _budgets(sites, config)
@@ -154,8 +197,9 @@ def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
         config=config,
         macs_original=sites.total_macs,
         macs=make_macs(sites, config, rows),
-        unmerge=any(row.scope == FLOW.name for row in rows) and not any(row.slices for row in rows),
+        unmerge=_unmerges(rows),
         input_size=sites.input_size,
+        sizes_said=sites.sizes_said,
         fixed_inputs=sites.fixed_inputs,
         classes=sites.ending.classes,
         readouts=sites.ending.readouts,

@@ -17,8 +17,9 @@ from torch import nn
 from ltm_retrofit.config import LTMConfig, Strict, check_keys
 from ltm_retrofit.convert import retrofit
 from ltm_retrofit.converted.record import get_plan
+from ltm_retrofit.converted.resizing import ask_size, present_example
 from ltm_retrofit.errors import CheckpointError, DataError, RecipeError
-from ltm_retrofit.finding.example import prepare_example, run
+from ltm_retrofit.finding.example import run
 from ltm_retrofit.finding.proofs import all_equal
 from ltm_retrofit.folders import OURS, check_ours, written_whole
 from ltm_retrofit.plan import MergePlan
@@ -40,14 +41,21 @@ MARK = "run.json"
 
 @dataclass(frozen=True)
 class ModelSection(Strict):
-    """Which model: the embedded ``digits_vit``, a folder, a timm name or a Hub id."""
+    """Which model: the embedded ``digits_vit``, a folder, a timm name or a Hub id.
+
+    ``image_size`` is the side of its images, or height and width; left out, the model and what came with it say it.
+    """
 
     name: str = "digits_vit"
+    image_size: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        """Check the name's type."""
+        """Check both."""
         if not isinstance(self.name, str) or not self.name:
             raise RecipeError(f"name is a folder, a timm name or a Hub id, got {self.name!r}")
+        sides = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * 2
+        if self.image_size is not None and not (len(sides) == 2 and all(type(s) is int and s > 0 for s in sides)):
+            raise RecipeError(f"image_size is one side, or height and width, of 1 or more, got {self.image_size!r}")
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,8 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     kept = checkpoints_beside(out, resume)
     model, origin = find_model(recipe.model.name)
     say(f"model    {recipe.model.name}: {origin}")
+    if (size := recipe.model.image_size) is not None:
+        ask_size(model, size if isinstance(size, tuple) else (size, size))
     train, test = _prepare(model, recipe, say)
     original = copy.deepcopy(model)
 
@@ -188,7 +198,7 @@ def _write(model: nn.Module, recipe: Recipe, report: Report, pictures: list[Any]
         save_pretrained(model, folder / "model", report=report, recipe=recipe.to_dict())
         if recipe.train.train.startswith("masks"):
             save_pretrained(model, folder / "adapter", adapter=True, report=report, recipe=recipe.to_dict())
-        example = prepare_example(model, None)
+        example = present_example(model)
         with undisturbed(model):
             same = all_equal(run(from_pretrained(folder / "model"), example), run(model, example))
         report = replace(report, extra={**report.extra, "reloaded_equal": same})

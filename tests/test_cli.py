@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import transformers
 from PIL import Image
 
 import ltm_retrofit as ltm
@@ -135,6 +136,129 @@ def test_inspect_gives_the_reason_of_what_is_left_out(monkeypatch, build, capsys
     assert cli.main(["inspect", "odd", "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["excluded"] == sites.excluded and values["narrowed"] == sites.narrowed
+
+
+# ---------------------------------------------------------------------------------------- the size of images, and plans
+
+
+@pytest.fixture
+def dinov2(tmp_path: Path) -> Path:
+    """A tiny model made for 70² (26 tokens), with an image processor that crops to 28² (5 tokens)."""
+    small = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 4, "mlp_ratio": 2, "num_labels": 3}
+    config = transformers.Dinov2Config(image_size=70, patch_size=14, **small)
+    config.id2label = dict(enumerate(("blue", "green", "red")))
+    transformers.Dinov2ForImageClassification(config).save_pretrained(tmp_path / "dinov2")
+    crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
+    transformers.BitImageProcessor(**crop).save_pretrained(tmp_path / "dinov2")
+    return tmp_path / "dinov2"
+
+
+def test_inspect_says_the_size_its_source_and_the_tokens(dinov2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(dinov2)]) == 0
+    assert "input 28×28 by the image processor, 5 tokens; the config says 70" in capsys.readouterr().out
+    assert cli.main(["inspect", str(dinov2), "--image-size", "42", "56", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["sizes_said"] == {"request": [42, 56], "image processor": [28, 28], "config": [70, 70]}
+    assert values["tokens"] == values["sites"][0]["tokens"] == 13
+
+
+@pytest.mark.parametrize("size", [["0"], ["1", "2", "3"]], ids=str)
+def test_a_size_that_is_none_is_refused(size: list[str], dinov2: Path, capsys) -> None:
+    assert cli.main(["inspect", str(dinov2), "--image-size", *size]) == 2
+    assert "--image-size is one side, or height and width" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "side"), [([], 28), (["--image-size", "56"], 56)], ids=["processor", "asked"])
+def test_every_command_takes_images_of_the_size_that_was_planned_for(
+    size: list[str], side: int, dinov2: Path, colours: Path, tmp_path: Path, capsys
+) -> None:
+    made, tuned = tmp_path / "made", tmp_path / "tuned"
+    by = "request" if size else "image processor"
+    assert cli.main(["convert", str(dinov2), "--flops", "0.8", "--out", str(made), *size]) == 0
+    assert f"input {side}×{side} by the {by}" in capsys.readouterr().out
+    assert json.loads((made / "config.json").read_text())["plan"]["input_size"] == {"pixel_values": [1, 3, side, side]}
+    assert cli.main(["finetune", str(made), "--data", str(colours), "--batch-size", "4", "--out", str(tuned)]) == 0
+    assert f"input    {side}×{side} by the {by}; " in capsys.readouterr().out
+    assert cli.main(["report", str(tuned), "--data", str(colours), "--batches", "1"]) == 0
+    assert f"input    {side}×{side} by the {by}; " in capsys.readouterr().out
+    assert cli.main(["report", str(tuned), "--image-size", "42", "--batches", "1"]) == 2
+    assert "convert the original for that size" in capsys.readouterr().err
+    assert (tuned / "preprocessor_config.json").is_file()
+
+
+def test_a_run_is_of_the_size_that_was_asked_for(dinov2: Path, colours: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine.yaml").write_text("ltm: {flops: 0.8}\ntrain: {epochs: 1, batch_size: 8, bound: none}")
+    given = ["--model", str(dinov2), "--data", str(colours), "--image-size", "42", "42", "--out", str(tmp_path / "run")]
+    assert cli.main(["run", str(tmp_path / "mine.yaml"), *given]) == 0
+    assert "input 42×42 by the request, 10 tokens; the image processor says 28; the config says 70" in (
+        capsys.readouterr().out
+    )
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["plan"]["input_size"] == {"pixel_values": [1, 3, 42, 42]} and report["reloaded_equal"]
+    assert report["recipe"]["model"]["image_size"] == [42, 42] and None not in report["accuracy"].values()
+
+
+def test_report_of_an_original_is_of_its_image_processors_size(dinov2: Path, colours: Path, capsys) -> None:
+    command = ["report", str(dinov2), "--data", str(colours), "--batches", "1", "--json"]
+    assert cli.main(command) == 0
+    small = json.loads(capsys.readouterr().out)
+    assert cli.main([*command, "--image-size", "70"]) == 0
+    large = json.loads(capsys.readouterr().out)
+    assert small["macs"]["original"] * 4 < large["macs"]["original"]
+
+
+def test_every_option_of_the_config_is_on_the_command_line(folder: Path) -> None:
+    arguments = cli.parser().parse_args(["convert", str(folder), "--out", "x"])
+    assert not [name for name in ltm.LTMConfig.__dataclass_fields__ if not hasattr(arguments, name)]
+
+
+def test_convert_by_scope_and_schedule(folder: Path, tmp_path: Path, capsys) -> None:
+    options = ["--scope", "LOCAL", "--schedule", "stages", "--flops", "0.9", "--out", str(tmp_path / "made"), "--json"]
+    assert cli.main(["convert", str(folder), *options]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert {row["scope"] for row in values["rows"]} == {"LOCAL"} and values["config"]["scope"] == "LOCAL"
+
+
+def test_convert_by_a_plan(dinov2: Path, tmp_path: Path, capsys) -> None:
+    made, again = tmp_path / "made", tmp_path / "again"
+    assert cli.main(["convert", str(dinov2), "--image-size", "56", "--out", str(made), "--json"]) == 0
+    (file := tmp_path / "plan.json").write_text(capsys.readouterr().out)
+    for source in (file, made / "config.json"):
+        assert cli.main(["convert", str(dinov2), "--plan", str(source), "--out", str(again), "--overwrite"]) == 0
+        assert "its rows make" not in capsys.readouterr().out
+        plan, stored = (ltm.get_plan(ltm.from_pretrained(path)) for path in (made, again))
+        assert plan.rows == stored.rows and plan.macs == stored.macs and plan.input_size == stored.input_size
+
+
+def test_in_an_edited_plan_rows_decide_and_the_macs_are_counted_anew(folder: Path, tmp_path: Path, capsys) -> None:
+    options = ["--tokens", "50", "40", "30", "--json"]
+    assert cli.main(["convert", str(folder), *options, "--out", str(tmp_path / "made")]) == 0
+    values = json.loads(capsys.readouterr().out)
+    values["rows"][2]["tokens_out"] = values["rows"][3]["tokens_in"] = 20
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    assert cli.main(["convert", str(folder), "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "b")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"plan.json says {values['macs']:,} MACs, and its rows make [\d,]+", out)
+    plan = ltm.get_plan(ltm.from_pretrained(tmp_path / "b"))
+    assert plan.tokens[:3] == (50, 40, 20) and plan.macs < values["macs"]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("{", [], "plan.json holds no plan"),
+        ('{"rows": []}', [], "plan.json: MergePlan lacks"),
+        ("{}", ["--method", "tome", "--scope", "FLOW"], "--plan says all that --method, --scope would say"),
+    ],
+    ids=["no-json", "cut-off", "two-masters"],
+)
+def test_a_plan_that_is_none_is_refused(
+    text: str, options: list[str], message: str, folder: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    command = ["convert", str(folder), "--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "none"), *options]
+    assert cli.main(command) == 2
+    assert message in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------- the chain

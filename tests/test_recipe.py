@@ -59,6 +59,8 @@ def written(path: Path, text: str) -> Path:
         ("train: {epoch: 2}", r"section 'train': .*did you mean 'epochs'\?"),
         ("data: {nam: digits}", r"section 'data': .*did you mean 'name'\?"),
         ("model: {weights: x}", r"section 'model': .*unknown key 'weights'"),
+        ("model: {image_size: [1, 2, 3]}", r"section 'model': image_size is one side, or height and width"),
+        ("model: {image_size: large}", r"section 'model': image_size is one side.*got 'large'"),
         ("train: 5", r"section 'train' holds keys and values, got 5"),
         ("train:", r"section 'train' holds keys and values, got None"),
         ("- train\n- ltm", r"a recipe has the sections model, ltm, data, train, got list"),

@@ -9,9 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltm_retrofit.converted.record import get_plan, in_mode
-from ltm_retrofit.errors import CheckpointError
-from ltm_retrofit.finding.example import Example, input_size, make_example, prepare_example, run
+from ltm_retrofit.converted.record import get_plan, in_mode, is_retrofitted
+from ltm_retrofit.errors import CheckpointError, ExampleError
+from ltm_retrofit.finding.example import (
+    ASKED,
+    Example,
+    input_size,
+    make_example,
+    on_meta,
+    prepare_example,
+    run,
+    sizes_in_words,
+    sizes_said,
+    takes,
+)
 from ltm_retrofit.macs import count_macs_quick
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.undisturbed import undisturbed
@@ -66,8 +77,70 @@ def example_of(plan: MergePlan, model: nn.Module) -> Example:
 
 
 def present_example(model: nn.Module) -> Example:
-    """Make an input that a converted model takes now."""
-    return example_of(get_plan(model), model) if resized(model) is None else prepare_example(model, None)
+    """Make an input that a model takes now: a converted one of its plan's size, unless `set_input_size` changed it."""
+    if is_retrofitted(model):
+        size, shape = planned_size(get_plan(model)), image_shape(model)
+        if size is None or shape is None or shape[1:] == size:
+            return example_of(get_plan(model), model)
+    return prepare_example(model, None)
+
+
+def image_shape(model: nn.Module) -> tuple[int, int, int] | None:
+    """Return (channels, height, width) of the images that a model is fed; None where nobody knows.
+
+    Those of a converted model are its plan's, unless `set_input_size` changed them. A network that says nothing of its
+    images is asked for its parts, as a backbone within it says it.
+    """
+    said = next((shape for part in model.modules() if (shape := input_size(part)) is not None), None)
+    if is_retrofitted(model) and (size := planned_size(get_plan(model))) is not None:
+        if said is None or said[1:] == size or not can_resize(model) or takes(model, size):
+            channels = next(shape[1] for shape in get_plan(model).input_size.values() if len(shape) == 4)
+            return channels, *size
+    return said
+
+
+def sizes_now(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return who says which (height, width) the images have that a model is fed, the one that is followed first.
+
+    Of a converted model it is what its plan noted; ``"plan"`` where that notes no source.
+    """
+    shape = image_shape(model)
+    if shape is None or not is_retrofitted(model):
+        return sizes_said(model)
+    noted = get_plan(model).sizes_said or {"plan": shape[1:]}
+    return noted if next(iter(noted.values())) == shape[1:] else sizes_said(model)
+
+
+def ask_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Have a model looked at, fed and measured with images of this (height, width), whatever it says itself.
+
+    Where it has timm's ``set_input_size``, that is called. A converted model keeps to its plan.
+
+    Raises:
+        ExampleError: where it does not take them; nothing is changed then.
+    """
+    if is_retrofitted(model):
+        if (planned := planned_size(get_plan(model))) == size:
+            return
+        raise ExampleError(
+            f"this model is converted for images of {planned}, not {size}: convert the original for that size, or "
+            "leave the size out"
+        )
+    try:
+        twin, _ = on_meta(model, {})
+        set_size(twin, size)
+        taken = takes(twin if can_resize(model) else model, size)
+        reason = ""
+    except Exception as error:  # timm's own checks
+        taken, reason = False, f": {error}"
+    if not taken:
+        said = sizes_said(model)
+        raise ExampleError(
+            f"{type(model).__name__} does not take images of {size[0]}×{size[1]}{reason}"
+            + (f". It is made for {sizes_in_words(said)}" if said else "")
+        )
+    set_size(model, size)
+    model.__dict__[ASKED] = size
 
 
 def resized(model: nn.Module) -> tuple[int, int] | None:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import ExampleError
 from ltm_retrofit.undisturbed import run as run
+from ltm_retrofit.undisturbed import undisturbed
 
 Example = Tensor | Mapping[str, Any]
+
+#: attribute under which a model keeps the (height, width) that was asked for
+ASKED = "ltm_image_size"
+#: attribute under which a model that came out of a folder of ours keeps its image processor; an older folder had
+#: settings there, as timm writes them
+KEPT = "ltm_preprocessing"
 
 
 def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -24,29 +33,150 @@ def home(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """Return (channels, height, width) of the model's input where it says so, else None.
+    """Return (channels, height, width) of the images that a model is looked at with, by `sizes_said`, or None."""
+    size = next(iter(sizes_said(model).values()), None)
+    return None if size is None else (channels_of(model), *size)
 
-    In this order: its patch embedding, its Hugging Face config, timm's ``pretrained_cfg`` (which describes the
-    checkpoint, not the model in hand).
+
+def sizes_said(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return who says which (height, width) a model's images have, the one that is followed first.
+
+    In this order: what was asked for; the image processor that came with its checkpoint, where all its images are of
+    one size that the model takes; its patch embedding; its Hugging Face config; timm's ``pretrained_cfg`` (which
+    describes the checkpoint, not the model in hand). A size that the model does not take comes last.
     """
+    said: dict[str, Any] = {"patch embedding": next((size for size, _ in _patch_embeddings(model)), None)}
+    said["config"] = getattr(_vision_config(model), "image_size", None)
+    declared = getattr(model, "pretrained_cfg", None)
+    said["pretrained_cfg"] = (declared.get("input_size") or (None,))[1:] if isinstance(declared, Mapping) else None
+    live = {who: _height_and_width(size) for who, size in said.items() if size}
+    asked = model.__dict__.get(ASKED)
+    first = {} if asked is None else {"request": asked}
+    processor = next(iter(processors_of(model).values()), None)
+    made = None if processor is None else size_made(processor)
+    if made is None:
+        return first | live
+    if made == next(iter(live.values()), None) or takes(model, made):
+        return first | {"image processor": made} | live
+    return first | live | {"image processor": made}
+
+
+def sizes_in_words(said: Mapping[str, tuple[int, int]], tokens: int | None = None) -> str:
+    """Say ``224×224 by the image processor, 257 tokens; the config says 518`` of what `sizes_said` returned."""
+    who, (height, width) = next(iter(said.items()))
+    text = f"{height}×{width} by the {who}" + (f", {tokens} tokens" if tokens else "")
+    for other, size in said.items():
+        if size != (height, width):
+            text += f"; the {other} says {size[0] if size[0] == size[1] else f'{size[0]}×{size[1]}'}"
+    return text
+
+
+def channels_of(model: nn.Module) -> int:
+    """Return how many channels a model's images have: its patch embedding's, its config's, its checkpoint's, or 3."""
+    stem = next((stem.in_channels for _, stem in _patch_embeddings(model)), None)
+    declared = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (None,)
+    return int(stem or getattr(_vision_config(model), "num_channels", None) or declared[0] or 3)
+
+
+def takes(model: nn.Module, size: tuple[int, int]) -> bool:
+    """Try whether a model can be run on an image of this height and width: on the meta device, else as it is."""
+
+    def on(move: Callable[[nn.Module, Example], tuple[nn.Module, Example]]) -> bool:
+        try:
+            host, example = move(model, _noise(model, (channels_of(model), *size)))
+            with undisturbed(host), torch.no_grad():
+                run(host, example)
+        except Exception:  # a model that does not take it may fail in any way
+            return False
+        return True
+
+    return on(on_meta) or on(lambda *unmoved: unmoved)
+
+
+def processors_of(model: nn.Module) -> dict[str, Any]:
+    """Return the image processors of transformers that came with a model, else those of its parts, by part.
+
+    One that a folder of ours held is kept by the model. Otherwise the model's config says what folder or Hub id it was
+    loaded from, and the processor is looked for there, or in the local cache of the Hub: never on the network.
+    """
+    found: dict[str, Any] = {}
+    asked = set[str]()
+    for name, part in model.named_modules():  # itself first
+        kept, origin = part.__dict__.get(KEPT), origin_of(part)
+        if kept is None and origin and origin not in asked and _sees(part):
+            asked.add(origin)
+            revision = {} if Path(origin).is_dir() else {"revision": getattr(part.config, "_commit_hash", None)}
+            kept = read_processor(origin, **revision)
+        if kept is not None and not isinstance(kept, Mapping):
+            found[name] = kept
+        if part is model and (found or origin):
+            break
+    return found
+
+
+def origin_of(model: nn.Module) -> str:
+    """Return the folder or Hub id that a transformers model was loaded from; empty for one that was not."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def read_processor(origin: str | Path, **options: Any) -> Any:
+    """Return the image processor in a folder, or in the local cache of the Hub; None where there is none."""
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            str(origin), trust_remote_code=False, local_files_only=True, **options
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):  # none there, or none that it knows
+        return None
+
+
+def size_made(processor: Any, mode: str = "RGB", **options: Any) -> tuple[int, int] | None:
+    """Return (height, width) of what an image processor makes of wide and of high pictures; None if of no one size."""
+    try:
+        shapes = {tuple(processed(processor, Image.new(mode, size), **options).shape) for size in ((75, 50), (50, 75))}
+    except Exception:  # whatever it does to a picture
+        return None
+    (shape, *others) = shapes
+    return (shape[1], shape[2]) if not others and len(shape) == 3 else None
+
+
+def processed(processor: Any, image: Image.Image, **options: Any) -> Tensor:
+    """Call an image processor; return the pixels ``(C, H, W)`` that it makes of one image."""
+    pixels: Tensor = processor(image, return_tensors="pt", **options)["pixel_values"][0]
+    return pixels
+
+
+def _patch_embeddings(model: nn.Module) -> Iterator[tuple[Any, nn.Conv2d]]:
+    """Go through the modules that know an image's size and have a convolution of their own: size, convolution."""
     for module in model.modules():
         size = getattr(module, "img_size", None)
         stem = next((child for child in module.children() if isinstance(child, nn.Conv2d)), None)
         if size is not None and stem is not None:
-            return stem.in_channels, *_height_and_width(size)
+            yield size, stem
+
+
+def _sees(model: nn.Module) -> bool:
+    """Say whether a transformers model takes images."""
+    takes_pixels = getattr(model, "main_input_name", None) == "pixel_values"
+    return takes_pixels or getattr(_vision_config(model), "image_size", None) is not None
+
+
+def _vision_config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
-    config = getattr(config, "vision_config", config)
-    size = getattr(config, "image_size", None)
-    if size is not None:
-        return int(getattr(config, "num_channels", 3)), *_height_and_width(size)
-    declared = getattr(model, "pretrained_cfg", None)
-    declared_size = declared.get("input_size") if isinstance(declared, Mapping) else None
-    return tuple(declared_size) if declared_size else None
+    return getattr(config, "vision_config", config)
 
 
 def _height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
+
+
+def _noise(model: nn.Module, size: tuple[int, int, int]) -> Example:
+    """Return one image of noise, as the model is called with it; the global random state stays as it is."""
+    noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(*home(model))
+    name = getattr(model, "main_input_name", None) if hasattr(model, "config") else None
+    return {name: noise} if isinstance(name, str) else noise
 
 
 def prepare_example(model: nn.Module, example: Example | None) -> Example:
@@ -63,9 +193,7 @@ def prepare_example(model: nn.Module, example: Example | None) -> Example:
                 f"{type(model).__name__} does not say what its input looks like: pass "
                 "example=torch.randn(1, channels, height, width), or a dict of the model's keyword arguments"
             )
-        noise = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-        name = getattr(model, "main_input_name", None) if hasattr(model, "config") else None
-        return {name: noise} if isinstance(name, str) else noise
+        return _noise(model, size)
     values = example if isinstance(example, Mapping) else {"example": example}
     # labels make a Hugging Face model add a loss; they are no input of the network
     values = {key: value for key, value in values.items() if key not in ("labels", "label")}
@@ -127,6 +255,11 @@ def floats_of(example: Example) -> list[Tensor]:
     values = example.values() if isinstance(example, Mapping) else [example]
     floats = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     return [value for value in floats if value.ndim > 2] or floats
+
+
+def image_sizes(example: Example) -> list[tuple[int, int]]:
+    """Return (height, width) of each tensor of an example that holds images (B, C, H, W)."""
+    return [(value.shape[2], value.shape[3]) for value in floats_of(example) if value.ndim == 4]
 
 
 def flags_of(example: Example) -> list[Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, overload
 
+from ltm_retrofit.finding.example import sizes_in_words
 from ltm_retrofit.merging.methods import Scope
 
 
@@ -93,11 +94,18 @@ class Sites(Sequence[AttentionSite]):
     ending: Ending
     input_size: dict[str, tuple[int, ...]] = field(default_factory=dict)
     fixed_inputs: dict[str, Any] = field(default_factory=dict)  # what of the example is no image, `fixed_of`
+    sizes_said: dict[str, tuple[int, int]] = field(default_factory=dict)  # who says which (H, W), first who is followed
     base: dict[str, str] = field(default_factory=dict)  # library, class and architecture of the model
     alternatives: tuple[AttentionSite, ...] = ()
     attentions: int = 0  # seen in one forward pass
     covered: int = 0  # of those: that a site makes cheaper, a grid site all those behind it
     narrowed: dict[str, str] = field(default_factory=dict)  # why a block is not in the best scope
+
+    @property
+    def tokens(self) -> int | None:
+        """How many tokens an image makes, where the first site is; None where there is none."""
+        layout = self.found[0].layout if self.found else None
+        return None if layout is None else layout.tokens * layout.sequences
 
     def of(self, scope: str) -> tuple[Any, ...]:
         """Return the sites in a scope, ``"FLOW"`` for one, alternatives included, each of the scope's own class."""
@@ -154,4 +162,6 @@ class Sites(Sequence[AttentionSite]):
                 f"{site.heads or '':>5}  {site.dim:>4}  {site.scope.value:<5}  {' '.join(site.proofs)}"
             )
         lines += [f"left out: {name}: {reason}" for name, reason in self.excluded.items()]
+        if self.sizes_said:
+            lines.append(f"input {sizes_in_words(self.sizes_said, self.tokens)}")
         return "\n".join(lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import dataclasses
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.scopes import SCOPES, rules_of
 from ltm_retrofit.scopes.base import Panel, Shown, names_of
 from ltm_retrofit.tracing import MergeTrace, trace
-from ltm_retrofit.tuning.preprocessing import Preprocessing, make_transform, preprocessing_of, reversed_channels
+from ltm_retrofit.tuning.preprocessing import Preprocessing, plain, preprocessing_of
 from ltm_retrofit.undisturbed import undisturbed
 
 #: inches of a panel, panels in a row, and the widest grid whose patches have room for a number
@@ -74,9 +73,9 @@ def show_merges(model: nn.Module, image: Image.Image | Tensor, *, index: int = 0
         ['blocks.1 · 17 → 12 tokens', 'blocks.2 · 12 → 9 tokens']
     """
     plan = get_plan(model)
-    name, shape = next((key, size) for key, size in plan.input_size.items() if len(size) == 4)
-    wanted = _preprocessing(model, shape[1:])
-    pixels = _pixels(image, index, shape[1:], wanted).to(*home(model))
+    name, (_, *shape) = next((key, size) for key, size in plan.input_size.items() if len(size) == 4)
+    wanted = _preprocessing(model, (shape[0], shape[1], shape[2]))
+    pixels = _pixels(image, index, shape, wanted).to(*home(model))
     with undisturbed(model), torch.no_grad(), trace(model) as traced:
         run(model, {name: pixels} if name else pixels)
     shown = _shown(pixels[0], wanted)
@@ -133,24 +132,20 @@ def _counted(model: nn.Module, plan: MergePlan) -> str:
     return f" · {row.tokens_in - prefix} patches" + (f" + {prefix} prefix" if prefix else "")
 
 
-def _preprocessing(model: nn.Module, size: Sequence[int]) -> Preprocessing:
-    """Return the model's preprocessing at the size that it was converted for."""
-    channels, height, width = size
-    half = (0.5,) * channels
+def _preprocessing(model: nn.Module, shape: tuple[int, int, int]) -> Preprocessing | None:
+    """Return the model's preprocessing at the size that it was converted for; None where its images are no pictures."""
     try:
         wanted = preprocessing_of(model)
     except DataError:  # it says nothing of its input; the plan does
-        wanted = Preprocessing((height, width), half, half)
-    if len(wanted.mean) != channels:
-        wanted = dataclasses.replace(wanted, mean=half, std=half)
-    return dataclasses.replace(wanted, size=(height, width))
+        return plain(shape) if shape[0] in (1, 3) else None
+    return wanted if wanted.shape == shape else plain(shape)
 
 
-def _pixels(image: Any, index: int, size: Sequence[int], wanted: Preprocessing) -> Tensor:
+def _pixels(image: Any, index: int, size: Sequence[int], wanted: Preprocessing | None) -> Tensor:
     """Return the one image that is asked for as the model wants it, ``(1, C, H, W)``."""
     expected = f"a PIL image, or a normalised floating-point tensor {tuple(size)} or (B, {', '.join(map(str, size))})"
-    if isinstance(image, Image.Image):
-        image = make_transform(wanted)(image)
+    if isinstance(image, Image.Image) and wanted is not None:
+        image = wanted(image)
     if not isinstance(image, Tensor):
         raise ExampleError(f"image is {type(image).__name__}; expected {expected}")
     if not image.is_floating_point() or image.ndim not in (3, 4) or tuple(image.shape[-3:]) != tuple(size):
@@ -164,12 +159,10 @@ def _pixels(image: Any, index: int, size: Sequence[int], wanted: Preprocessing) 
     return batch[index : index + 1].detach()
 
 
-def _shown(pixels: Tensor, wanted: Preprocessing) -> np.ndarray:
+def _shown(pixels: Tensor, wanted: Preprocessing | None) -> np.ndarray:
     """Undo the normalisation: ``(H, W, 3)`` in 0..1."""
     values = pixels.float().cpu()
-    mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (wanted.mean, wanted.std))
-    image = (values * std + mean).clamp(0, 1)
-    image = reversed_channels(image) if wanted.reverse else image
+    image = (values / 2 + 0.5).clamp(0, 1) if wanted is None else wanted.shown(values)
     if len(image) != 3:  # the first channel of what is no RGB image, in grey
         image = image[:1].expand(3, -1, -1)
     return np.asarray(image.permute(1, 2, 0).numpy())

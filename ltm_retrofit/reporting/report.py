@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ltm_retrofit.converted.record import disabled, get_plan, is_retrofitted, was_finetuned
+from ltm_retrofit.converted.resizing import present_example
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.example import Example, home, prepare_example
 from ltm_retrofit.macs import MacCount, count_macs
@@ -142,7 +143,7 @@ def measure(
         >>> 0.78 <= report.macs["converted"] / report.macs["original"] <= 0.8
         True
     """
-    example = prepare_example(model, example)
+    example = present_example(model) if example is None else prepare_example(model, example)
     converted = is_retrofitted(model)
     with disabled(model) if converted else nullcontext():
         before = count_macs(model, example)

@@ -9,7 +9,6 @@ import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, fields
 from itertools import product
 from typing import Any
 
@@ -18,12 +17,11 @@ from torch import Tensor, nn
 
 from ltm_retrofit.converted.record import disabled, get_plan, is_retrofitted, load_state
 from ltm_retrofit.converted.resizing import present_example
-from ltm_retrofit.errors import CheckpointError, DataError, RetrofitError
-from ltm_retrofit.finding.example import home, prepare_example, run
+from ltm_retrofit.errors import CheckpointError, RetrofitError
+from ltm_retrofit.finding.example import KEPT, home, run
 from ltm_retrofit.finding.proofs import all_equal
 from ltm_retrofit.saving.hub import origin_of
 from ltm_retrofit.scopes.base import CHILD
-from ltm_retrofit.tuning.preprocessing import RECORDED, REFUSED, Preprocessing, preprocessing_of
 from ltm_retrofit.undisturbed import undisturbed
 
 #: of timm's ``pretrained_cfg``: what says how to feed the model, nothing that names a place to load from
@@ -31,8 +29,8 @@ _DATA_KEYS = set(
     "tag input_size test_input_size min_input_size fixed_input_size interpolation crop_pct test_crop_pct crop_mode "
     "mean std num_classes pool_size first_conv classifier license label_names label_descriptions".split()
 )
-#: the same of a transformers model, as its image processor says it
-_SPOKEN_KEYS = {field.name for field in fields(Preprocessing)} - {"size"} | {REFUSED}
+#: the same of a transformers model, in folders of before its image processor was saved beside it
+_SPOKEN_KEYS = {"mean", "std", "interpolation", "crop_pct", "crop_mode", "reverse", "refused"}
 #: arguments of ``timm.create_model`` that read files or the network
 _LOADING = set(
     "pretrained pretrained_cfg pretrained_cfg_overlay pretrained_strict pretrained_filter_fn pretrained_model_args "
@@ -103,7 +101,7 @@ def verify_base(model: nn.Module, description: Mapping[str, Any]) -> str | None:
         load_exactly(rebuilt, state)
         rebuilt.to(home(model)[0])
         converted = is_retrofitted(model)
-        example = present_example(model) if converted else prepare_example(model, None)
+        example = present_example(model)
         with torch.no_grad(), undisturbed(model), disabled(model) if converted else nullcontext():
             expected = run(model, example)
         with torch.no_grad(), undisturbed(rebuilt):
@@ -220,8 +218,9 @@ def _descriptions(model: nn.Module) -> Iterator[dict[str, Any]]:
             **origin_of(getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)),
             "attn_implementation": getattr(config, "_attn_implementation", None),
             "config": _public(values),
-            "data": _spoken(model),
         }
+        if isinstance(said := model.__dict__.get(KEPT), Mapping):  # it came out of such a folder, and goes into one
+            description["data"] = {key: list(v) if isinstance(v, tuple) else v for key, v in said.items()}
         yield description
         classes = get_plan(model).classes if is_retrofitted(model) else len(values["id2label"])
         if classes != len(values["id2label"]):  # a classifier was replaced by hand, and the configuration was not told
@@ -309,7 +308,7 @@ def _rebuild_transformers(description: Mapping[str, Any]) -> nn.Module:
     model.config.dtype = dtype
     if data := description.get("data"):
         _refuse(data.keys() - _SPOKEN_KEYS, "the data settings of a transformers base")
-        model.__dict__[RECORDED] = _tuples(data)
+        model.__dict__[KEPT] = _tuples(data)
     return model
 
 
@@ -336,13 +335,3 @@ def configured(description: Mapping[str, Any]) -> tuple[Any, Any, dict[str, bool
     if unknown := sorted(switches.keys() - _switches(kind).keys()):
         raise CheckpointError(f"{kind.__name__} has no switch {', '.join(map(repr, unknown))}")
     return kind, config, switches
-
-
-def _spoken(model: nn.Module) -> dict[str, Any]:
-    """What a transformers model's image processor says, which no config.json of ours would bring back."""
-    try:
-        wanted = asdict(preprocessing_of(model))
-    except DataError as error:
-        return {REFUSED: str(error)}
-    del wanted["size"]  # the live model's own
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in wanted.items()}

@@ -17,6 +17,7 @@ from ltm_retrofit.convert import restore, retrofit
 from ltm_retrofit.converted.record import align, is_retrofitted
 from ltm_retrofit.converted.resizing import example_of, planned_size, set_size, size_from
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError, check_choice
+from ltm_retrofit.finding.example import KEPT, read_processor
 from ltm_retrofit.folders import OURS
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import attach
@@ -31,7 +32,7 @@ from ltm_retrofit.saving.base import (
     rebuild_base,
 )
 from ltm_retrofit.saving.hub import fetch, is_repository
-from ltm_retrofit.saving.save import CONFIG, FORMAT_VERSION, WEIGHTS, digest
+from ltm_retrofit.saving.save import CONFIG, FORMAT_VERSION, PROCESSOR, WEIGHTS, digest
 
 #: the model that comes with the package
 EMBEDDED = "digits_vit"
@@ -125,6 +126,8 @@ def from_pretrained(
     else:
         model = rebuild_base(config["base"]) if base is None else base
         _fill(model, plan, state, size_from(config.get("resized")), folder)
+    if (folder / PROCESSOR).is_file() and (processor := read_processor(folder)) is not None:
+        model.__dict__[KEPT] = processor
     if numbers is not None:
         model.to(numbers)
         if hasattr(model, "config"):

@@ -19,6 +19,7 @@ from ltm_retrofit.converted.classifier import follow_classifier
 from ltm_retrofit.converted.record import get_plan
 from ltm_retrofit.converted.resizing import resized
 from ltm_retrofit.errors import CheckpointError
+from ltm_retrofit.finding.example import processors_of
 from ltm_retrofit.folders import OURS, check_ours, written_whole
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import adapter_state, labels_of
@@ -32,6 +33,8 @@ ADAPTER = "this is an adapter"
 #: what transformers takes for the name of the weights where a class of its own (not an Auto class) reads a folder of
 #: ours: no such file, instead of a model that lacks its masks without a word
 NOT_ALONE = "load this folder by ltm_retrofit.from_pretrained.safetensors"
+#: of a model whose images one of transformers' image processors makes
+PROCESSOR = "preprocessor_config.json"
 
 
 def save_pretrained(
@@ -156,12 +159,17 @@ class Contents:
     state: Mapping[str, Tensor]
     config: Mapping[str, Any]
     plan: MergePlan
+    processor: Any = None  # of images, where one came with the model
 
     def write(self, folder: Path, name: str, report: Any = None, recipe: Any = None) -> None:
         """Write it into a folder that is there; ``name`` is by what it will be loaded."""
         base, reason = self.config["base"], self.config["reason"]
         _write_weights(self.state, folder / WEIGHTS)
-        config = {**self.config, "sha256": digest(folder / WEIGHTS)}
+        files = list(self.config["files"])
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)  # one of timm's settings writes nothing: the base's config has them
+            files += [PROCESSOR] if (folder / PROCESSOR).is_file() else []
+        config = {**self.config, "sha256": digest(folder / WEIGHTS), "files": files}
         (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         card = model_card(name, base, self.plan, reason, report, recipe)
         (folder / CARD).write_text(card, encoding="utf-8")
@@ -206,7 +214,7 @@ def contents_of(
         "files": [CONFIG, WEIGHTS, CARD],
         **extra,
     }
-    return Contents(state, config, plan)
+    return Contents(state, config, plan, next(iter(processors_of(model).values()), None))
 
 
 def digest(file: Path) -> str:
