@@ -74,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--sites", nargs="+", help="blocks to choose from, instead of the schedule")
     sub.add_argument("--scope", choices=[scope.value for scope in Scope], help="default: the best that is proven")
     sub.add_argument("--output-tokens", choices=OUTPUT_TOKENS, help=f"default {LTMConfig.output_tokens}")
+    sub.add_argument("--rounds", type=int, help="in how many rounds tokens leave at a site (default: the method's)")
+    sub.add_argument("--ib-step", action="store_const", const=True, help="masks weigh tokens by a step down the bound")
     written(sub)
 
     sub = command("finetune", "Fine-tune a converted model with the information-bottleneck bound.")

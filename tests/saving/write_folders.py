@@ -1,7 +1,8 @@
 """Writes the folders that `test_folders.py` loads: one of each method and scope, as the code of that day saved them.
 
-They were written at 56bc864, before the package was rebuilt: what it saved has to load for ever. Run it (from `tests/`)
-to add a folder of a new method or scope; an existing one is never written again.
+Those of methods whose version has not changed since were written at 56bc864, before the package was rebuilt: what it
+saved has to load for ever. Run it (from `tests/`) to add a folder of a new method, version or scope; an existing one is
+never written again. What is of an earlier version of its method stays as `…-version-1`, and is refused.
 """
 
 from __future__ import annotations
