@@ -24,6 +24,11 @@ from ltm_retrofit.errors import DataError, RecipeError
 LABEL_TOLERANCE = 1e-2
 
 
+def lifted(x: Tensor) -> Tensor:
+    """Lift half precision to float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off on the device of ``x``, and do nothing at all where it is off: exported graphs stay clean."""
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltm_retrofit.merging.ib import full_precision
-from ltm_retrofit.merging.matching import lifted
+from ltm_retrofit.merging.ib import full_precision, lifted
 from ltm_retrofit.merging.methods import SCOPES, Grid, Keys, Method, Place
 from ltm_retrofit.merging.pool import PoolGrid, gathered, grid_overlaps
 from ltm_retrofit.merging.rounds import Groups, add_at, check_counts, join, leaving_in, rows_at
@@ -111,7 +110,7 @@ class MaskModule(Mask):
             stretch = length / torch.linalg.vector_norm(merged, dim=-1).clamp_min(TINY)
             alone = torch.ones_like(size).scatter(1, into, 0.0).bool()
             merged = merged * torch.where(alone, 1.0, stretch).unsqueeze(-1)
-            if self.training:
+            if self.training and self.weight.requires_grad:
                 merged = merged + self._taught(z, s, merged.detach(), size)
         places = torch.arange(prefix, device=tokens.device).expand(tokens.shape[0], -1)
         of, stand = (torch.cat([places, where + prefix], dim=1) for where in groups[:2])
@@ -130,7 +129,8 @@ class MaskModule(Mask):
         w, z = self.weight.to(z.dtype), z.detach()
         a, b = z * w, merged * w
         cost = a.square().sum(-1).unsqueeze(2) + b.square().sum(-1).unsqueeze(1) - 2 * torch.bmm(a, b.transpose(1, 2))
-        soft = torch.softmax(-cost / (TEMPERATURE * cost.detach().mean(dim=(1, 2), keepdim=True)), dim=-1)
+        scale = TEMPERATURE * cost.detach().mean(dim=(1, 2), keepdim=True).clamp_min(TINY)  # all may be equal
+        soft = torch.softmax(-cost / scale, dim=-1)
         change = (soft - soft.detach()) * s.unsqueeze(-1) / size.clamp_min(TINY).unsqueeze(1)  # (B, n, m)
         return torch.bmm(change.transpose(1, 2), z) - change.sum(dim=1).unsqueeze(-1) * merged
 

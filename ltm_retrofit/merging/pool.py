@@ -12,8 +12,8 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.merging.matching import partition
 from ltm_retrofit.merging.methods import SCOPES, Grid, Keys, Method, Place
+from ltm_retrofit.merging.rounds import check_counts
 from ltm_retrofit.merging.tokens import GridAssignment, Mask, Merge, Merged, dense_unmerge_macs, merge_by
 
 
@@ -140,7 +140,7 @@ def _macs(place: Place) -> int:
     """``P·k·D`` on a map, of whose P boxes each meets k others; ``N·P·(D + 1)`` in each cell: tokens and sizes."""
     if place.grid is not None and place.grid_out is not None:
         return grid_overlaps(place.grid, place.grid_out)[0].numel() * place.dim
-    partition(place.tokens_in, place.tokens_out, place.prefix)
+    check_counts(place.tokens_in, place.tokens_out, place.prefix)
     return place.cells * place.tokens_in * place.tokens_out * (place.dim + 1)
 
 

@@ -254,6 +254,15 @@ def test_every_parameter_learns_from_the_merged_tokens_in_training_mode():
         assert parameter.grad is not None and float(parameter.grad.abs().max()) > 1e-8, name
 
 
+def test_equal_tokens_teach_nothing_and_stay_what_they_are():
+    mask = make(17, 9, 1, step=False).train()
+    flat = torch.ones(BATCH, 17, DIM).double()
+    merged = mask(flat, flat, None)
+    merged.tokens.square().sum().backward()
+    torch.testing.assert_close(merged.tokens, flat[:, :9])
+    assert bool(torch.isfinite(mask.weight.grad).all())
+
+
 def test_training_mode_computes_the_same_tokens():
     mask = make(17, 12, 1, step=False)
     inner, tokens, sizes = double_inputs(17, DIM, 3, sized=True)

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ltm_retrofit.merging.matching import partition
 from ltm_retrofit.merging.tokens import Merged
-from ltm_retrofit.merging.tome import ToMeMask
+from ltm_retrofit.merging.tome import ToMeMask, partition
 
 torch.set_num_threads(1)
 DIM, KEY, BATCH = 10, 4, 2
