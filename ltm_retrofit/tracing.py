@@ -139,9 +139,9 @@ def bound_loss(
 ) -> Tensor:
     """Return CEB_γ (docs/method.md, "Against collapse") at the feature that the classifier reads, in nats.
 
-    In training mode it also learns the statistics of the feature and of every site from this batch: it fits them as
-    soon as it has seen enough images, and is a differentiable zero before. In distributed training every process calls
-    it, and all learn from the batches of all.
+    In training mode it also learns the statistics from this batch, of the feature and of masks with an IB step: it fits
+    them as soon as it has seen enough images, and is a differentiable zero before. In distributed training every
+    process calls it, and all learn from the batches of all.
 
     Args:
         traced: the trace of a forward pass on these images.
@@ -174,7 +174,7 @@ def bound_loss(
 
 
 def learn_from(traced: MergeTrace, labels: Tensor) -> None:
-    """Let the statistics of the feature and of every site learn from a traced batch, in training mode only.
+    """Let the statistics of the feature and of masks with a step learn from a traced batch, in training mode only.
 
     `bound_loss` does so by itself. Only with gradient checkpointing this is called after the backward pass, and
     `bound_loss` with ``learn=False`` before it.

@@ -37,7 +37,7 @@ class Scope(StrEnum):
 #: all of them, for methods that work everywhere
 SCOPES = tuple(Scope)
 
-#: A, the clusters of every learnable mask's statistics
+#: A, the clusters of statistics: of the feature, and of masks that have the step
 CLUSTERS = 64
 #: methods that come with the package, and the room below `ltm_retrofit.merging` that holds each one's entry `METHOD`
 _OURS = {"ltm": "mask", "tome": "tome", "pool": "pool", "slice": "slice"}

@@ -157,8 +157,11 @@ class Mask(nn.Module):
     and counting MACs rely on it. Images of another size bring other counts than planned: keep the same share of them
     (`kept_at`). A mask that knows its W leaves the rest to `merge_by`; `methods.register_method` shows one.
 
-    To be trained and logged as a mask, it sets ``self.statistics = Statistics(...)`` and returns a descriptor. Patches
-    come line by line: those of the image in ``FLOW`` (less what earlier sites merged), those of a cell in ``LOCAL``.
+    A mask with parameters is trained and logged as one. One that also weighs tokens by a step down the bound sets
+    ``self.statistics = Statistics(...)`` and returns the descriptor that they learn from. It draws nothing at random: a
+    loaded model would compute something else. Patches come line by line: those of the image in ``FLOW`` (less what
+    earlier sites merged), those of a cell in ``LOCAL``. In which order they leave is the mask's choice, but for prefix
+    tokens.
 
     Args:
         tokens_in: N, as planned.
@@ -172,8 +175,8 @@ class Mask(nn.Module):
     def __init__(self, tokens_in: int, tokens_out: int, prefix: int = 0) -> None:
         super().__init__()
         self.tokens_in, self.tokens_out, self.prefix = tokens_in, tokens_out, prefix
-        #: of its descriptors; a mask that learns has some, and a descriptor in each of its merges. Set here and not on
-        #: the class, where it would hide the submodule of that name
+        #: of its descriptors, where it has the step. Set here and not on the class, where it would hide the submodule
+        #: of that name
         self.statistics: Statistics | None = None
 
     def extra_repr(self) -> str:

@@ -151,7 +151,8 @@ def measure(
     if after is not None and after.total != get_plan(model).macs:
         raise CountError(
             f"the plan predicts {get_plan(model).macs:,} MACs and {after.total:,} were counted: measure at the plan's "
-            f"input size {get_plan(model).input_size}, or report this as a bug"
+            f"input size {get_plan(model).input_size}. Else macs or unmerge_macs of method "
+            f"{get_plan(model).config.method!r} says something other than its mask does"
         )
     times = batch_latencies(model, example, batches, rounds=rounds) if batches else {}
     accuracy: dict[str, float | None] = dict.fromkeys(ACCURACIES)

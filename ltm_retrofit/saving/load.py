@@ -81,7 +81,8 @@ def from_pretrained(
 
     Raises:
         CheckpointError: where the folder is missing, altered or truncated, or ``base`` is needed.
-        BaseMismatch: where ``base`` is another architecture, or not the adapter's.
+        BaseMismatch: where ``base`` is another architecture, or not the adapter's; where the plan's method is not
+            registered, or in another version.
         AlreadyRetrofitted: where ``base`` is converted.
         RecipeError: where ``dtype``, ``device_map`` or ``attn_implementation`` is none that can be.
 

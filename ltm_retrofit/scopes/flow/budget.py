@@ -20,6 +20,8 @@ def place_of(site: FlowSite, row: Row, of: Made, dtype: torch.dtype | None = Non
     """Say to a method where a row's mask works."""
     counts = (row.tokens_in, row.tokens_out, site.layout.prefix)
     return Place(site.scope, site.dim, site.key_dim, *counts, rounds=row.rounds, dtype=dtype, **made(of))
+
+
 #: share of the MACs below which the first block merges as well
 LITTLE = 0.45
 
