@@ -75,13 +75,14 @@ def convert(model: nn.Module, example: Example | None = None, flops: float = 0.8
         return ltm.retrofit(model, ltm.LTMConfig(flops=error.nearest, **options), example)
 
 
-def converted(name: str) -> tuple[nn.Module, nn.Module, Example]:
-    """Return a converted model of `HOSTS`, its original, and an example."""
+def converted(name: str, **more: Any) -> tuple[nn.Module, nn.Module, Example]:
+    """Return a converted model of `HOSTS`, its original, and an example; ``more`` are further options."""
     row, options = HOSTS[name]
     original, example = ZOO[row]()
-    if name not in _KEPT:
-        _KEPT[name] = convert(copy.deepcopy(original), example, **options), example
-    return copy.deepcopy(_KEPT[name][0]), original, example
+    key = f"{name} {more}"
+    if key not in _KEPT:
+        _KEPT[key] = convert(copy.deepcopy(original), example, **options, **more), example
+    return copy.deepcopy(_KEPT[key][0]), original, example
 
 
 def scopes(model: nn.Module) -> set[str]:
