@@ -16,6 +16,10 @@ from torch import Tensor
 
 from ltm_retrofit.errors import CountError
 
+#: share of their squared norms below which a distance of two tokens is taken for rounding
+SAME = 1e-5
+#: 2^16 + 1: multiplying, and taking the difference away again, rounds to 16 bits less
+COARSE = 65537.0
 #: a size below this is padding: nothing else adds up to so little
 PADDING = 1e-6
 
@@ -111,15 +115,19 @@ def join(z: Tensor, sizes: Tensor | None, leaving: tuple[int, ...], padded: bool
 
 def _cost(x: Tensor, s: Tensor, equal: bool, padded: bool) -> Tensor:
     """Ward's cost ``(B, ⌊n/2⌋, ⌈n/2⌉)`` of each token at an odd place joining each one at an even place."""
-    square = torch.linalg.vector_norm(x, dim=-1).square()
+    # A little less than ‖a‖² + ‖b‖²: copies of one token, as LOCAL makes them, then cost nothing.
+    square = torch.linalg.vector_norm(x, dim=-1).square() * (1 - SAME)
     # ‖a − b‖² = ‖a‖² + ‖b‖² − 2ab: one matrix product instead of (n/2)² differences of D numbers
     cost: Tensor = torch.bmm(x[:, 1::2], x[:, ::2].transpose(1, 2)).mul(-2)
     cost = (cost + square[:, 1::2].unsqueeze(2) + square[:, ::2].unsqueeze(1)).clamp_min(0)
-    if equal:  # s_a s_b / (s_a + s_b) is the same for all
-        return cost
-    a, b = s[:, 1::2].unsqueeze(2), s[:, ::2].unsqueeze(1)
-    cost = cost * (a * b / (a + b).clamp_min(PADDING))
-    if padded:
+    if not equal:  # else s_a s_b / (s_a + s_b) is the same for all
+        a, b = s[:, 1::2].unsqueeze(2), s[:, ::2].unsqueeze(1)
+        cost = cost * (a * b / (a + b).clamp_min(PADDING))
+    # To join one of two copies or the other costs the same. So that rounding does not decide, whose last bits change with
+    # the size of the batch, only the first 8 bits count (Veltkamp's splitting; 37 in float64). Of equals the first wins.
+    most = cost * COARSE
+    cost = most - (most - cost)
+    if padded and not equal:
         cost = cost.masked_fill(b <= PADDING, torch.inf).masked_fill(a <= PADDING, -1.0)
     return cost
 

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ltm_retrofit.errors import CountError
-from ltm_retrofit.merging.rounds import add_at, join, leaving_in, rows_at
+from ltm_retrofit.merging.rounds import SAME, add_at, join, leaving_in, rows_at
 
 torch.set_num_threads(1)
 
 
 def naive(z: Tensor, sizes: Tensor, remain: int, rounds: int) -> tuple[list[int], list[int]]:
     """One image, one group at a time: the group of each token, and the token whose place a group takes."""
+    z = z - z.mean(dim=0)
     groups = [([place], z[place].clone(), float(size)) for place, size in enumerate(sizes)]
     while len(groups) > remain:
         left = -(-(len(groups) - remain) // max(1, rounds))
@@ -25,7 +26,8 @@ def naive(z: Tensor, sizes: Tensor, remain: int, rounds: int) -> tuple[list[int]
             costs = []
             for even in range(0, len(groups), 2):
                 (_, a, s), (_, b, t) = groups[odd], groups[even]
-                costs.append((s * t / (s + t) * float((a - b).square().sum()), even))
+                apart = float((a - b).square().sum() - SAME * (a.square().sum() + b.square().sum()))
+                costs.append((s * t / (s + t) * max(0.0, apart), even))
             best.append((*min(costs), odd))
         gone = sorted(best)[:count]
         for _, even, odd in gone:
@@ -95,6 +97,18 @@ def test_one_join_costs_what_ward_says():
         for j in range(0, 9, 2)
     ]
     assert rise <= min(others) + 1e-12
+
+
+def test_copies_of_a_token_join_in_order_whatever_their_rounding():
+    """Tokens that `LOCAL` brought back are copies; which of them leave must not change with the size of the batch."""
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(1, 6, 48, generator=generator)
+    copies = few[:, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]]
+    noisy = copies * (1 + 1e-7 * torch.randn(4, 12, 1, generator=generator))
+    want = join(copies, None, (3, 3))
+    assert want.of[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    for image in range(4):
+        assert torch.equal(join(noisy[image : image + 1], None, (3, 3)).of, want.of)
 
 
 def test_of_equal_tokens_the_first_leave_at_every_batch_size():
