@@ -243,7 +243,7 @@ def test_eager_attention_comes_back(build: Build, images: torch.Tensor, tmp_path
 
 
 def test_fitted_statistics_and_eta_survive(build: Build, images: torch.Tensor, tmp_path: Path) -> None:
-    model = converted(build).train()
+    model = ltm.retrofit(build("timm-vit"), ltm.LTMConfig(flops=0.7, ib_step=True)).train()
     generator = torch.Generator().manual_seed(1)
     for _ in range(2):
         batch = torch.randn(160, 3, 32, 32, generator=generator)
