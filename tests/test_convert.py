@@ -164,7 +164,7 @@ def test_a_failed_conversion_leaves_no_trace(build, images, monkeypatch, family,
     elif reason == "budget":
         config, error = {"flops": 0.01}, BudgetError
     elif reason == "counts":
-        config, error = {"tokens": (3,)}, CountError
+        config, error = {"tokens": (99,)}, CountError
     elif reason == "site":
         config = {"flops": 0.7, "sites": ("nowhere",)}
     else:
