@@ -126,10 +126,10 @@ def test_where_everything_was_trained_there_is_no_adapter(build, tmp_path) -> No
 
 
 @pytest.mark.parametrize("classes, most", [(100, 1e6), (1000, 2e6)])
-def test_vit_s_with_three_sites_is_small(classes, most, tmp_path) -> None:
+def test_an_adapter_of_vit_s_is_small(classes, most, tmp_path) -> None:
     model = timm.create_model("vit_small_patch16_224", num_classes=classes).eval()
     ltm.retrofit(model, ltm.LTMConfig(flops=0.7))
-    assert sum(row.action == "merge" for row in ltm.get_plan(model).rows) == 3
+    assert sum(row.action == "merge" for row in ltm.get_plan(model).rows) == 5
     ltm.save_pretrained(model, tmp_path / "adapter", adapter=True)
     assert (tmp_path / "adapter" / "model.safetensors").stat().st_size <= most
 
