@@ -470,7 +470,7 @@ def test_a_folder_with_foreign_files_is_refused_before_any_work(tmp_path: Path, 
 def test_the_sliced_control_keeps_the_same_counts_at_the_same_sites(converted, build) -> None:
     plan = ltm.get_plan(converted("timm-vit"))
     sliced = ltm.get_plan(ltm.retrofit(build("timm-vit"), sliced_config(plan)))
-    assert sliced.rows == plan.rows
+    assert sliced.rows == tuple(dataclasses.replace(row, rounds=1) for row in plan.rows)  # nothing leaves in rounds
     assert sliced.config.method == "slice" and sliced.macs < plan.macs
 
 

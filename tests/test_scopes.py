@@ -207,7 +207,7 @@ def test_tokens_of_one_cell_do_not_see_another_cell(name):
 @pytest.mark.parametrize("kind", ["learnable", "pool", "crop"])
 def test_a_grid_of_the_same_size_is_the_identity(grid, kind):
     plain = {"pool": PoolGrid, "crop": CropGrid}
-    mask = plain[kind](6, grid, grid) if kind in plain else GridMask(6, 4, grid, grid, 3)
+    mask = plain[kind](6, grid, grid) if kind in plain else GridMask(6, 4, grid, grid)
     tokens = torch.randn(2, grid[0] * grid[1], 6)
     merged, kept, step = mask(tokens, grid)
     assert kept == grid
@@ -215,7 +215,7 @@ def test_a_grid_of_the_same_size_is_the_identity(grid, kind):
 
 
 def test_a_grid_mask_keeps_the_same_share_at_another_size():
-    mask = GridMask(6, 4, (8, 8), (6, 6), 3)
+    mask = GridMask(6, 4, (8, 8), (6, 6))
     for grid, kept in {(16, 16): (12, 12), (7, 9): (6, 7), (1, 1): (1, 1), (4, 8): (3, 6)}.items():
         merged, got, _ = mask(torch.randn(1, grid[0] * grid[1], 6), grid)
         assert got == kept and merged.shape == (1, kept[0] * kept[1], 6)

@@ -123,8 +123,9 @@ def _cost(x: Tensor, s: Tensor, equal: bool, padded: bool) -> Tensor:
     if not equal:  # else s_a s_b / (s_a + s_b) is the same for all
         a, b = s[:, 1::2].unsqueeze(2), s[:, ::2].unsqueeze(1)
         cost = cost * (a * b / (a + b).clamp_min(PADDING))
-    # To join one of two copies or the other costs the same. So that rounding does not decide, whose last bits change with
-    # the size of the batch, only the first 8 bits count (Veltkamp's splitting; 37 in float64). Of equals the first wins.
+    # To join one of two copies or the other costs the same. So that rounding does not decide, whose last bits change
+    # with the size of the batch, only the first 8 bits count (Veltkamp's splitting; 37 in float64), and of equals the
+    # first wins.
     most = cost * COARSE
     cost = most - (most - cost)
     if padded and not equal:
