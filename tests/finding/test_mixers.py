@@ -26,9 +26,9 @@ def mixing(sites: Sites) -> list[str]:
     "name, first",
     [
         ("timm-xcit", "blocks.0.attn"),
-        ("timm-hiera", "blocks.3.attn"),
-        ("timm-crossvit", "blocks.0.blocks.0.0.attn"),
-        ("timm-visformer", "stage2.0.attn"),
+        pytest.param("timm-hiera", "blocks.3.attn", marks=pytest.mark.slow),
+        pytest.param("timm-crossvit", "blocks.0.blocks.0.0.attn", marks=pytest.mark.slow),
+        pytest.param("timm-visformer", "stage2.0.attn", marks=pytest.mark.slow),
     ],
 )
 def test_where_mlps_would_keep_few_tokens_attentions_see_merged_ones_too(name, first, tmp_path):

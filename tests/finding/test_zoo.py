@@ -22,19 +22,14 @@ from ltm_retrofit.macs import count_macs
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
 
-#: one of each block class, the cheapest of its structure; at least one of each file of timm that attends
+#: of each scope and library the structures that differ most, and that take a second or few; the others are slow
 FAST = (
-    "timm-vit timm-vit-siglip-map timm-vit-swiglu-packed timm-vit-respost timm-vit-parallel-things timm-vit-diff "
-    "timm-deit-distilled timm-beit timm-eva-postnorm timm-eva-dinov3 timm-eva02 timm-eva-rope-mixed timm-relpos-shared "
-    "timm-xcit timm-convit timm-sam timm-tnt timm-naflex-gap timm-qwen3 timm-gemma4 timm-pit timm-hybrid timm-swin "
-    "timm-nest timm-coatnet-rw timm-hiera timm-mvitv2 timm-twins-pcpvt timm-edgenext timm-lowformer timm-mobilevit "
-    "timm-visformer timm-volo timm-bat timm-botnet timm-cait timm-caformer timm-coat-lite timm-cpubone timm-crossvit "
-    "timm-csatv2 timm-davit timm-deepseek timm-efficientformer timm-efficientformer-v2 timm-efficientvim "
-    "timm-efficientvit-mit-b timm-efficientvit-msra timm-fastvit timm-gcvit timm-hieradet timm-iformer timm-levit "
-    "timm-maxvit-tf timm-mobilenetv4 timm-mobilenetv5 timm-nextvit timm-pvt-v2 timm-shvit timm-swiftformer timm-swinv2 "
-    "timm-swinv2-cr timm-tiny-vit timm-vitamin hf-vit hf-deit-teacher hf-dinov2-registers hf-dinov3 hf-clip hf-siglip "
-    "hf-swin hf-pvt hf-hiera hf-imagegpt hf-internvl-vision hf-swiftformer hf-timm-wrapper torchvision-vit "
-    "plain-multihead plain-multihead-sequence-first plain-lucid"
+    "timm-vit timm-vit-siglip-map timm-vit-respost timm-vit-diff timm-deit-distilled timm-beit timm-eva-postnorm "
+    "timm-eva-dinov3 timm-eva02 timm-eva-rope-mixed timm-relpos-shared timm-xcit timm-convit timm-tnt "
+    "timm-naflex-gap timm-gemma4 timm-pit timm-hybrid timm-swin timm-mobilevit timm-visformer timm-cait "
+    "timm-caformer timm-cpubone timm-deepseek timm-efficientvit-mit-b timm-mobilenetv4 timm-shvit timm-vitamin "
+    "hf-vit hf-deit-teacher hf-dinov2-registers hf-dinov3 hf-clip hf-siglip hf-swin hf-imagegpt hf-internvl-vision "
+    "hf-timm-wrapper torchvision-vit plain-multihead plain-multihead-sequence-first plain-lucid"
 ).split()
 
 #: what cannot be converted, and the words that say why; whatever else of the zoo is refused is a fault. What is left of

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import call, converted, equal
+from conversions import call, converted, equal, slow_but
 from torch import nn
 from zoo import picture
 
 import ltm_retrofit as ltm
 
 torch.set_num_threads(1)
+OF_EACH_SCOPE = ("timm-vit-flow", "timm-swin-local", "timm-efficientvit-grid", "hf-vit-flow")
 
 
 def give_classifier(model: nn.Module, classes: int) -> None:
@@ -38,7 +39,7 @@ def check(model: nn.Module, images: torch.Tensor, folder: Path, base: nn.Module 
 
 @pytest.mark.parametrize("onto", ["rebuilt", "base"])
 @pytest.mark.parametrize("classes", [11, 0])
-@pytest.mark.parametrize("name", ["timm-vit-flow", "timm-swin-local", "timm-efficientvit-grid", "hf-vit-flow"])
+@pytest.mark.parametrize("name", slow_but(["timm-vit-flow", "hf-vit-flow"], OF_EACH_SCOPE))
 def test_another_classifier_is_saved(name, classes, onto, tmp_path):
     model, original, example = converted(name)
     give_classifier(model, classes)

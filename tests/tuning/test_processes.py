@@ -78,7 +78,7 @@ def launch(folder: Path, *command: str, **environment: str) -> subprocess.Comple
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-@pytest.mark.parametrize("host", ["timm-vit", "hf-dinov2"])
+@pytest.mark.parametrize("host", ["timm-vit", pytest.param("hf-dinov2", marks=pytest.mark.slow)])
 def test_two_processes_learn_what_one_learns(host, tmp_path):
     done = launch(tmp_path / "one", HOST=host)
     assert done.returncode == 0, done.stderr
