@@ -18,7 +18,7 @@ from ltm_retrofit.errors import RecipeError, TrainingError
 from ltm_retrofit.tuning.classes import new_classifier
 from ltm_retrofit.tuning.settings import TrainConfig
 
-#: how much faster masks learn than weights that are trained already (docs/ablation.md: 1, 10, 30 and 100 were tried)
+#: how much faster masks learn than weights that are trained already (1 to 100 were tried: docs/ablation_mask_1.md)
 MASKS_FASTER = 30
 #: what modules of timm and transformers that checkpoint are flagged by
 CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
