@@ -59,10 +59,10 @@ class LTMConfig(Strict):
             baseline), ``"pool"`` (average pooling to the same counts), ``"slice"`` (keep the first P tokens: the free
             lower limit, for measuring), or one of your own.
         schedule: which sites merge. ``"auto"``: in scope FLOW five of every twelve blocks, evenly spread before the
-            last two, and from the first block on where ``flops`` is below 0.45;
-            where ``tokens`` are given, as many sites as counts, evenly spread over the depth; in scope GRID as
-            ``"stages"``. ``"stages"``: of the d blocks in scope FLOW or GRID the 0-based ⌊d/4⌋, ⌊d/2⌋, ⌊3d/4⌋.
-            ``"every"``: every block. In scope LOCAL always every block.
+            last two, and from the first block on where ``flops`` is below 0.45; where ``tokens`` are given, as many
+            sites as counts, evenly spread over the depth; in scope GRID as ``"stages"``. ``"stages"``: of the d blocks
+            in scope FLOW or GRID the 0-based ⌊d/4⌋, ⌊d/2⌋, ⌊3d/4⌋. ``"every"``: every block. In scope LOCAL always
+            every block.
         sites: block names to choose from, instead of the schedule.
         scope: force one scope: ``"FLOW"`` (tokens stay merged), ``"GRID"`` (a smaller H'×W' grid goes on) or
             ``"LOCAL"`` (merged for the MLP only); the best that the proofs allow where left out.

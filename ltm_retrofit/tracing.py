@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.converted.classifier import follow_classifier
-from ltm_retrofit.converted.record import forwards_of, get_retrofit, learns, masks_of
+from ltm_retrofit.converted.record import forwards_of, get_retrofit, has_step, masks_of
 from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.merging.statistics import of_all_ranks
@@ -217,7 +217,8 @@ def _learn(traced: MergeTrace, targets: Tensor) -> None:
         return
     masks: dict[str, Any] = masks_of(traced.model)
     for name, merge in zip(traced.sites, traced.merges, strict=True):
-        if merge.descriptor is not None and learns(masks[name]):
+        if has_step(masks[name]):
+            assert merge.descriptor is not None
             # of each sequence: an image may have several (windows), and has one label
             own = merge.descriptor.reshape(len(targets), -1, merge.descriptor.shape[-1]).mean(dim=1)
             masks[name].statistics.update(*of_all_ranks(own, targets), together=TOGETHER)

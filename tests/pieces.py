@@ -13,7 +13,25 @@ from PIL import Image
 from torch import Tensor, nn
 
 TOKENS = torch.randn(2, 5, 8)
+#: options of a tiny transformer of transformers
+WIDE: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_attention_heads": 3,
+    "image_size": 32,
+    "patch_size": 4,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+}
 LINEAR = 2 * 5 * 8 * 8  # what `Calls.inner` costs on TOKENS
+
+
+def double_inputs(n: int, dim: int, seed: int, sized: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Two images for a mask in float64: what the attention read, the stream, and sizes from 1 to 8."""
+    generator = torch.Generator().manual_seed(seed)
+    inner = torch.randn(2, n, dim, generator=generator, dtype=torch.float64)
+    tokens = torch.randn(2, n, dim, generator=generator, dtype=torch.float64)
+    sizes = torch.randint(1, 9, (2, n), generator=generator).double() if sized else None
+    return inner, tokens, sizes
 
 
 class Calls(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.converted.guards import watch_pooling
-from ltm_retrofit.converted.record import forwards_of, get_retrofit, in_mode, learns, masks_of
+from ltm_retrofit.converted.record import forwards_of, get_retrofit, has_step, in_mode, learns, masks_of
 from ltm_retrofit.converted.resizing import at_planned_size
 from ltm_retrofit.errors import ExampleError, UnsupportedBlock
 from ltm_retrofit.finding.example import Example, home, make_example, run, tensors_of
@@ -197,9 +197,7 @@ def _renew_statistics(model: nn.Module, plan: MergePlan) -> None:
     fresh = make_readout(model, plan, masks)
     if _shapes(record.readout) != _shapes(fresh):
         record.readout = fresh if fresh is None else fresh.train(record.training)
-    for mask in masks:
-        if not isinstance(getattr(mask, "statistics", None), Statistics):
-            continue
+    for mask in filter(has_step, masks):
         clusters, dim = mask.statistics.centroids.shape
         other = Statistics(dim, max(1, plan.classes), clusters)
         if _shapes(mask.statistics) != _shapes(other):

@@ -132,8 +132,12 @@ def masks_of(model: nn.Module) -> dict[str, Any]:
 
 def learns(mask: nn.Module) -> bool:
     """Say whether a module is a mask that training teaches: one with parameters, or with statistics for the bound."""
-    has_statistics = isinstance(getattr(mask, "statistics", None), Statistics)
-    return has_statistics or (isinstance(mask, Mask) and next(mask.parameters(), None) is not None)
+    return has_step(mask) or (isinstance(mask, Mask) and next(mask.parameters(), None) is not None)
+
+
+def has_step(mask: nn.Module) -> bool:
+    """Say whether a module is a mask with the IB step: one with statistics of its own."""
+    return isinstance(getattr(mask, "statistics", None), Statistics)
 
 
 @contextmanager

@@ -89,12 +89,12 @@ def join(z: Tensor, sizes: Tensor | None, leaving: tuple[int, ...], padded: bool
     # without the mean, or a difference of two small numbers would be taken between two large ones
     x = z - z.mean(dim=1, keepdim=True)
     s = z.new_ones(batch, n) if sizes is None else sizes.to(z.dtype)
-    of = first = torch.arange(n, device=z.device).expand(batch, -1)
+    of = first = everywhere = torch.arange(n, device=z.device).expand(batch, -1)
     gone = [first[:, :0]]
     for done, count in enumerate(leaving):
         cost = _cost(x, s, equal=sizes is None and not done, padded=padded)
         least, nearest = cost.min(dim=-1)
-        places = torch.arange(n, device=z.device).expand(batch, -1)
+        places = everywhere[:, :n]
         source = _cheapest(least, count) if count < least.shape[1] else places[:, :count]
         place, target = 2 * source + 1, 2 * nearest.gather(1, source)
         # one sort says who stays, in the order of the image: those that leave are put behind all others

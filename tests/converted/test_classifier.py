@@ -15,8 +15,7 @@ from zoo import ZOO
 
 import ltm_retrofit as ltm
 from ltm_retrofit.converted.classifier import RESET, Reset
-from ltm_retrofit.converted.record import in_mode
-from ltm_retrofit.merging.statistics import Statistics
+from ltm_retrofit.converted.record import has_step, in_mode
 from ltm_retrofit.reporting.report import measure
 
 torch.set_num_threads(1)
@@ -112,7 +111,7 @@ def test_plan_and_statistics_follow_another_head(name):
         plan = ltm.get_plan(model)
         if classes:
             assert plan.classes == classes and model.ltm.readout.counts.shape == (64, classes)
-            known = [m.statistics for m in model.modules() if isinstance(getattr(m, "statistics", None), Statistics)]
+            known = [module.statistics for module in model.modules() if has_step(module)]
             assert known and all(statistics.counts.shape[1] == classes for statistics in known)
         report = measure(model, example, batches=())  # refuses where the plan's MACs are not those counted
         assert report.macs == {"original": plan.macs_original, "converted": plan.macs}

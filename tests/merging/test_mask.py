@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pieces import double_inputs
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,14 +44,6 @@ COUNTS = [
     pytest.param(9, 9, 1, id="nothing-merged"),
 ]
 KEYS = Keys(torch.linspace(-1, 1, KEY * DIM, dtype=torch.float64).view(KEY, DIM).sin())
-
-
-def double_inputs(n: int, dim: int, seed: int, sized: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    generator = torch.Generator().manual_seed(seed)
-    inner = torch.randn(BATCH, n, dim, generator=generator, dtype=torch.float64)
-    tokens = torch.randn(BATCH, n, dim, generator=generator, dtype=torch.float64)
-    sizes = torch.randint(1, 9, (BATCH, n), generator=generator).double() if sized else None
-    return inner, tokens, sizes
 
 
 def make(n: int, p: int, prefix: int, *, step: bool = True, fit: bool = False, eta: float = 0.0) -> MaskModule:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pieces import double_inputs
 from torch import Tensor
 
 from ltm_retrofit.merging.tokens import Merged
@@ -79,14 +80,6 @@ def pairs_of(merged: Merged, image: int) -> set[tuple[int, int]]:
     goal = assignment.weights[image].argmax(dim=-1)
     lasts = assignment.kept[image, -destinations:]
     return {(int(a), int(lasts[b])) for a, b in zip(assignment.merged[image], goal, strict=True)}
-
-
-def double_inputs(n: int, dim: int, seed: int, sized: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    generator = torch.Generator().manual_seed(seed)
-    inner = torch.randn(BATCH, n, dim, generator=generator, dtype=torch.float64)
-    tokens = torch.randn(BATCH, n, dim, generator=generator, dtype=torch.float64)
-    sizes = torch.randint(1, 9, (BATCH, n), generator=generator).double() if sized else None
-    return inner, tokens, sizes
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5], ids=["none", "class", "distillation", "registers"])

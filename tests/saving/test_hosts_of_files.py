@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import transformers as tr
+from pieces import WIDE
 from torch import nn
 from zoo import randomise
 
@@ -20,14 +21,6 @@ from ltm_retrofit.finding.example import tensors_of
 
 torch.set_num_threads(1)
 
-WIDE: dict[str, Any] = {
-    "hidden_size": 48,
-    "num_attention_heads": 3,
-    "image_size": 32,
-    "patch_size": 4,
-    "num_hidden_layers": 4,
-    "intermediate_size": 96,
-}
 TINY: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 3}
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 

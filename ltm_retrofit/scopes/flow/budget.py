@@ -49,8 +49,7 @@ class FlowBudget(Budget[FlowSite]):
             return super().scheduled()
         depth = len(self.blocks)
         if self.config.tokens is not None:
-            spoken = self.slices and self.config.tokens[-1] == self.prefix
-            count = len(self.config.tokens) - spoken
+            count = len(self._merging(self.config.tokens))
             chosen = {self.blocks[depth * place // (count + 1)].block for place in range(1, count + 1)}
         else:
             count = ceil(5 * depth / 12)
@@ -91,10 +90,7 @@ class FlowBudget(Budget[FlowSite]):
 
     def from_tokens(self, tokens: Sequence[int]) -> tuple[Row, ...]:
         """Take the user's counts, one for each scheduled or named site (or for every block)."""
-        scheduled, present = self.scheduled(), self.tokens
-        merging, last = list(tokens[:-1]), tokens[-1:]
-        spoken = self.slices and last == (self.prefix,)  # a last count may say the slice aloud
-        pairs = self.counted(merging if spoken else tokens, scheduled)
+        pairs, present = self.counted(self._merging(tokens), self.scheduled()), self.tokens
         for site, count in pairs:
             if count > present:
                 raise CountError(f"{site.block} has {present} tokens, so {count} cannot be left")
@@ -102,6 +98,10 @@ class FlowBudget(Budget[FlowSite]):
             self.method.macs(place_of(site, row, self))  # refuses counts that cannot be
             present = count
         return self.rows({site.block: count for site, count in pairs})
+
+    def _merging(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Leave out a last count that says the slice aloud."""
+        return tokens[:-1] if self.slices and tokens[-1] == self.prefix else tokens
 
     def search(self, change: int) -> Iterator[list[Option]]:
         """Yield plans near a budget, for the schedule's sites first and then for more and more of them."""
