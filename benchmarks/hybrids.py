@@ -113,9 +113,7 @@ def table(log: Path, out: Path) -> None:
         sites.append(f"- {name}: {'; '.join(after['sites'])}")
     trained = ", ".join(f"{name} {value}" for name, value in {x["base"]: x["val"] for x in noted(log, "train")}.items())
     old = [line["base"] for line in kept.values() if line["arm"] == "converted" and "mask" not in line]
-    told = (
-        f"The masks of {', '.join(old)} are of the first version (commit 810c14b)."
-    )
+    told = f"The masks of {', '.join(old)} are of the first version (commit 810c14b)."
     tests, epochs, seeds, machines = (
         ", ".join(sorted({str(line[key]) for line in kept.values() if line[key] or key == "seed"}))
         for key in ("test_images", "epochs", "seed", "hardware")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import ltm_retrofit as ltm
+from ltm_retrofit.merging import methods
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ltm_retrofit"
@@ -96,6 +97,7 @@ def test_the_examples_in_docstrings_run(module: str, tmp_path: Path, monkeypatch
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     found = doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(module))
     assert found
+    monkeypatch.setattr(methods, "_REGISTERED", {})  # an example registers a method, which no other test shall see
     said: list[str] = []
     for number, example in enumerate(found):
         (tmp_path / str(number)).mkdir()

@@ -347,9 +347,7 @@ def test_a_run_without_labels_never_reads_them(folder_of, tmp_path: Path, monkey
 
 
 @pytest.mark.usefixtures("few_digits")
-@pytest.mark.parametrize(
-    ("family", "classes"), [pytest.param("timm-vit", 10, marks=pytest.mark.slow), ("hf-vit", 7)]
-)
+@pytest.mark.parametrize(("family", "classes"), [pytest.param("timm-vit", 10, marks=pytest.mark.slow), ("hf-vit", 7)])
 def test_a_whole_run_and_a_second_over_it(family: str, classes: int, folder_of, tmp_path: Path) -> None:
     said: list[str] = []
     out, recipe = tmp_path / "runs" / "one", tiny(folder_of(family, classes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import ltm_retrofit as ltm
 from ltm_retrofit.converted.record import learns, masks_of
+from ltm_retrofit.finding.example import tensors_of
 from ltm_retrofit.macs import count_macs
 from ltm_retrofit.merging import methods
 from ltm_retrofit.merging.methods import Keys, Method, Place, register_method
@@ -108,6 +109,27 @@ def test_it_goes_all_the_way(options: dict[str, str], tmp_path: Path) -> None:
         original = model(IMAGES)
     ltm.restore(model)
     assert torch.equal(model(IMAGES), original) and type(model.blocks[0].forward).__name__ == "method"
+
+
+@pytest.mark.parametrize("scope", ["FLOW", "LOCAL"])
+@pytest.mark.parametrize("name", ["timm-vit-avg-qknorm", "hf-vit", "hf-dinov2"])
+def test_other_hosts_convert_count_and_come_back(
+    name: str, scope: str, build: Callable[[str], nn.Module], images: Tensor, tmp_path: Path
+) -> None:
+    host, model = build(name), build(name)
+    share = 0.7 if scope == "FLOW" else 0.9
+    plan = ltm.get_plan(ltm.retrofit(model, ltm.LTMConfig(flops=share, method="stretches", scope=scope)))
+    assert {row.scope for row in plan.rows} == {scope} and plan.share <= share
+    assert count_macs(model, images[:1]).total == plan.macs
+    ltm.save_pretrained(model, tmp_path)
+    loaded = ltm.from_pretrained(tmp_path)
+    assert ltm.get_plan(loaded) == plan
+    with torch.no_grad():
+        merged = tensors_of(model(images))[0]
+        assert torch.equal(tensors_of(loaded(images))[0], merged)
+        with ltm.disabled(model):
+            original = tensors_of(model(images))[0]
+        assert torch.equal(original, tensors_of(host(images))[0]) and not torch.equal(original, merged)
 
 
 def test_where_it_does_not_serve_it_is_refused_and_others_are_named() -> None:
