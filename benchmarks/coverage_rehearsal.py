@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ltm_retrofit.convert import build, install, prove_installed
+from ltm_retrofit.convert import build, prove_installed
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.example import Example, on_meta, run
 from ltm_retrofit.finding.sites import AttentionSite, Sites
 from ltm_retrofit.finding.walk import SHORTENED, make_twin
 from ltm_retrofit.macs import count_macs_quick
 from ltm_retrofit.plan import MergePlan
+from ltm_retrofit.scopes.base import install
 from ltm_retrofit.undisturbed import undisturbed
 
 #: blocks of each run of equal ones that are converted for real

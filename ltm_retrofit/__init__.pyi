@@ -21,7 +21,7 @@ from .find import find_sites as find_sites
 from .merging.methods import Method as Method
 from .merging.methods import register_method as register_method
 from .plan import MergePlan as MergePlan
-from .plan import make_plan as make_plan
+from .planner import make_plan as make_plan
 from .reporting.pictures import show_merges as show_merges
 from .reporting.report import Report as Report
 from .reporting.report import measure as measure

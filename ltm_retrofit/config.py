@@ -10,7 +10,7 @@ from typing import Any, Self
 from ltm_retrofit.errors import RecipeError, check_choice
 from ltm_retrofit.merging.methods import Scope, method_names
 
-SCHEDULES = ("auto", "stages", "every")
+SCHEDULES = ("auto", "stages", "every", "calibrated")
 OUTPUT_TOKENS = ("auto", "full")
 
 
@@ -49,11 +49,13 @@ class Strict:
 
 @dataclass(frozen=True)
 class LTMConfig(Strict):
-    """What shall be merged, and how much. Exactly one of ``flops`` and ``tokens`` is given.
+    """What shall be merged, and how much. Exactly one of ``flops``, ``latency`` and ``tokens`` is given.
 
     Args:
         flops: target share of the whole model's MACs, masks included, at the example's size. The plan's share lies
             in ``[flops − 0.02, flops]``, otherwise there is a `BudgetError`.
+        latency: target share of the original's median time of a forward pass, measured on this machine while planning.
+        latency_batch: how many images at once that is measured with.
         tokens: token counts after each site in depth order, prefix tokens included.
         method: a name in the registry: ``"ltm"`` (learnable token merging), ``"tome"`` (the published parameter-free
             baseline), ``"pool"`` (average pooling to the same counts), ``"slice"`` (keep the first P tokens: the free
@@ -62,7 +64,7 @@ class LTMConfig(Strict):
             last two, and from the first block on where ``flops`` is below 0.45; where ``tokens`` are given, as many
             sites as counts, evenly spread over the depth; in scope GRID as ``"stages"``. ``"stages"``: of the d blocks
             in scope FLOW or GRID the 0-based ⌊d/4⌋, ⌊d/2⌋, ⌊3d/4⌋. ``"every"``: every block. In scope LOCAL always
-            every block.
+            every block. ``"calibrated"``: the plan that changes the answers to a few images least, see `make_plan`.
         sites: block names to choose from, instead of the schedule.
         scope: force one scope: ``"FLOW"`` (tokens stay merged), ``"GRID"`` (a smaller H'×W' grid goes on) or
             ``"LOCAL"`` (merged for the MLP only); the best that the proofs allow where left out.
@@ -83,6 +85,8 @@ class LTMConfig(Strict):
 
     flops: float | None = None
     tokens: tuple[int, ...] | None = None
+    latency: float | None = None
+    latency_batch: int = 8
     method: str = "ltm"
     schedule: str = "auto"
     sites: tuple[str, ...] | None = None
@@ -93,12 +97,14 @@ class LTMConfig(Strict):
 
     def __post_init__(self) -> None:
         """Check every value; nothing is corrected silently."""
-        if (self.flops is None) == (self.tokens is None):
-            raise RecipeError(
-                f"give exactly one of flops and tokens, got flops={self.flops!r} and tokens={self.tokens!r}"
-            )
-        if self.flops is not None and not (isinstance(self.flops, (int, float)) and 0 < self.flops < 1):
-            raise RecipeError(f"flops is the share of MACs to keep, between 0 and 1, got {self.flops!r}")
+        budget = {"flops": self.flops, "latency": self.latency, "tokens": self.tokens}
+        if sum(value is not None for value in budget.values()) != 1:
+            given = ", ".join(f"{name}={value!r}" for name, value in budget.items())
+            raise RecipeError(f"give exactly one of flops, latency and tokens, got {given}")
+        for name, what in (("flops", "MACs"), ("latency", "the time")):
+            value = budget[name]
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < 1):
+                raise RecipeError(f"{name} is the share of {what} to keep, between 0 and 1, got {value!r}")
         for name in ("tokens", "sites"):
             if (value := getattr(self, name)) is not None:
                 if isinstance(value, str) or not isinstance(value, Sequence) or not value:
@@ -111,8 +117,10 @@ class LTMConfig(Strict):
                 raise RecipeError(f"token counts cannot grow from site to site, got {self.tokens!r}")
         if self.sites is not None and not all(isinstance(site, str) for site in self.sites):
             raise RecipeError(f"sites are names of blocks, got {self.sites!r}")
-        if self.rounds is not None and not (type(self.rounds) is int and self.rounds > 0):
-            raise RecipeError(f"rounds is a positive whole number, got {self.rounds!r}")
+        for name in ("rounds", "latency_batch"):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and value > 0):
+                raise RecipeError(f"{name} is a positive whole number, got {value!r}")
         check_choice(self.method, method_names(), "method")
         check_choice(self.schedule, SCHEDULES, "schedule")
         check_choice(self.output_tokens, OUTPUT_TOKENS, "output_tokens")

@@ -35,14 +35,15 @@ from ltm_retrofit.find import find_sites
 from ltm_retrofit.finding.example import Example, home, prepare_example, run, tensors_of
 from ltm_retrofit.finding.proofs import all_equal
 from ltm_retrofit.finding.sites import Sites
-from ltm_retrofit.plan import MergePlan, check_method, make_macs, make_plan
-from ltm_retrofit.scopes import SCOPES
-from ltm_retrofit.scopes.base import CHILD, Interceptor
+from ltm_retrofit.plan import MergePlan, check_method, make_macs
+from ltm_retrofit.planner import make_plan
+from ltm_retrofit.scopes import build_all
+from ltm_retrofit.scopes.base import CHILD, Parts, install, uninstall
 from ltm_retrofit.scopes.flow import FLOW
 from ltm_retrofit.undisturbed import undisturbed
 
-#: interceptors, the mask of each host, and the model's record
-Conversion = tuple[list[Interceptor], dict[nn.Module, nn.Module], Retrofit]
+#: the model's record, and what is put in place
+Conversion = tuple[Retrofit, Parts]
 
 
 def retrofit(
@@ -109,10 +110,7 @@ def restore(model: nn.Module) -> nn.Module:
     finetuned = was_finetuned(model)
     unguard(model)
     unguard_classifier(model)
-    for forward in list(forwards_of(model)):
-        forward.take_away()
-    for module in list(model.modules()):
-        module._modules.pop(CHILD, None)  # `build` made sure that no module had a child of that name
+    uninstall(model, list(forwards_of(model)))
     if finetuned:
         mark_finetuned(model)
     return model
@@ -188,14 +186,8 @@ def build(model: nn.Module, sites: Sites, plan: MergePlan) -> Conversion:
                 f"{name or type(model).__name__!r} of this model has an attribute {CHILD!r} of its own, which is our "
                 "name for masks"
             )
-    forwards: list[Interceptor] = []
-    masks: dict[nn.Module, nn.Module] = {}
-    # masks draw random weights before they get the pretrained ones: the user's random numbers stay the same
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for scope in SCOPES:
-            more, made = scope.build(model, sites, plan)
-            forwards += more
-            masks |= made
+        forwards, masks = parts = build_all(model, sites, plan)
         readout = make_readout(model, plan, masks.values())
     for module in (*masks, *(forward.block for forward in forwards)):
         if "forward" in module.__dict__:
@@ -209,19 +201,7 @@ def build(model: nn.Module, sites: Sites, plan: MergePlan) -> Conversion:
         finetuned=was_finetuned(model),
         pretrained=fingerprints_of(model),
     ).to(home(model)[0])
-    return forwards, masks, record.train(model.training)
-
-
-def install(model: nn.Module, forwards: list[Interceptor], masks: dict[nn.Module, nn.Module], record: Retrofit) -> None:
-    """Put everything in place."""
-    model._modules[CHILD] = record
-    for forward in forwards:
-        forward.put_in_place()
-    for host, mask in masks.items():
-        if host is model:
-            record.mask = mask
-        else:
-            host._modules[CHILD] = mask
+    return record.train(model.training), parts
 
 
 def _prove_or_restore(model: nn.Module, example: Example, expected: Any) -> None:

@@ -1,27 +1,23 @@
-"""sites + config → plan: which site keeps how many tokens, and what that costs. Printable, JSON, the saved artefact."""
+"""What is a plan? Which site keeps how many tokens, and what that costs. Printable, editable, the saved artefact."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
 from ltm_retrofit.config import LTMConfig, Strict
-from ltm_retrofit.errors import BaseMismatch, BudgetError, CountError, RecipeError, UnsupportedBlock
+from ltm_retrofit.errors import BaseMismatch, CountError, RecipeError
 from ltm_retrofit.finding.example import sizes_in_words
 from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.methods import CLUSTERS, get_method, method_names
 from ltm_retrofit.scopes import SCOPES
-from ltm_retrofit.scopes.base import Budget, Option, Row
+from ltm_retrofit.scopes.base import Row
 from ltm_retrofit.scopes.flow import FLOW
-from ltm_retrofit.scopes.local import LOCAL
 
-TOLERANCE = 0.02  # how far below its target a plan's share may lie
 _SIZES = {"input_size", "sizes_said"}  # fields whose values are sizes by name
-_ROUNDING = 1 + 1e-12  # a share that was computed from MACs and comes back as a target still meets itself
 
 
 @dataclass(frozen=True)
@@ -53,6 +49,7 @@ class MergePlan(Strict):
     base: dict[str, Any]  # library, class and architecture of the model it is for
     method_version: int = 1
     sizes_said: dict[str, tuple[int, int]] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -157,43 +154,14 @@ def check_method(name: str, version: int) -> None:
         )
 
 
-def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
-    """Plan the token counts. Touches nothing.
-
-    The scopes are tried from the one that saves most: FLOW, GRID, LOCAL, then FLOW with LOCAL blocks beside it.
-
-    Args:
-        sites: what `find_sites` found.
-        config: the budget or the counts.
+def plan_of(sites: Sites, config: LTMConfig, rows: Sequence[Row]) -> MergePlan:
+    """Return the plan of these rows, with what they cost.
 
     Raises:
-        BudgetError: where the target share cannot be met; ``.nearest`` can be.
-        CountError: where ``config.tokens`` does not fit the sites.
-        UnsupportedBlock: where ``config.sites`` names a block that cannot be cut, or no block can be.
-        RecipeError: where the method does not serve the scope.
-
-    Example:
-        >>> import timm, ltm_retrofit as ltm
-        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
-        >>> print(ltm.make_plan(ltm.find_sites(model), ltm.LTMConfig(tokens=(12, 9))))
-        site      scope  tokens       action
-        blocks.1  FLOW     17 → 12    merge
-        blocks.2  FLOW     12 → 9     merge
-        blocks.3  FLOW      9 → 1     slice
-        MACs 0.031 G → 0.021 G (×0.661), predicted
-        input 32×32 by the patch embedding, 17 tokens; the pretrained_cfg says 224
+        CountError: where they do not fit the sites.
     """
-    _check(sites, config)
-    budgets = _budgets(sites, config)
-    if config.tokens is not None:
-        rows = next(iter(budgets.values())).from_tokens(config.tokens)
-        if not rows:
-            raise CountError(f"tokens={config.tokens} merges nothing: no count is below that of the tokens there are")
-    else:
-        assert config.flops is not None
-        rows = _from_flops(sites, config, budgets, config.flops)
     return MergePlan(
-        rows=rows,
+        rows=tuple(rows),
         config=config,
         macs_original=sites.total_macs,
         macs=make_macs(sites, config, rows),
@@ -222,94 +190,3 @@ def make_macs(sites: Sites, config: LTMConfig, rows: Sequence[Row]) -> int:
                 raise CountError(f"{own[0].site}: method {config.method!r} does not serve scope {scope.name}")
             total += budget.change(own)
     return total
-
-
-def _check(sites: Sites, config: LTMConfig) -> None:
-    """Check that what a config names is there."""
-    if not len(sites):
-        raise UnsupportedBlock(
-            "no block of this model can be cut: "
-            + ("; ".join(f"{name}: {reason}" for name, reason in sites.excluded.items()) or "none was found")
-        )
-    every = (*sites.found, *sites.alternatives)
-    known = [site.block for site in every]
-    for name in config.sites or ():
-        if name not in known:
-            reason = sites.why(name)
-            close = get_close_matches(name, known, n=1)
-            raise UnsupportedBlock(
-                f"sites names {name!r}, which cannot be cut: "
-                + (reason or f"no such block; did you mean {close[0] if close else ', '.join(known)!r}?")
-            )
-    scopes = sorted({site.scope.value for site in every})
-    if config.scope is not None and config.scope not in scopes:
-        reasons = {**sites.narrowed, **sites.excluded}
-        raise UnsupportedBlock(
-            f"scope={config.scope!r} is not proven for any block of this model; scopes that are: {', '.join(scopes)}. "
-            + "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
-        )
-
-
-def _budgets(sites: Sites, config: LTMConfig) -> dict[str, Budget[Any]]:
-    """Return the searches that the user allows, by scope, the best first.
-
-    Raises:
-        RecipeError: where the method serves none of the scopes.
-        UnsupportedBlock: where no site is both named and in the scope.
-    """
-    allowed = {
-        site.scope
-        for site in (*sites.found, *sites.alternatives)
-        if config.scope in (None, site.scope) and (config.sites is None or site.block in config.sites)
-    }
-    if not allowed:
-        raise UnsupportedBlock(f"none of sites={config.sites} is in scope {config.scope}: name others, or no scope")
-    searches = {scope.name: scope.budget_of(sites, config) for scope in SCOPES if scope.name in allowed}
-    budgets = {str(name): budget for name, budget in searches.items() if budget is not None}
-    if not budgets:
-        others = [name for name in method_names() if allowed & {*get_method(name).scopes}]
-        raise RecipeError(
-            f"method={config.method!r} does not serve scope {' or '.join(sorted(allowed))}, only "
-            f"{' and '.join(get_method(config.method).scopes)}: use method={' or '.join(map(repr, others))}, or a "
-            "scope that it serves"
-        )
-    return budgets
-
-
-def _from_flops(sites: Sites, config: LTMConfig, budgets: Mapping[str, Budget[Any]], target: float) -> tuple[Row, ...]:
-    """Search for rows whose share lies in [target − 0.02, target]."""
-    total = sites.total_macs
-    highest = target * total * _ROUNDING
-    reached: dict[tuple[Row, ...], int] = {}
-    for budget, batch in _batches(sites, config, budgets, int((target - 1) * total * _ROUNDING)):
-        reached.update(batch)
-        # the first batch with a plan that fits ends the search: each one merges at more sites than those before it
-        fits = [option for option in reached.items() if (target - TOLERANCE) * total <= total + option[1] <= highest]
-        if fits:
-            return max(fits, key=budget.rank)[0]
-    below = [macs for macs in reached.values() if total + macs <= highest]
-    nearest = total + (max(below) if below else min(reached.values(), default=0))
-    least, most = (total + pick(reached.values(), default=0) for pick in (min, max))
-    raise BudgetError(
-        f"flops={target:g} cannot be met: plans of this model reach {least / total:.4f} to {most / total:.4f} "
-        f"of its MACs, the nearest {nearest / total:.4f}. Ask for flops={nearest / total!r}"
-        + (" or name more sites" if config.sites is not None else ""),
-        nearest / total,
-    )
-
-
-def _batches(
-    sites: Sites, config: LTMConfig, budgets: Mapping[str, Budget[Any]], change: int
-) -> Iterator[tuple[Budget[Any], list[Option]]]:
-    """Go through the plans of each scope, then through those of two scopes together."""
-    cheapest: Option = ((), 0)
-    for name, budget in budgets.items():
-        for batch in budget.search(change):
-            yield budget, batch
-            if name == FLOW.name:
-                cheapest = min([cheapest, *batch], key=lambda option: option[1])
-    # Where FLOW at its cheapest is too dear, blocks that it cannot cut merge for themselves beside it: costs add up.
-    rest = LOCAL.budget_of(replace(sites, alternatives=()), config)
-    if config.scope is None and cheapest[0] and rest is not None:
-        for batch in rest.search(change - cheapest[1]):
-            yield rest, [((*rows, *cheapest[0]), macs + cheapest[1]) for rows, macs in batch]

@@ -16,7 +16,8 @@ import ltm_retrofit as ltm
 from ltm_retrofit.errors import BaseMismatch, BudgetError, CountError, RecipeError, UnsupportedBlock
 from ltm_retrofit.macs import count_macs
 from ltm_retrofit.merging.methods import method_names
-from ltm_retrofit.plan import TOLERANCE, MergePlan
+from ltm_retrofit.plan import MergePlan
+from ltm_retrofit.planner import TOLERANCE
 
 torch.set_num_threads(1)
 METHODS = method_names()

@@ -80,7 +80,12 @@ def quarters(blocks: Sequence[S]) -> list[S]:
 
 
 #: which blocks merge first, by the name of the schedule
-SCHEDULES: dict[str, Callable[[Sequence[Any]], list[Any]]] = {"auto": quarters, "stages": quarters, "every": list}
+SCHEDULES: dict[str, Callable[[Sequence[Any]], list[Any]]] = {
+    "auto": quarters,
+    "calibrated": quarters,
+    "stages": quarters,
+    "every": list,
+}
 
 
 class Budget(ABC, Generic[S]):
@@ -123,6 +128,18 @@ class Budget(ABC, Generic[S]):
     def rank(self, option: Option) -> Any:
         """Return what the best of several plans that meet a budget has most of: MACs left."""
         return option[1]
+
+    def probes(self) -> list[tuple[Row, ...]]:
+        """Return rows whose loss has to be known before `allocated` can choose; none where it does not choose."""
+        return []
+
+    def allocated(self, change: int, losses: Mapping[tuple[Row, ...], float]) -> list[Option]:
+        """Return plans that change the MACs by ``change`` (negative) and lose little, by what the probes lost."""
+        return []
+
+    def near(self, rows: tuple[Row, ...], change: int) -> list[Option]:
+        """Return plans that differ a little from one, and change the MACs by about ``change``."""
+        return []
 
     def scheduled(self) -> list[S]:
         """Return the sites of the schedule, or all that the user named."""
@@ -276,6 +293,27 @@ class Planned(Made, Protocol):
 
 #: interceptors in the order of the sites, and the mask of each host
 Parts = tuple[list[Interceptor], dict[nn.Module, nn.Module]]
+
+
+def install(model: nn.Module, record: Record, parts: Parts) -> None:
+    """Put interceptors and masks in place, and the record on the model."""
+    forwards, masks = parts
+    model._modules[CHILD] = record
+    for forward in forwards:
+        forward.put_in_place()
+    for host, mask in masks.items():
+        if host is model:
+            record.mask = mask
+        else:
+            host._modules[CHILD] = mask
+
+
+def uninstall(model: nn.Module, forwards: Sequence[Interceptor]) -> None:
+    """Take all of it away again."""
+    for forward in forwards:
+        forward.take_away()
+    for module in list(model.modules()):
+        module._modules.pop(CHILD, None)  # `retrofit` makes sure that no module has a child of that name
 
 
 def rows_in(plan: Planned, scope: Scope) -> dict[str, Row]:

@@ -13,6 +13,7 @@ from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.methods import Place, Scope
 from ltm_retrofit.scopes.base import Budget, Made, Option, Row, made
+from ltm_retrofit.scopes.flow.allocate import Curve, allocate, levels
 from ltm_retrofit.scopes.flow.site import FlowSite
 
 
@@ -22,6 +23,8 @@ def place_of(site: FlowSite, row: Row, of: Made, dtype: torch.dtype | None = Non
     return Place(site.scope, site.dim, site.key_dim, *counts, rounds=row.rounds, dtype=dtype, **made(of))
 
 
+#: shares of the patches that a site alone leaves, when what it loses is measured
+PROBED = (0.85, 0.7, 0.55, 0.4, 0.25, 0.12)
 #: share of the MACs below which the first block merges as well
 LITTLE = 0.45
 
@@ -45,7 +48,7 @@ class FlowBudget(Budget[FlowSite]):
         bring little (docs/real.md). They lie evenly spread before the last two blocks, where a merge saves least, and
         begin with the first one where little shall be left: later merges alone would have to join what differs.
         """
-        if self.config.sites is not None or self.config.schedule != "auto":
+        if self.config.sites is not None or self.config.schedule not in ("auto", "calibrated"):
             return super().scheduled()
         depth = len(self.blocks)
         if self.config.tokens is not None:
@@ -80,11 +83,7 @@ class FlowBudget(Budget[FlowSite]):
             row = todo.get(site.block)
             after = row.tokens_out if row else present
             total += site.cost(present, after) - site.cost(self.tokens, self.tokens)
-            if row is not None and not row.slices:
-                place = place_of(site, row, self)
-                total += self.method.macs(place)
-                # where only prefix tokens are left in the end, nothing is brought back
-                total += 0 if self.slices else self.method.unmerge_macs(place)
+            total += self._mask_macs(site, row) if row is not None else 0
             present = after
         return total + (self.prefix_macs if self.slices else 0)
 
@@ -107,6 +106,63 @@ class FlowBudget(Budget[FlowSite]):
         """Yield plans near a budget, for the schedule's sites first and then for more and more of them."""
         for chosen in self.widening():
             yield list(self._around(chosen, change))
+
+    def probes(self) -> list[tuple[Row, ...]]:
+        """Return for each site that may merge, alone, a few counts."""
+        patches = self.tokens - self.prefix
+        counts = sorted({self.prefix + max(1, round(share * patches)) for share in PROBED}, reverse=True)
+        return [self.rows({site.block: count}) for site in self.mergeable for count in counts if count < self.tokens]
+
+    def allocated(self, change: int, losses: Mapping[tuple[Row, ...], float]) -> list[Option]:
+        """Return for each number of sites, up to that of the schedule, the plan that should lose least."""
+        measured: dict[str, dict[int, float]] = {site.block: {} for site in self.mergeable}
+        for rows, loss in losses.items():
+            measured[rows[0].site][rows[0].tokens_out] = loss
+        curves = {block: Curve(self.tokens, points) for block, points in measured.items()}
+        saving = -change + (self.prefix_macs if self.slices else 0)
+        most = len(self.mergeable if self.config.sites is not None else self.scheduled())
+        found = allocate(self.blocks, curves, self._price, levels(self.tokens, self.prefix), saving, most)
+        return [(rows, self.change(rows)) for rows in map(self.rows, found)]
+
+    def _price(self, site: FlowSite, before: int, after: int) -> int | None:
+        """Return what a block costs with ``before`` tokens and ``after``, less what it costs in the original."""
+        last = self.slices and site is self.blocks[-1]
+        macs = site.cost(before, self.prefix if last else after) - site.cost(self.tokens, self.tokens)
+        return macs + self._mask_macs(site, Row(site.block, site.scope.value, before, after, rounds=self.rounds))
+
+    def _mask_macs(self, site: FlowSite, row: Row) -> int:
+        """Return what a row's mask costs."""
+        if row.slices or row.tokens_out == row.tokens_in:
+            return 0
+        place = place_of(site, row, self)
+        # where only prefix tokens are left in the end, nothing is brought back
+        return self.method.macs(place) + (0 if self.slices else self.method.unmerge_macs(place))
+
+    def near(self, rows: tuple[Row, ...], change: int) -> list[Option]:
+        """Return plans in which one site keeps more or fewer tokens, or lies one block aside, and the last makes up."""
+        places = {site.block: place for place, site in enumerate(self.blocks)}
+        merging = [(places[row.site], row.tokens_out) for row in rows if not row.slices]
+        moved = list[list[tuple[int, int]]]()
+        for index, (place, count) in enumerate(merging):
+            for shift in (-1, 1):
+                moved.append([*merging[:index], (place + shift, count), *merging[index + 1 :]])
+            for factor in (0.9, 1.1):
+                fewer = round(self.prefix + factor * (count - self.prefix))
+                moved.append([*merging[:index], (place, fewer), *merging[index + 1 :]])
+        return [option for each in moved if (option := self._settled(each, change)) is not None]
+
+    def _settled(self, merging: Sequence[tuple[int, int]], change: int) -> Option | None:
+        """Scale the counts of a plan so that it just meets the budget; None where no scale does."""
+        allowed = {site.block for site in self.mergeable}
+        blocks = [self.blocks[place].block for place, _ in merging if 0 <= place < len(self.blocks)]
+        if len(set(blocks)) < len(merging) or not allowed.issuperset(blocks):
+            return None
+        for percent in range(130, 60, -1):
+            counts = [self.prefix + max(1, (count - self.prefix) * percent // 100) for _, count in merging]
+            rows = self.rows(dict(zip(blocks, counts, strict=True)))
+            if (macs := self.change(rows)) <= change:
+                return rows, macs
+        return None
 
     def _around(self, chosen: Sequence[FlowSite], limit: int) -> Iterator[Option]:
         """Go through one keep ratio for all sites, then through the neighbours of the best."""

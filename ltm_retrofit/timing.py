@@ -1,0 +1,37 @@
+"""How long does one way take beside another?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import quantiles
+
+import torch
+
+
+def alternated(
+    ways: Sequence[Callable[[], object]], device: torch.device, rounds: int, warmup: int = 2
+) -> list[list[float]]:
+    """Time several ways in alternation: a shared machine drifts by more from minute to minute than merging saves.
+
+    Returns:
+        the milliseconds of each way in each round.
+    """
+    taken: list[list[float]] = []
+    for _ in range(warmup + rounds):
+        taken.append([])
+        for way in ways:
+            if device.type == "cuda":  # its kernels run on after the call has come back
+                torch.cuda.synchronize(device)
+            began = time.perf_counter()
+            way()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken[-1].append(1000 * (time.perf_counter() - began))
+    return taken[warmup:]
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return lower quartile, median and upper quartile; of one value, that value."""
+    low, middle, high = quantiles(values, n=4) if len(values) > 1 else [*values] * 3
+    return low, middle, high
