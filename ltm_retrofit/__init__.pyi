@@ -1,4 +1,5 @@
 from .config import LTMConfig as LTMConfig
+from .convert import replan as replan
 from .convert import restore as restore
 from .convert import retrofit as retrofit
 from .converted.record import disabled as disabled
@@ -37,6 +38,7 @@ from .tuning.classes import evaluate as evaluate
 from .tuning.loop import History as History
 from .tuning.settings import TrainConfig as TrainConfig
 from .tuning.sources import load_digits as load_digits
+from .tuning.sources import load_images as load_images
 from .tuning.train import finetune as finetune
 
 __version__: str

@@ -23,6 +23,8 @@ EXAMPLES = {
     "inspect": "ltm-retrofit inspect vit_small_patch16_224\n  ltm-retrofit inspect ./my_checkpoint --json",
     "convert": "ltm-retrofit convert digits_vit --flops 0.7 --out runs/converted\n"
     "  ltm-retrofit convert ./my_checkpoint --tokens 138 97 68 --method tome --out runs/tome",
+    "plan": "ltm-retrofit plan ./my_checkpoint --flops 0.5 --calibrate ./photos --out plan.yaml\n"
+    "  ltm-retrofit plan ./my_checkpoint --plan plan.yaml --against other.yaml",
     "finetune": "ltm-retrofit finetune runs/converted --data digits --epochs 1 --out runs/tuned\n"
     "  ltm-retrofit finetune runs/converted --data digits --epochs 1 --out runs/tuned --resume",
     "report": "ltm-retrofit report runs/tuned --data digits\n  ltm-retrofit report runs/tuned --json",
@@ -62,20 +64,35 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help=MODEL)
     sized(sub)
 
+    def budgeted(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("model", help=MODEL)
+        sized(sub)
+        budget = sub.add_mutually_exclusive_group()
+        budget.add_argument("--flops", type=float, help="share of the model's MACs to keep (default 0.7)")
+        budget.add_argument("--latency", type=float, help="share of its time to keep, measured here")
+        budget.add_argument("--tokens", type=int, nargs="+", help="token counts after each site, prefix included")
+        budget.add_argument("--plan", type=Path, help="a plan, edited or not: what `plan --out` or --json wrote")
+        sub.add_argument("--latency-batch", type=int, metavar="N", help="images at once for --latency (default 8)")
+        sub.add_argument("--calibrate", metavar="FOLDER", help="choose by what merging does to images in this folder")
+        sub.add_argument("--images", type=int, default=32, help="how many of them (default 32; 16 to 64 are usual)")
+        sub.add_argument("--method", choices=method_names(), help=f"default {LTMConfig.method}")
+        schedules = [name for name in SCHEDULES if name != "calibrated"]
+        sub.add_argument("--schedule", choices=schedules, help=f"default {LTMConfig.schedule}")
+        sub.add_argument("--sites", nargs="+", help="blocks to choose from, instead of the schedule")
+        sub.add_argument("--scope", choices=[scope.value for scope in Scope], help="default: the best that is proven")
+        sub.add_argument("--output-tokens", choices=OUTPUT_TOKENS, help=f"default {LTMConfig.output_tokens}")
+        sub.add_argument("--rounds", type=int, help="in how many rounds tokens leave at a site (default: the method's)")
+        sub.add_argument(
+            "--ib-step", action="store_const", const=True, help="masks weigh tokens by a step of the bound"
+        )
+
+    sub = command("plan", "Show what a conversion would merge and cost; write it down, compare it. Converts nothing.")
+    budgeted(sub)
+    sub.add_argument("--against", type=Path, help="another plan: say in what the two differ")
+    sub.add_argument("--out", type=Path, help="file to write, .yaml or .json: edit it, then `convert --plan` it")
+
     sub = command("convert", "Insert masks, initialised from the pretrained weights, and save the model.")
-    sub.add_argument("model", help=MODEL)
-    sized(sub)
-    budget = sub.add_mutually_exclusive_group()
-    budget.add_argument("--flops", type=float, help="share of the model's MACs to keep (default 0.7)")
-    budget.add_argument("--tokens", type=int, nargs="+", help="token counts after each site, prefix tokens included")
-    budget.add_argument("--plan", type=Path, help="JSON of a plan, edited or not: what --json printed")
-    sub.add_argument("--method", choices=method_names(), help=f"default {LTMConfig.method}")
-    sub.add_argument("--schedule", choices=SCHEDULES, help=f"default {LTMConfig.schedule}")
-    sub.add_argument("--sites", nargs="+", help="blocks to choose from, instead of the schedule")
-    sub.add_argument("--scope", choices=[scope.value for scope in Scope], help="default: the best that is proven")
-    sub.add_argument("--output-tokens", choices=OUTPUT_TOKENS, help=f"default {LTMConfig.output_tokens}")
-    sub.add_argument("--rounds", type=int, help="in how many rounds tokens leave at a site (default: the method's)")
-    sub.add_argument("--ib-step", action="store_const", const=True, help="masks weigh tokens by a step down the bound")
+    budgeted(sub)
     written(sub)
 
     sub = command("finetune", "Fine-tune a converted model with the information-bottleneck bound.")
@@ -203,33 +220,73 @@ def _inspect(arguments: argparse.Namespace) -> None:
     _show(arguments, f"{sites}{narrowed}\n{sites.total_macs / 1e9:.3f} GMACs; the classifier reads {ending}", values)
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    from ltm_retrofit.convert import restore
+    from ltm_retrofit.converted.record import is_retrofitted
+    from ltm_retrofit.find import find_sites
+    from ltm_retrofit.plan import read_plan
+    from ltm_retrofit.planner import make_plan
+
+    if arguments.out is not None and arguments.out.is_dir():
+        raise RecipeError(f"--out {arguments.out} is a folder: name a file, such as {arguments.out / 'plan.yaml'}")
+    if arguments.plan is not None:
+        _, plan = _by_file(arguments)
+    else:
+        model, config, images = _asked(arguments)
+        model = restore(model) if is_retrofitted(model) else model
+        plan = make_plan(find_sites(model), config, model=model, images=images)
+    if arguments.out is not None:
+        plan.write(arguments.out)
+    text = str(plan) if arguments.out is None else f"{plan}\nwritten to {arguments.out}"
+    if arguments.against is not None:
+        differing = plan.diff(read_plan(arguments.against)) or "the same"
+        text = f"{text}\n\nthis plan | {arguments.against}\n{differing}"
+    _show(arguments, text, plan.to_dict())
+
+
 def _convert(arguments: argparse.Namespace) -> None:
-    from ltm_retrofit.convert import retrofit
-    from ltm_retrofit.converted.record import get_plan
+    from ltm_retrofit.convert import replan, retrofit
+    from ltm_retrofit.converted.record import get_plan, is_retrofitted
     from ltm_retrofit.saving.save import CONFIG, save_pretrained
 
     check_ours(arguments.out, CONFIG, overwrite=arguments.overwrite)
     if arguments.plan is not None:
-        model = _converted_by_plan(arguments)
+        model, plan = _by_file(arguments)
+        retrofit(model, plan=plan)
     else:
-        if arguments.flops is None and arguments.tokens is None:
-            arguments.flops = 0.7
-        config = _settings(LTMConfig, arguments)
-        model = retrofit(_load(arguments), config)
-    save_pretrained(model, arguments.out, overwrite=arguments.overwrite)
+        model, config, images = _asked(arguments)
+        if is_retrofitted(model):
+            replan(model, config, images=images)
+        else:
+            retrofit(model, config, images=images)
     plan = get_plan(model)
+    save_pretrained(model, arguments.out, overwrite=arguments.overwrite)
     _show(arguments, f"{plan}\nwritten to {arguments.out}/", plan.to_dict())
 
 
-def _converted_by_plan(arguments: argparse.Namespace) -> Any:
-    """Convert by the plan in a file. Where its rows were edited they decide, and the MACs are counted anew."""
-    from ltm_retrofit.convert import retrofit
+def _asked(arguments: argparse.Namespace) -> tuple[Any, LTMConfig, Any]:
+    """Return the model, what is asked for, and the images to choose by, if any."""
+    from ltm_retrofit.tuning.sources import load_images
+
+    if arguments.flops is None and arguments.tokens is None and arguments.latency is None:
+        arguments.flops = 0.7
+    if arguments.calibrate is not None:
+        if arguments.schedule is not None:
+            raise RecipeError("--calibrate chooses the sites: give it or --schedule, not both")
+        arguments.schedule = "calibrated"
+    config, model = _settings(LTMConfig, arguments), _load(arguments)
+    images = None if arguments.calibrate is None else load_images(model, arguments.calibrate, arguments.images)
+    return model, config, images
+
+
+def _by_file(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Plan by what stands in a file. Where its rows were edited they decide, and the MACs are counted anew."""
     from ltm_retrofit.converted.resizing import ask_size, example_of, image_shape, planned_size
     from ltm_retrofit.find import find_sites
     from ltm_retrofit.plan import read_plan, recounted
 
-    budget = {"flops", "tokens"}  # which the parser itself keeps apart from a plan
-    settings = [*(field.name for field in fields(LTMConfig) if field.name not in budget), "image_size"]
+    budget = {"flops", "latency", "tokens"}  # which the parser itself keeps apart from a plan
+    settings = [*(field.name for field in fields(LTMConfig) if field.name not in budget), "image_size", "calibrate"]
     if given := [f"--{name.replace('_', '-')}" for name in settings if getattr(arguments, name, None) is not None]:
         raise RecipeError(f"--plan says all that {', '.join(given)} would say: give one or the other")
     plan = read_plan(arguments.plan)
@@ -239,7 +296,7 @@ def _converted_by_plan(arguments: argparse.Namespace) -> Any:
     counted = recounted(plan, find_sites(model, example_of(plan, model)))
     if counted.macs != plan.macs:
         _say(arguments, f"plan     {arguments.plan} says {plan.macs:,} MACs, and its rows make {counted.macs:,}")
-    return retrofit(model, plan=counted)
+    return model, counted
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
@@ -303,4 +360,11 @@ def _run(arguments: argparse.Namespace) -> None:
         _print(report.to_json())
 
 
-COMMANDS = {"inspect": _inspect, "convert": _convert, "finetune": _finetune, "report": _report, "run": _run}
+COMMANDS = {
+    "inspect": _inspect,
+    "plan": _plan,
+    "convert": _convert,
+    "finetune": _finetune,
+    "report": _report,
+    "run": _run,
+}

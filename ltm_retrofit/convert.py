@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.converted.classifier import guard_classifier, make_readout, unguard_classifier
@@ -17,9 +18,12 @@ from ltm_retrofit.converted.record import (
     fingerprints_of,
     forwards_of,
     get_plan,
+    get_retrofit,
+    hosts_of,
     in_mode,
     is_retrofitted,
     mark_finetuned,
+    masks_of,
     was_finetuned,
 )
 from ltm_retrofit.converted.resizing import example_of
@@ -47,7 +51,12 @@ Conversion = tuple[Retrofit, Parts]
 
 
 def retrofit(
-    model: nn.Module, config: LTMConfig | None = None, example: Example | None = None, *, plan: MergePlan | None = None
+    model: nn.Module,
+    config: LTMConfig | None = None,
+    example: Example | None = None,
+    *,
+    plan: MergePlan | None = None,
+    images: Example | None = None,
 ) -> nn.Module:
     """Convert a model in place and return the same object: class, forward signature and its own keys stay.
 
@@ -59,6 +68,7 @@ def retrofit(
             sides and the model takes them; the patch embedding; the Hugging Face config; timm's ``pretrained_cfg``.
             The plan says which it was.
         plan: a finished plan instead of ``config``, as `make_plan` or a saved folder has it.
+        images: what ``schedule="calibrated"`` measures on, see `make_plan`.
 
     Raises:
         AlreadyRetrofitted: `restore` it first.
@@ -79,7 +89,9 @@ def retrofit(
             example = example_of(plan, model)
         sites = find_sites(model, example)
         example = prepare_example(model, example)
-        plan = _fitting(plan, sites) if plan is not None else make_plan(sites, config or LTMConfig(flops=0.7))
+        if plan is None:
+            plan = make_plan(sites, config or LTMConfig(flops=0.7), model=model, images=images)
+        plan = _fitting(plan, sites)
         conversion = build(model, sites, plan)
         with undisturbed(model), torch.no_grad():
             expected = run(model, example)
@@ -114,6 +126,56 @@ def restore(model: nn.Module) -> nn.Module:
     if finetuned:
         mark_finetuned(model)
     return model
+
+
+def replan(model: nn.Module, config: LTMConfig, *, images: Example | None = None) -> nn.Module:
+    """Give a converted model another budget, in place, and return it.
+
+    The host's weights stay as they are, tuned or not. Where a block merges before and afterwards, by the same method,
+    its mask keeps what it learned; name the blocks in ``sites`` to keep all of them. What a readout learned of the
+    classifier's feature stays too.
+
+    Args:
+        model: a converted model.
+        config: the new budget.
+        images: see `make_plan`.
+
+    Raises:
+        NotRetrofitted: where it is not converted.
+        BudgetError, CountError, UnsupportedBlock, RecipeError: the model is as it was.
+
+    Example:
+        >>> import timm, ltm_retrofit as ltm
+        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+        >>> model = ltm.retrofit(model, ltm.LTMConfig(flops=0.8))
+        >>> ltm.get_plan(ltm.replan(model, ltm.LTMConfig(flops=0.6))).share <= 0.6
+        True
+    """
+    old, example = get_plan(model), example_of(get_plan(model), model)
+    record, parts = get_retrofit(model), ([*forwards_of(model)], hosts_of(model))
+    learned = {site: mask.state_dict() for site, mask in masks_of(model).items()}
+    restore(model)
+    try:
+        retrofit(model, config, example, images=images)
+    except BaseException:
+        install(model, record, parts)
+        guard(model)
+        guard_classifier(model)
+        raise
+    new = get_retrofit(model)
+    new.pretrained = record.pretrained
+    if (old.config.method, old.method_version) == (new.plan.config.method, new.plan.method_version):
+        for site, mask in masks_of(model).items():
+            _keep(mask, learned.get(site, {}))
+    if new.readout is not None and record.readout is not None:
+        _keep(new.readout, record.readout.state_dict())
+    return model
+
+
+def _keep(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a state where it is of the same shapes: what a method of one's own learns may hang on the counts."""
+    if {key: value.shape for key, value in module.state_dict().items()} == {k: v.shape for k, v in state.items()}:
+        module.load_state_dict(state)
 
 
 def _check(model: nn.Module, config: LTMConfig | None, plan: MergePlan | None) -> None:

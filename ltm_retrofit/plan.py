@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
+
+import yaml
 
 from ltm_retrofit.config import LTMConfig, Strict
 from ltm_retrofit.errors import BaseMismatch, CountError, RecipeError
@@ -87,6 +90,39 @@ class MergePlan(Strict):
             read[name] = {key: tuple(size) for key, size in read[name].items()}
         return super().from_dict(read)
 
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write a file to look at, to edit, and to convert by: YAML, or JSON where it is called so.
+
+        Rows decide: whoever edits ``tokens_out`` leaves everything else as it is, and it is counted anew.
+        """
+        values, file = self.to_dict(), Path(path)
+        text = json.dumps(values, indent=2) if file.suffix == ".json" else yaml.safe_dump(values, sort_keys=False)
+        file.write_text(text, encoding="utf-8")
+
+    def diff(self, other: MergePlan) -> str:
+        """Say in which rows, settings and costs another plan differs, a line each; nothing where it does not.
+
+        Example:
+            >>> import timm, ltm_retrofit as ltm
+            >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
+            >>> sites = ltm.find_sites(model)
+            >>> one, other = (ltm.make_plan(sites, ltm.LTMConfig(tokens=counts)) for counts in ((12, 9), (12, 8)))
+            >>> print(one.diff(other))
+            config.tokens: (12, 9) | (12, 8)
+            blocks.2: 12 → 9 | 12 → 8
+            blocks.3: 9 → 1 | 8 → 1
+            MACs: 0.021 G (×0.661) | 0.020 G (×0.649)
+        """
+        ours, theirs = ({row.site: row for row in plan.rows} for plan in (self, other))
+        pairs = [
+            (f"config.{name}", str(value), str(getattr(other.config, name)))
+            for name, value in vars(self.config).items()
+        ]
+        for site in dict.fromkeys((*ours, *theirs)):
+            pairs.append((site, *(_counts(rows.get(site)) for rows in (ours, theirs))))
+        pairs.append(("MACs", *(f"{plan.macs / 1e9:.3f} G (×{plan.share:.3f})" for plan in (self, other))))
+        return "\n".join(f"{name}: {one} | {two}" for name, one, two in pairs if one != two)
+
     def __str__(self) -> str:
         """Return the table of rows."""
         width = max(len("site"), *(len(row.site) for row in self.rows))
@@ -102,32 +138,60 @@ class MergePlan(Strict):
         if self.sizes_said:
             tokens = self.rows[0].tokens_in if self.rows[0].scope == FLOW.name else None
             lines.append(f"input {sizes_in_words(self.sizes_said, tokens)}")
+        lines += _measured_in_words(self.measured, self.config.latency_batch)
         return "\n".join(lines)
 
 
+def _counts(row: Row | None) -> str:
+    return "not merged" if row is None else f"{row.tokens_in} → {row.tokens_out}"
+
+
+def _measured_in_words(measured: Mapping[str, float], batch: int) -> list[str]:
+    """Return a line for each thing that was measured when a plan was chosen."""
+    lines = []
+    if "difference" in measured:
+        lines.append(
+            f"calibrated on {measured['images']:.0f} images: answers differ by {measured['difference']:.4f}, by "
+            f"{measured['difference of auto']:.4f} with the plan of schedule auto; {measured['other answers']:.0%} are "
+            "another class"
+        )
+    if "latency" in measured:
+        lines.append(f"time ×{measured['latency']:.3f} ± {measured['noise']:.3f} at batch {batch}, measured here")
+    return lines
+
+
 def read_plan(path: Path) -> MergePlan:
-    """Read a plan from a JSON file: one that `MergePlan.to_dict` made, or the config.json of a saved folder.
+    """Read a plan from a JSON or YAML file: one that `MergePlan.write` made, or the config.json of a saved folder.
 
     Raises:
         RecipeError: where there is none.
         BaseMismatch: as `MergePlan.from_dict`.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
         return MergePlan.from_dict(values.get("plan", values))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path} holds no plan ({error}): expected what `convert --json` prints") from error
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
 
 
 def recounted(plan: MergePlan, sites: Sites) -> MergePlan:
-    """Return a plan whose rows were edited as one that says what they cost.
+    """Return a plan whose rows were edited as one that says what they cost; what was measured of it is gone.
 
     Raises:
         CountError: where the rows do not fit the sites.
     """
-    return replace(plan, macs=make_macs(sites, plan.config, plan.rows), unmerge=_unmerges(plan.rows))
+    rows: list[Row] = []
+    for scope in SCOPES:
+        own = [row for row in plan.rows if row.scope == scope.name]
+        budget = scope.budget_of(sites, plan.config) if own else None
+        rows += own if budget is None else budget.chained(own)
+    same = sorted(rows, key=str) == sorted(plan.rows, key=str)
+    order = {row.site: place for place, row in enumerate(plan.rows)}
+    rows.sort(key=lambda row: order[row.site])
+    counted = replace(plan, rows=tuple(rows), macs=make_macs(sites, plan.config, rows), unmerge=_unmerges(rows))
+    return counted if same and counted.macs == plan.macs else replace(counted, measured={})
 
 
 def _unmerges(rows: Sequence[Row]) -> bool:

@@ -67,7 +67,7 @@ def make_plan(
         input 32×32 by the patch embedding, 17 tokens; the pretrained_cfg says 224
         >>> config = ltm.LTMConfig(flops=0.7, schedule="calibrated")
         >>> plan = ltm.make_plan(sites, config, model=model, images=torch.randn(16, 3, 32, 32))
-        >>> plan.measured["difference"] <= plan.measured["of the schedule"]
+        >>> plan.measured["difference"] <= plan.measured["difference of auto"]
         True
     """
     _check(sites, config)

@@ -130,6 +130,11 @@ def masks_of(model: nn.Module) -> dict[str, Any]:
     return {forward.name: forward.mask for forward in forwards_of(model) if forward.mask is not None}
 
 
+def hosts_of(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return the masks by the modules on which they are registered, as `install` takes them."""
+    return {forward.host: forward.mask for forward in forwards_of(model) if forward.mask is not None}
+
+
 def learns(mask: nn.Module) -> bool:
     """Say whether a module is a mask that training teaches: one with parameters, or with statistics for the bound."""
     return has_step(mask) or (isinstance(mask, Mask) and next(mask.parameters(), None) is not None)

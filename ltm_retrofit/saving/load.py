@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.config import check_keys
-from ltm_retrofit.convert import restore, retrofit
+from ltm_retrofit.convert import replan, restore, retrofit
 from ltm_retrofit.converted.record import align, is_retrofitted
 from ltm_retrofit.converted.resizing import example_of, planned_size, set_size, size_from
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError, check_choice
@@ -54,6 +55,7 @@ def from_pretrained(
     path: str | os.PathLike[str],
     base: nn.Module | None = None,
     *,
+    flops: float | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
     attn_implementation: str | None = None,
@@ -69,6 +71,7 @@ def from_pretrained(
         base: the original model, changed in place and returned, where it is of a class that cannot be rebuilt from a
             file: its weights do not matter, all come from the folder. For an adapter the checkpoint it was trained on;
             left out, that is fetched from the Hub, if it came from there.
+        flops: another budget than that of the folder, see `replan`: the share of the original's MACs.
         dtype: of the weights, ``torch.bfloat16`` or ``"bfloat16"``; as they were saved where it is left out or
             ``"auto"``. Statistics stay in float32.
         device_map: the device, ``"cuda"``, ``0`` or ``{"": 0}``; ``"auto"`` is the accelerator where there is one. A
@@ -84,7 +87,8 @@ def from_pretrained(
         BaseMismatch: where ``base`` is another architecture, or not the adapter's; where the plan's method is not
             registered, or in another version.
         AlreadyRetrofitted: where ``base`` is converted.
-        RecipeError: where ``dtype``, ``device_map`` or ``attn_implementation`` is none that can be.
+        BudgetError: where ``flops`` cannot be met.
+        RecipeError: where ``flops``, ``dtype``, ``device_map`` or ``attn_implementation`` is none that can be.
 
     Example:
         >>> import timm, torch
@@ -129,6 +133,8 @@ def from_pretrained(
         _fill(model, plan, state, size_from(config.get("resized")), folder)
     if (folder / PROCESSOR).is_file() and (processor := read_processor(folder)) is not None:
         model.__dict__[KEPT] = processor
+    if flops is not None:
+        replan(model, replace(plan.config, flops=flops, tokens=None, latency=None))
     if numbers is not None:
         model.to(numbers)
         if hasattr(model, "config"):

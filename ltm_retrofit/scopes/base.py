@@ -129,6 +129,14 @@ class Budget(ABC, Generic[S]):
         """Return what the best of several plans that meet a budget has most of: MACs left."""
         return option[1]
 
+    def chained(self, rows: Sequence[Row]) -> tuple[Row, ...]:
+        """Return rows of this scope that were edited, with what follows from one for the next.
+
+        Raises:
+            CountError: where one does not fit what the rows before it leave.
+        """
+        return tuple(rows)
+
     def probes(self) -> list[tuple[Row, ...]]:
         """Return rows whose loss has to be known before `allocated` can choose; none where it does not choose."""
         return []

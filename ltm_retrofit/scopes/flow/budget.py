@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from math import ceil
 
@@ -24,7 +25,7 @@ def place_of(site: FlowSite, row: Row, of: Made, dtype: torch.dtype | None = Non
 
 
 #: shares of the patches that a site alone leaves, when what it loses is measured
-PROBED = (0.85, 0.7, 0.55, 0.4, 0.25, 0.12)
+PROBED = (0.75, 0.5, 0.3, 0.15)
 #: share of the MACs below which the first block merges as well
 LITTLE = 0.45
 
@@ -73,6 +74,19 @@ class FlowBudget(Budget[FlowSite]):
             last = self.blocks[-1]
             rows.append(Row(last.block, last.scope.value, present, self.prefix, "slice"))
         return tuple(rows)
+
+    def chained(self, rows: Sequence[Row]) -> tuple[Row, ...]:
+        """Return rows that were edited, each with as many tokens as the one before leaves."""
+        todo, present, chain = {row.site: row for row in rows}, self.tokens, []
+        for site in self.blocks:
+            if (row := todo.get(site.block)) is not None:
+                chain.append(replace(row, tokens_in=present))
+                if row.tokens_out > present:
+                    raise CountError(
+                        f"{row.site}: {present} tokens arrive, so {row.tokens_out} cannot be left: choose at most that"
+                    )
+                present = row.tokens_out
+        return tuple(chain)
 
     def change(self, rows: Sequence[Row]) -> int:
         """Return by how many MACs rows change the model, masks included."""
