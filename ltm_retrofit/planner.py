@@ -245,8 +245,10 @@ def _by_latency(search: Search, model: nn.Module, target: float, batch: int) -> 
                 break
         else:
             slow = candidate.share
-        # time falls with MACs, though less than they do; between two that are known the middle is never far off
-        share = share * target / ratio if fast < share * target / ratio < slow else (fast + slow) / 2
+        # a part of the time stays whatever merges, the rest falls with the MACs; a little less, so that noise decides less
+        stays = (ratio - candidate.share) / (1 - candidate.share)
+        aimed = (target - stays) / (1 - stays) - NOISE / 3 if stays < target else 0.0
+        share = aimed if fast < aimed < slow else (fast + slow) / 2
     if plan is None:
         raise BudgetError(
             f"latency={target:g} cannot be met: the fastest plan that was tried takes {fastest:.3f} of the original's "
