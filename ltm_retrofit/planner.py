@@ -245,7 +245,7 @@ def _by_latency(search: Search, model: nn.Module, target: float, batch: int) -> 
                 break
         else:
             slow = candidate.share
-        # a part of the time stays whatever merges, the rest falls with the MACs; a little less, so that noise decides less
+        # a part of the time stays whatever merges, the rest falls with the MACs; a little less, against noise
         stays = (ratio - candidate.share) / (1 - candidate.share)
         aimed = (target - stays) / (1 - stays) - NOISE / 3 if stays < target else 0.0
         share = aimed if fast < aimed < slow else (fast + slow) / 2
