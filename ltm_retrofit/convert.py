@@ -39,12 +39,13 @@ from ltm_retrofit.plan import MergePlan, check_method, make_macs, make_plan
 from ltm_retrofit.scopes import SCOPES
 from ltm_retrofit.scopes.base import CHILD, Interceptor
 from ltm_retrofit.scopes.flow import FLOW
-from ltm_retrofit.undisturbed import undisturbed
+from ltm_retrofit.undisturbed import undisturbed, without_autocast
 
 #: interceptors, the mask of each host, and the model's record
 Conversion = tuple[list[Interceptor], dict[nn.Module, nn.Module], Retrofit]
 
 
+@without_autocast()
 def retrofit(
     model: nn.Module, config: LTMConfig | None = None, example: Example | None = None, *, plan: MergePlan | None = None
 ) -> nn.Module:

@@ -6,9 +6,10 @@ import inspect
 import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -98,6 +99,25 @@ def random_numbers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(arrays)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the precision of the weights, whoever asks for another one.
+
+    Around the call, as ``with torch.autocast(…):`` does, or within it, as the forward does that ``accelerator.prepare``
+    puts in a model's place: meanwhile autocast begins for nobody. Rounding to three digits is as large as what proofs
+    look for.
+    """
+    devices = {kind for kind in ("cpu", torch.accelerator.current_accelerator()) if kind is not None}
+    kinds = [getattr(kind, "type", kind) for kind in devices]
+    with ExitStack() as stack:
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(patch.object(torch.autocast, "__enter__", lambda self: self))
+        stack.enter_context(patch.object(torch.autocast, "__exit__", lambda *_: None))
+        yield
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from ltm_retrofit.finding.example import Example, in_float, mapped, on_meta, run
 from ltm_retrofit.finding.layouts import Axes, constant_tokens, find_axes
 from ltm_retrofit.finding.recording import Recording, record
 from ltm_retrofit.finding.sites import AttentionSite, Refused
+from ltm_retrofit.finding.views import Views, find_views
 from ltm_retrofit.macs import count_macs_again, count_macs_quick
 from ltm_retrofit.undisturbed import undisturbed
 
@@ -102,6 +103,11 @@ class Walk:
         if self.on_meta_macs > SHORTENED and not self.unsettled:
             return {}
         return find_chains(self.model, self.example, self.recording, self.axes)
+
+    @cached_property
+    def views(self) -> dict[int, Views]:
+        """The attentions, by number, behind which not all tokens know of the same."""
+        return find_views(self.model, self.example, self.recording)
 
     @cached_property
     def constant_tokens(self) -> dict[int, tuple[int, int]]:

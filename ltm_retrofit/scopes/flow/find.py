@@ -57,14 +57,20 @@ def _candidates(walk: Walk) -> Sifted:
     """For each attention the smallest enclosing module that can be cut."""
     taken: dict[str, Candidate] = {}
     refused: list[Refused] = []
-    for attended in walk.recording.attended:
+    for number, attended in enumerate(walk.recording.attended):
         if taken.keys() & set(attended.around):
             continue  # a second attention of a block that is already cut: its back was proven token-wise with it
-        found = smallest(walk, attended)
+        if number in walk.views:
+            found: Candidate | Refused = Refused(attended.owner, f"{attended.owner}: {walk.views[number].reason}")
+        else:
+            found = smallest(walk, attended)
         if isinstance(found, Refused):
             refused.append(found)
         else:
             taken[found.name] = found
+    for number, views in walk.views.items():  # a later attention of a block that is cut
+        for name in taken.keys() & set(walk.recording.attended[number].around):
+            refused += _refuse([taken.pop(name)], views.reason)
     return list(taken.values()), refused
 
 

@@ -53,7 +53,7 @@ def find(walk: Walk) -> Found:
                 continue
             sites = {number: held[site.block] for number, site in points.items() if site.block in held}
             # the map that an attention reads is the last one that was put out before it, or around it
-            numbers = range(min(sites), len(walk.recording.attended))
+            numbers = [n for n in range(min(sites), len(walk.recording.attended)) if n not in walk.views]
             return Found({number: [sites[max(n for n in sites if n <= number)]] for number in numbers}, [])
     return Found({}, [refused])
 
