@@ -30,6 +30,7 @@ from ltm_retrofit.errors import (
     RecipeError,
     RetrofitError,
     UnsupportedBlock,
+    in_words,
 )
 from ltm_retrofit.find import find_sites
 from ltm_retrofit.finding.example import Example, home, prepare_example, run, tensors_of
@@ -235,7 +236,7 @@ def _prove_or_restore(model: nn.Module, example: Example, expected: Any) -> None
         if isinstance(error, RetrofitError) or not isinstance(error, Exception):
             raise
         raise UnsupportedBlock(
-            f"proof (e): converted, this {type(model).__name__} does not run: {type(error).__name__}: {error}"
+            f"proof (e): converted, this {type(model).__name__} does not run: {type(error).__name__}: {in_words(error)}"
         ) from error
 
 

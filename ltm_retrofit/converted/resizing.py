@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ltm_retrofit.converted.record import get_plan, in_mode, is_retrofitted
-from ltm_retrofit.errors import CheckpointError, ExampleError
+from ltm_retrofit.errors import CheckpointError, ExampleError, in_words
 from ltm_retrofit.finding.example import (
     ASKED,
     Example,
@@ -73,7 +73,7 @@ def example_of(plan: MergePlan, model: nn.Module) -> Example:
     try:
         return make_example(plan.input_size, plan.fixed_inputs, model)
     except Exception as error:  # a plan from a file is foreign input
-        raise CheckpointError(f"the plan's inputs cannot be made: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"the plan's inputs cannot be made: {type(error).__name__}: {in_words(error)}") from error
 
 
 def present_example(model: nn.Module) -> Example:
@@ -132,7 +132,7 @@ def ask_size(model: nn.Module, size: tuple[int, int]) -> None:
         taken = takes(twin if can_resize(model) else model, size)
         reason = ""
     except Exception as error:  # timm's own checks
-        taken, reason = False, f": {error}"
+        taken, reason = False, f": {in_words(error)}"
     if not taken:
         said = sizes_said(model)
         raise ExampleError(

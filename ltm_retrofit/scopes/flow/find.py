@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltm_retrofit.errors import in_words
 from ltm_retrofit.finding.example import first_tensor, run, tensors_of
 from ltm_retrofit.finding.layouts import same_tokens
 from ltm_retrofit.finding.proofs import all_close, all_equal, close
@@ -279,7 +280,7 @@ def _refuse_rest(walk: Walk, pieces: Sequence[Piece], prefix: int, restored: boo
     try:
         plain = dropping(False)
     except Exception as error:
-        return f"proof (c): the rest of the network does not accept fewer tokens: {error}"
+        return f"proof (c): the rest of the network does not accept fewer tokens: {in_words(error)}"
     if not all(_same_set(*pair) for pair in zip(plain, dropping(True), strict=True)):
         return "proof (c): the rest of the network depends on the order of the patch tokens"
     return ""

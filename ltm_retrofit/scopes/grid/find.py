@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.errors import CountError
+from ltm_retrofit.errors import CountError, in_words
 from ltm_retrofit.finding.example import Example, run, tensors_of
 from ltm_retrofit.finding.layouts import key_width, spatial_of, width_of
 from ltm_retrofit.finding.proofs import CONTAINERS
@@ -204,7 +204,7 @@ def _hold(walk: Walk, points: list[GridSite]) -> dict[str, GridSite] | Refused:
         except CountError:
             raise
         except Exception as error:
-            reason = f"proof (c): it does not take a smaller grid: {type(error).__name__}: {error}"[:300]
+            reason = f"proof (c): it does not take a smaller grid: {type(error).__name__}: {in_words(error)}"[:300]
     if not costs:
         return Refused("", reason)
     kept = _sound(walk, points, min(costs))
