@@ -7,7 +7,7 @@ import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 from unittest.mock import patch
 
@@ -58,6 +58,21 @@ def remembered(model: nn.Module) -> Callable[[], None]:
             container.extend(content) if isinstance(container, list) else container.update(content)
 
     return put_back
+
+
+def copied(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """Return a deep copy, also of a model whose modules hold tensors that were computed under gradients.
+
+    `torch.nn.utils.prune` and the older ``weight_norm`` make a weight of other ones before each call, and keep it as a
+    plain attribute. torch copies no such tensor; the copy holds its values, until its own first call.
+
+    Args:
+        model: the model.
+        memo: as that of `copy.deepcopy`: id of an object → what stands for it in the copy.
+    """
+    held = [value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Tensor)]
+    made = {id(value): value.detach().clone() for value in held if not value.is_leaf}
+    return deepcopy(model, {**made, **(memo or {})})
 
 
 @contextmanager

@@ -166,7 +166,7 @@ def mixing(model: nn.Module) -> nn.Module:
     for mask in masks_of(model).values():
         statistics = mask.statistics
         with torch.no_grad():
-            mask.eta.fill_(0.5)
+            mask.eta.fill_(0.05)  # little: rounding grows with it
             statistics.fitted.fill_(1)
             statistics.centroids.copy_(torch.randn(statistics.centroids.shape, generator=generator))
             statistics.counts.copy_(1 + 8 * torch.rand(statistics.counts.shape, generator=generator))

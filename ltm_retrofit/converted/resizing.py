@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +24,7 @@ from ltm_retrofit.finding.example import (
 )
 from ltm_retrofit.macs import count_macs_quick
 from ltm_retrofit.plan import MergePlan
-from ltm_retrofit.undisturbed import undisturbed
+from ltm_retrofit.undisturbed import copied, undisturbed
 
 
 def at_planned_size(model: nn.Module) -> nn.Module | None:
@@ -33,7 +32,7 @@ def at_planned_size(model: nn.Module) -> nn.Module | None:
     size = planned_size(get_plan(model))
     if size is None or not can_resize(model):
         return None
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     set_size(twin, size)
     return twin
 
