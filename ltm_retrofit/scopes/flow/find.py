@@ -222,7 +222,7 @@ def _prove_rest(walk: Walk, candidates: list[Candidate], prefix: int) -> Sifted:
         return candidates, []
     kept: list[Candidate] = []
     refused: list[Refused] = []
-    for candidate in reversed(candidates):  # what comes after a block must hold before the block can
+    for place, candidate in reversed([*enumerate(candidates)]):  # what comes after a block must hold before it can
         pieces, reasons = [candidate.piece, *(other.piece for other in kept)], list[str]()
         for restored in modes:
             if reason := _refuse_rest(walk, pieces, prefix, restored):
@@ -234,6 +234,9 @@ def _prove_rest(walk: Walk, candidates: list[Candidate], prefix: int) -> Sifted:
         else:
             kind = type(candidate.module).__name__
             refused.append(Refused(candidate.name, f"{candidate.name} ({kind}): {reasons[0]}"))
+            if kept:  # it would not hand on what tokens carry
+                refused += _refuse(candidates[:place], f"tokens merged here would reach {candidate.name}, which is left out")
+                break
     return kept, refused
 
 
