@@ -34,6 +34,7 @@ from ltm_retrofit.errors import (
     RecipeError,
     RetrofitError,
     UnsupportedBlock,
+    in_words,
 )
 from ltm_retrofit.find import find_sites
 from ltm_retrofit.finding.example import Example, home, prepare_example, run, tensors_of
@@ -44,12 +45,13 @@ from ltm_retrofit.planner import make_plan
 from ltm_retrofit.scopes import build_all
 from ltm_retrofit.scopes.base import CHILD, Parts, install, uninstall
 from ltm_retrofit.scopes.flow import FLOW
-from ltm_retrofit.undisturbed import undisturbed
+from ltm_retrofit.undisturbed import undisturbed, without_autocast
 
 #: the model's record, and what is put in place
 Conversion = tuple[Retrofit, Parts]
 
 
+@without_autocast()
 def retrofit(
     model: nn.Module,
     config: LTMConfig | None = None,
@@ -276,7 +278,7 @@ def _prove_or_restore(model: nn.Module, example: Example, expected: Any) -> None
         if isinstance(error, RetrofitError) or not isinstance(error, Exception):
             raise
         raise UnsupportedBlock(
-            f"proof (e): converted, this {type(model).__name__} does not run: {type(error).__name__}: {error}"
+            f"proof (e): converted, this {type(model).__name__} does not run: {type(error).__name__}: {in_words(error)}"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable
 
 
@@ -70,3 +71,23 @@ def check_choice(value: object, choices: Iterable[str], name: str) -> None:
     choices = list(choices)
     if value not in choices:
         raise RecipeError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def in_words(error: BaseException) -> str:
+    """Return what an error says, or where it says nothing, the line that raised it: a reason is never empty.
+
+    Example:
+        >>> in_words(ValueError("too few"))
+        'too few'
+        >>> try:
+        ...     raise AssertionError
+        ... except AssertionError as error:
+        ...     in_words(error).endswith("in <module>)")
+        True
+    """
+    said = str(error).strip()
+    frames = traceback.extract_tb(error.__traceback__)
+    if said or not frames:
+        return said or type(error).__name__
+    last = frames[-1]
+    return f"{last.line or 'raised'} (line {last.lineno} of {last.filename}, in {last.name})"

@@ -16,9 +16,10 @@ from ltm_retrofit.scopes import SCOPES
 from ltm_retrofit.scopes.flow import FLOW
 from ltm_retrofit.scopes.flow.find import find_ending
 from ltm_retrofit.scopes.grid.find import passes_maps
-from ltm_retrofit.undisturbed import undisturbed
+from ltm_retrofit.undisturbed import undisturbed, without_autocast
 
 
+@without_autocast()
 def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
     """Find the blocks in which tokens may be merged, and prove it. Touches nothing.
 
@@ -126,7 +127,7 @@ def _choose(walk: Walk, found: Sequence[Found]) -> tuple[list[AttentionSite], li
         other += [site for sites in several for site in sites if site not in chosen and site not in other]
         if not first:  # of each scope the reason that is closest: the attention's own, its block's, the whole model's
             reasons = [next((of[name] for name in reversed(attended.around) if name in of), "") for of in refused]
-            excluded[attended.owner] = "; ".join(filter(None, reasons))
+            excluded[attended.owner] = "; ".join(filter(None, dict.fromkeys(reasons)))
     # a module that attends twice is served by what lies behind the last time
     served = {site.attention for site in (*best, *other)}
     excluded = {name: why for name, why in excluded.items() if name not in served}

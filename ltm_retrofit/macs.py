@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
 from ltm_retrofit.errors import CountError, ExampleError
-from ltm_retrofit.operators import FREE_OPS, TRACE_HANDLES, dispatch_handles, refusal
+from ltm_retrofit.operators import FREE_OPS, TRACE_HANDLES, dispatch_handles, is_free, refusal
 from ltm_retrofit.undisturbed import random_numbers_kept, run, slow_path, undisturbed
 
 
@@ -256,8 +256,10 @@ def _by_trace(adapter: _TensorsOnly) -> dict[str, int]:
                 f"fvcore cannot trace {type(adapter.model).__name__}, so its MACs cannot be checked: "
                 f"{type(error).__name__}: {_brief(error)}"
             ) from error
-    if unknown := analysis.unsupported_ops():
-        within = (name for name in counts if analysis.unsupported_ops(name) and name.startswith("model."))
+    if unknown := [name for name in analysis.unsupported_ops() if not is_free(name)]:
+        within = (
+            name for name in counts if name.startswith("model.") and {*unknown} & {*analysis.unsupported_ops(name)}
+        )
         deepest = max(within, key=lambda name: name.count("."), default="model").removeprefix("model").lstrip(".")
         raise CountError(refusal(sorted(unknown), deepest))
     return {name.removeprefix("model").lstrip("."): int(count) for name, count in counts.items() if name != ""}

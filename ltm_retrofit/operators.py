@@ -20,8 +20,8 @@ Handle = Callable[[Sequence[Any], Sequence[Any]], "Counter[str]"]
 
 # Operators without a multiply–add, or (elementwise products, weighted sums of an interpolation) with none by the
 # convention of `ltm_retrofit.macs`. Read off traces of the architectures that timm and transformers register, and off
-# merging code. In-place twins are meant too. What is not listed here and has no handle below is refused: to count an
-# unknown operator as zero is the error that both counters make by themselves.
+# merging code. In-place twins are meant too. What is not listed here, is not free by rule (`is_free`) and has no handle
+# below is refused: to count an unknown operator as zero is the error that both counters make by themselves.
 FREE_OPS = """
     abs add addcdiv addcmul clamp clamp_max clamp_min clip cos cosh div elu erf erfc exp exp2 expm1 fmod gelu glu
     hardshrink hardsigmoid hardswish hardtanh leaky_relu lerp log log10 log1p log2 log_sigmoid logit mish mul
@@ -71,13 +71,39 @@ FREE_OPS = """
 
 # What torch's counter would run and count as zero. fvcore does not know these, and so refuses them.
 _HEAVY_OPS = """
-    _cdist_forward _euclidean_dist _pdist_forward _trilinear _fft_c2c _fft_c2r _fft_r2c _linalg_svd _linalg_eigh
+    _trilinear _fft_c2c _fft_c2r _fft_r2c _linalg_svd _linalg_eigh
     _linalg_eigvals _linalg_slogdet _linalg_det _linalg_solve_ex linalg_cholesky_ex linalg_eig linalg_inv_ex
     linalg_householder_product linalg_ldl_solve linalg_lstsq linalg_lu linalg_lu_factor_ex linalg_lu_solve
     linalg_matrix_exp linalg_pinv linalg_qr linalg_solve_triangular cholesky_inverse cholesky_solve triangular_solve
     ormqr geqrf mkldnn_rnn_layer _thnn_fused_lstm_cell _thnn_fused_gru_cell _cudnn_rnn
     _transformer_encoder_layer_fwd _native_multi_head_attention
 """
+
+
+#: what torch says of operators that work number by number, or only sum up; older versions say less
+_FREE_TAGS = {getattr(torch.Tag, name) for name in ("pointwise", "reduction") if hasattr(torch.Tag, name)}
+#: elementwise too, by other names: products of all with all, and losses
+_PRODUCTS_OF_ALL = ("outer", "ger", "kron")
+_LOSSES = ("kl_div", "binary_cross_entropy", "binary_cross_entropy_with_logits")
+
+
+@functools.cache
+def is_free(name: str) -> bool:
+    """Say whether an operator of a trace is free by rule: elementwise, a reduction, or a loss, which is both.
+
+    Example:
+        >>> is_free("aten::mse_loss"), is_free("aten::lgamma_"), is_free("aten::linalg_inv")
+        (True, True, False)
+    """
+    space, _, plain = name.partition("::")
+    plain = plain.rstrip("_")
+    if space != "aten" or plain in _HEAVY_OPS.split():
+        return False
+    if plain in (*_PRODUCTS_OF_ALL, *_LOSSES) or "_loss" in plain:
+        return True
+    packet = getattr(torch.ops.aten, plain, None)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()] if packet is not None else []
+    return any(_FREE_TAGS & {*overload.tags} for overload in overloads)
 
 
 def refusal(names: Sequence[str], module: str = "") -> str:
@@ -183,6 +209,7 @@ _ATTENTIONS = """
 """
 _FORMULAS: dict[str, Handle] = {
     "linear matmul mm bmm mv dot vdot inner": _product(0),
+    "cdist pdist": _product(0),  # of each pair the sum over a power of differences, or what products make of it
     "addmm addmm_ addmv addmv_ baddbmm baddbmm_": _product(1),
     "addbmm addbmm_": _addbmm,
     "tensordot": _tensordot,
@@ -229,7 +256,13 @@ def dispatch_handles() -> Mapping[Any, Callable[..., int]]:
         handle._get_raw = True  # type: ignore[attr-defined]
         return handle
 
-    handles = {name: counted(formula) for names, formula in formulas.items() for name in names.split()}
+    def distances(*shapes: Sequence[int], out_shape: Sequence[int] = (), **_: object) -> int:
+        return 2 * prod(out_shape) * shapes[0][-1]
+
+    handles: dict[str, Callable[..., int]] = dict.fromkeys(
+        ("_cdist_forward", "_euclidean_dist", "_pdist_forward"), distances
+    )
+    handles |= {name: counted(formula) for names, formula in formulas.items() for name in names.split()}
     # Without these torch's counter takes each of them apart, on the meta device in Python, only to find nothing.
     handles |= {name: nothing for name in FREE_OPS.split() if name not in handles}
     handles |= {name: refuse(name) for name in _HEAVY_OPS.split()}

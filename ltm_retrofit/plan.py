@@ -53,6 +53,7 @@ class MergePlan(Strict):
     method_version: int = 1
     sizes_said: dict[str, tuple[int, int]] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
+    size_aware: bool = True  # whether attentions weigh tokens that stay merged by how many they stand for
 
     @property
     def share(self) -> float:
@@ -134,6 +135,8 @@ class MergePlan(Strict):
         ]
         if self.unmerge:
             lines.append("all tokens are brought back after the last block")
+        if not self.size_aware:
+            lines.append("no attention takes sizes: a merged token weighs there as much as any other")
         lines.append(f"MACs {self.macs_original / 1e9:.3f} G → {self.macs / 1e9:.3f} G (×{self.share:.3f}), predicted")
         if self.sizes_said:
             tokens = self.rows[0].tokens_in if self.rows[0].scope == FLOW.name else None
@@ -190,8 +193,20 @@ def recounted(plan: MergePlan, sites: Sites) -> MergePlan:
     same = sorted(rows, key=str) == sorted(plan.rows, key=str)
     order = {row.site: place for place, row in enumerate(plan.rows)}
     rows.sort(key=lambda row: order[row.site])
-    counted = replace(plan, rows=tuple(rows), macs=make_macs(sites, plan.config, rows), unmerge=_unmerges(rows))
+    counted = replace(
+        plan,
+        rows=tuple(rows),
+        macs=make_macs(sites, plan.config, rows),
+        unmerge=_unmerges(rows),
+        size_aware=_weighs(sites, rows),
+    )
     return counted if same and counted.macs == plan.macs else replace(counted, measured={})
+
+
+def _weighs(sites: Sites, rows: Sequence[Row]) -> bool:
+    """Say whether any block's attention weighs tokens that stay merged by their sizes, where there are such tokens."""
+    merging = any(row.scope == FLOW.name and not row.slices for row in rows)
+    return not merging or any(site.bias is not None for site in sites.of(FLOW.name))
 
 
 def _unmerges(rows: Sequence[Row]) -> bool:
@@ -238,6 +253,7 @@ def plan_of(sites: Sites, config: LTMConfig, rows: Sequence[Row]) -> MergePlan:
         clusters=CLUSTERS,
         base=sites.base,
         method_version=get_method(config.method).version,
+        size_aware=_weighs(sites, rows),
     )
 
 

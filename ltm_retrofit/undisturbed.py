@@ -6,9 +6,10 @@ import inspect
 import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from copy import copy
+from contextlib import ExitStack, contextmanager
+from copy import copy, deepcopy
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -59,6 +60,21 @@ def remembered(model: nn.Module) -> Callable[[], None]:
     return put_back
 
 
+def copied(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """Return a deep copy, also of a model whose modules hold tensors that were computed under gradients.
+
+    `torch.nn.utils.prune` and the older ``weight_norm`` make a weight of other ones before each call, and keep it as a
+    plain attribute. torch copies no such tensor; the copy holds its values, until its own first call.
+
+    Args:
+        model: the model.
+        memo: as that of `copy.deepcopy`: id of an object → what stands for it in the copy.
+    """
+    held = [value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Tensor)]
+    made = {id(value): value.detach().clone() for value in held if not value.is_leaf}
+    return deepcopy(model, {**made, **(memo or {})})
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Run a model in eval mode, without short cuts, and put back what that changes: the model and the random state.
@@ -98,6 +114,25 @@ def random_numbers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(arrays)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Compute in the precision of the weights, whoever asks for another one.
+
+    Around the call, as ``with torch.autocast(…):`` does, or within it, as the forward does that ``accelerator.prepare``
+    puts in a model's place: meanwhile autocast begins for nobody. Rounding to three digits is as large as what proofs
+    look for.
+    """
+    devices = {kind for kind in ("cpu", torch.accelerator.current_accelerator()) if kind is not None}
+    kinds = [getattr(kind, "type", kind) for kind in devices]
+    with ExitStack() as stack:
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(patch.object(torch.autocast, "__enter__", lambda self: self))
+        stack.enter_context(patch.object(torch.autocast, "__exit__", lambda *_: None))
+        yield
 
 
 @contextmanager

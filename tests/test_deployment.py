@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 from children import outputs, parallel_gradients
-from conversions import FAST, batch, call, converted, equal, gradients, near, slow_but, trainable
+from conversions import FAST, HOSTS, batch, call, converted, equal, gradients, near, slow_but, trainable
 from torch import nn
 
 import ltm_retrofit as ltm
+from ltm_retrofit.converted.record import masks_of
 
 torch.set_num_threads(1)
+#: those that take one tensor, and put one out
+TIMM = [name for name in HOSTS if name.startswith("timm")]
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -157,6 +160,42 @@ def test_exporting_with_a_dynamic_batch(host):
         near(call(program, more), call(model, more))
 
 
+def mixing(model: nn.Module) -> nn.Module:
+    """Have the IB step of every mask do something, as training would."""
+    generator = torch.Generator().manual_seed(0)
+    for mask in masks_of(model).values():
+        statistics = mask.statistics
+        with torch.no_grad():
+            mask.eta.fill_(0.05)  # little: rounding grows with it
+            statistics.fitted.fill_(1)
+            statistics.centroids.copy_(torch.randn(statistics.centroids.shape, generator=generator))
+            statistics.counts.copy_(1 + 8 * torch.rand(statistics.counts.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("host", slow_but(["timm-vit-flow", "timm-efficientvit-grid"], TIMM))
+def test_jit_traces_where_gradients_are_on(host):
+    """The tracer checks its graph by one that it makes without gradients."""
+    model, _, example = converted(host, ib_step=True)
+    inputs = batch(example, 1)
+    traced = torch.jit.trace(mixing(model), inputs)
+    with torch.no_grad():
+        near(call(traced, inputs), call(model, inputs))
+
+
+@pytest.mark.slow  # a minute of compiling, and OpenVINO is in no environment of ours
+@pytest.mark.parametrize("step", [False, True])
+@pytest.mark.parametrize("host", ["timm-vit-flow", "timm-swin-local", "timm-efficientvit-grid"])
+def test_openvino_gives_equal_results(host, step):
+    openvino = pytest.importorskip("openvino")
+    model, _, example = converted(host, ib_step=step)
+    inputs = batch(example)
+    model = mixing(model) if step else model
+    run = openvino.compile_model(openvino.convert_model(model, example_input=inputs), "CPU")
+    with torch.no_grad():
+        near([torch.from_numpy(run(inputs.numpy())[0])], call(model, inputs), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("host", slow_but(["timm-vit-flow"]))
 def test_onnx_gives_equal_results(host, tmp_path: Path):
     pytest.importorskip("onnxscript")
@@ -164,9 +203,11 @@ def test_onnx_gives_equal_results(host, tmp_path: Path):
     model, _, example = converted(host)
     inputs = batch(example)
     path = tmp_path / "model.onnx"
-    with torch.no_grad():  # with gradients torch 2.15 exports a fused attention with a mask that it cannot convert
-        expected = call(model, inputs)
+    # with gradients torch 2.15 exports a fused attention with a mask that it cannot convert
+    with torch.set_grad_enabled(torch.__version__ < "2.15"):
         torch.onnx.export(model, (inputs,), path, dynamo=True, verbose=False)
+    with torch.no_grad():
+        expected = call(model, inputs)
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     given = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
     near([torch.from_numpy(array) for array in given], expected, rtol=1e-3, atol=1e-4)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ltm_retrofit.converted.guards import watch_pooling
 from ltm_retrofit.converted.record import forwards_of, get_retrofit, has_step, in_mode, learns, masks_of
 from ltm_retrofit.converted.resizing import at_planned_size
-from ltm_retrofit.errors import ExampleError, UnsupportedBlock
+from ltm_retrofit.errors import ExampleError, UnsupportedBlock, in_words
 from ltm_retrofit.finding.example import Example, home, make_example, run, tensors_of
 from ltm_retrofit.finding.proofs import all_close
 from ltm_retrofit.finding.recording import Recording, record
@@ -146,7 +146,9 @@ def _record(model: nn.Module, example: Example) -> tuple[nn.Module, Recording]:
             return model, record(model, example)
     except ExampleError as error:
         if (twin := at_planned_size(model)) is None:
-            raise UnsupportedBlock(f"with this classifier it no longer runs on its plan's inputs: {error}") from error
+            raise UnsupportedBlock(
+                f"with this classifier it no longer runs on its plan's inputs: {in_words(error)}"
+            ) from error
     with in_mode(twin, "original"):
         return twin, record(twin, example)
 
@@ -158,7 +160,7 @@ def _prove_ending(model: nn.Module, example: Example, expected: Any) -> None:
             given = run(model, example)
             wholes = [_run_whole(model, example, forward) for forward in forwards_of(model) if forward.keep is not None]
     except Exception as error:  # whatever a classifier does that wants tokens where there are none
-        raise UnsupportedBlock(_refusal(model, f"{type(error).__name__}: {error}")) from error
+        raise UnsupportedBlock(_refusal(model, f"{type(error).__name__}: {in_words(error)}")) from error
     ours, theirs = ([tuple(tensor.shape) for tensor in tensors_of(output)] for output in (given, expected))
     if ours != theirs:
         raise UnsupportedBlock(_refusal(model, f"outputs have shapes {ours} instead of {theirs}"))

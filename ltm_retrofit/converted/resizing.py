@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from ltm_retrofit.converted.record import get_plan, in_mode, is_retrofitted
-from ltm_retrofit.errors import CheckpointError, ExampleError
+from ltm_retrofit.errors import CheckpointError, ExampleError, in_words
 from ltm_retrofit.finding.example import (
     ASKED,
     Example,
@@ -25,7 +24,7 @@ from ltm_retrofit.finding.example import (
 )
 from ltm_retrofit.macs import count_macs_quick
 from ltm_retrofit.plan import MergePlan
-from ltm_retrofit.undisturbed import undisturbed
+from ltm_retrofit.undisturbed import copied, undisturbed
 
 
 def at_planned_size(model: nn.Module) -> nn.Module | None:
@@ -33,7 +32,7 @@ def at_planned_size(model: nn.Module) -> nn.Module | None:
     size = planned_size(get_plan(model))
     if size is None or not can_resize(model):
         return None
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     set_size(twin, size)
     return twin
 
@@ -73,7 +72,7 @@ def example_of(plan: MergePlan, model: nn.Module) -> Example:
     try:
         return make_example(plan.input_size, plan.fixed_inputs, model)
     except Exception as error:  # a plan from a file is foreign input
-        raise CheckpointError(f"the plan's inputs cannot be made: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"the plan's inputs cannot be made: {type(error).__name__}: {in_words(error)}") from error
 
 
 def present_example(model: nn.Module) -> Example:
@@ -132,7 +131,7 @@ def ask_size(model: nn.Module, size: tuple[int, int]) -> None:
         taken = takes(twin if can_resize(model) else model, size)
         reason = ""
     except Exception as error:  # timm's own checks
-        taken, reason = False, f": {error}"
+        taken, reason = False, f": {in_words(error)}"
     if not taken:
         said = sizes_said(model)
         raise ExampleError(

@@ -33,6 +33,7 @@ SHAPED = (
     "expand expand_as repeat repeat_interleave unsqueeze squeeze view view_as reshape contiguous transpose permute "
     "flatten unflatten to type_as broadcast_to"
 ).split()
+FOLDS = ("view", "reshape", "flatten", "unflatten")
 JOINS = ("cat", "concat", "concatenate", "hstack")
 #: what comes out of these has the values of their first argument, whatever the others hold
 SHAPED_LIKE = ("type_as", "expand_as", "view_as", "reshape_as", "to")
@@ -41,6 +42,13 @@ EMPTY_LIKE = (
     "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor"
 ).split()
 PACKED = inspect.signature(F.multi_head_attention_forward)
+#: of `F.scaled_dot_product_attention`, which is built in and has none
+FUSED = inspect.Signature(
+    [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        for name in ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    ]
+)
 Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 
@@ -53,6 +61,7 @@ class Attention:
     padded: bool = False  # its mask depends on an input that is no image: it may say that tokens are padding
     hides: bool = False  # and does so in the example
     packed: Mapping[str, Any] | None = None  # the arguments of `F.multi_head_attention_forward`, by name
+    sees: Tensor | None = None  # (heads, N, keys): which keys each token sees, where tokens do not all see the same
 
 
 class AttentionMode(TorchFunctionMode):
@@ -101,22 +110,30 @@ class AttentionMode(TorchFunctionMode):
             for operand in operands:
                 self.used(operand)
         if func is F.scaled_dot_product_attention:
-            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-            keys = args[1] if len(args) > 1 else kwargs["key"]
+            given = FUSED.bind_partial(*args, **kwargs).arguments
+            mask, keys = given.get("attn_mask"), given["key"]
             hidden = self._padding(mask) and not bool(seen_by(mask).all())
-            self.found(Attention("fused", keys, self._padding(mask), hidden))
+            sees = None if mask is None else seen_by(mask)
+            if given.get("is_causal"):
+                sees = keys.new_ones(given["query"].shape[-2], keys.shape[-2]).tril() > 0
+            self.found(Attention("fused", keys, self._padding(mask), hidden, sees=_unlike(sees)))
         elif func is F.multi_head_attention_forward:
             packed = PACKED.bind(*args, **kwargs).arguments
             masks = [mask for mask in map(packed.get, ("key_padding_mask", "attn_mask")) if self._padding(mask)]
-            seen = [~mask if mask.dtype == torch.bool else seen_by(mask) for mask in masks]  # here true is hidden
-            self.found(Attention("packed", None, bool(masks), not all(bool(part.all()) for part in seen), packed))
+            hides = not all(bool(_packed_seen(mask).all()) for mask in masks)
+            mask = packed.get("attn_mask")
+            sees = None if mask is None else _unlike(_packed_seen(mask))
+            self.found(Attention("packed", None, bool(masks), hides, packed, sees))
         elif product and factors[0] in self.keys_of_weights:
             keys = self.keys_of_weights[factors[0]]
             # weights know of a mask that keys know nothing of: it was added to the logits in between
             padded = factors[0] in self.flags and keys not in self.flags
-            self.found(Attention("softmax", keys, padded, padded and bool((factors[0] == 0).any())))
+            sees = _unlike(factors[0] != 0, by_head=False)
+            self.found(Attention("softmax", keys, padded, padded and bool((factors[0] == 0).any()), sees=sees))
         elif product and self._all_data(factors) and sum(x in self.multiplied for x in factors) == 1:
-            self.found(Attention("linear"))
+            # values before weights, (B, d, N): kernelised by its looks, and its weights may hide tokens all the same
+            turned = factors[1].transpose(-2, -1) if factors[1] in self.keys_of_weights else None
+            self.found(Attention("linear", sees=None if turned is None else _unlike(turned != 0, by_head=False)))
         elif self._scales(name, operands) and sum(x in self.summed for x in operands) == 1:
             self.found(Attention("additive"))
         result = func(*args, **kwargs)
@@ -175,7 +192,9 @@ class AttentionMode(TorchFunctionMode):
         for source in operands:
             # talking heads mix logits by a linear map over the heads; shapes change, the number of entries does not
             talking = name in ("linear", "permute", "conv2d", "transpose") and source.ndim == result.ndim == 4
-            if source.shape == result.shape or (talking and source.numel() == result.numel()):
+            # and heads that were counted among the images come out of them for a mask, and go back
+            folded = name in FOLDS and source.shape[-2:] == result.shape[-2:]
+            if source.shape == result.shape or ((talking or folded) and source.numel() == result.numel()):
                 if source in self.keys_of_logits:
                     # through scaling and masking; a softmax turns logits into weights
                     table = self.keys_of_weights if name == "softmax" else self.keys_of_logits
@@ -191,3 +210,29 @@ class AttentionMode(TorchFunctionMode):
             return
         front, end = constant.index(False), constant[::-1].index(False)
         self.joined[result.shape[1]] = sum(sizes[:front]), sum(sizes[len(sizes) - end :])
+
+
+def _packed_seen(mask: Tensor) -> Tensor:
+    """Return which tokens a mask of `nn.MultiheadAttention` lets through: where it is boolean, true is hidden."""
+    return ~mask if mask.dtype == torch.bool else seen_by(mask)
+
+
+def _unlike(sees: Tensor | None, by_head: bool = True) -> Tensor | None:
+    """Return ``(heads, N, keys)``, which keys each token sees; None where all see, and are seen by, the same.
+
+    None, too, where the sequences of one image differ in it: those are windows, which the next block lays otherwise.
+    Or where heads do, but not ``by_head``: no mask made these zeros, they are weights too small for a number.
+    """
+    if sees is None or sees.is_meta or sees.ndim < 2 or bool(sees.all()):
+        return None
+    several = sees[None] if sees.ndim == 2 else sees.flatten(0, -4) if sees.ndim > 4 else sees
+    heads = several[0] if several.ndim == 4 else several
+    if several.ndim == 4 and not bool((several == heads).all()):
+        return None
+    if bool((heads == heads[:1]).all()):
+        heads = heads[:1]
+    elif not by_head:
+        return None
+    square = heads.shape[1] == heads.shape[2]
+    alike = bool((heads == heads[:, :1]).all()) and not (square and bool((heads != heads[:, :, :1]).any()))
+    return None if alike else heads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.errors import ExampleError
 from ltm_retrofit.undisturbed import run as run
-from ltm_retrofit.undisturbed import undisturbed
+from ltm_retrofit.undisturbed import copied, undisturbed
 
 Example = Tensor | Mapping[str, Any]
 
@@ -301,7 +300,7 @@ def repeat_batch(example: Example, batch: int) -> Example:
 def on_meta(model: nn.Module, example: Example) -> tuple[nn.Module, Example]:
     """Return copies on the meta device, where counting is cheap; no parameter is copied in memory on the way."""
     moved = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, moved).to("meta"), mapped(example, lambda value: value.to("meta"))
+    return copied(model, moved).to("meta"), mapped(example, lambda value: value.to("meta"))
 
 
 def mapped(example: Example, change: Callable[[Tensor], Tensor]) -> Example:

@@ -20,7 +20,7 @@ def as_tokens(x: Tensor, order: str) -> Tensor:
     if order != "BCHW":
         return x.flatten(1, -2)
     flat = x.flatten(2)
-    if x.shape[0] == 1 and x.requires_grad:  # as in `from_tokens`: the gradient of a part lies as usual
+    if x.shape[0] == 1:  # as in `from_tokens`: the gradient of a part lies as usual
         flat = flat.narrow(2, 0, flat.shape[2])
     return flat.transpose(1, 2)
 
@@ -36,7 +36,7 @@ def from_tokens(x: Tensor, order: str, spatial: tuple[int, ...]) -> Tensor:
     sequences, _, width = x.shape
     if order == "BCHW":
         maps = x.transpose(1, 2).reshape(sequences, width, *spatial)
-        return maps.contiguous() if sequences == 1 and x.requires_grad else maps
+        return maps.contiguous() if sequences == 1 else maps  # with and without gradients, or traces would differ
     return x.reshape(sequences, *spatial, width)
 
 

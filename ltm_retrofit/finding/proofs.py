@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ltm_retrofit.errors import UnsupportedBlock
+from ltm_retrofit.errors import UnsupportedBlock, in_words
 from ltm_retrofit.finding.call import Settings, Signature, read_settings, settings_of, watched
 from ltm_retrofit.finding.example import tensors_of
 from ltm_retrofit.macs import count_macs_quick
 
+#: what makes numbers of a tensor, or parts of what may be no tensor
+SIZING = (operator.getitem, getattr, "size", "dim", "numel", "ndimension", "stride")
 #: modules that call each of their children: a mask registered on them would be one
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -119,11 +122,24 @@ class _Bound(nn.Module):
         return self.block.forward(*args, **given)
 
 
+class _Traced(fx.Proxy):
+    """Stands for a tensor, and says so: ``isinstance(x, torch.Tensor)`` in a forward holds for it."""
+
+    _is_param = False  # of which `nn.Parameter` makes sure where it is asked whether a tensor is one
+    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
+
+
 class _Opaque(fx.Tracer):
     """Follows one forward only: the children of its module stay calls."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return super().proxy(node) if node.target in SIZING else _Traced(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
 
 
 def block_graph(
@@ -141,7 +157,7 @@ def block_graph(
         with bystander(block):
             graph = _Opaque().trace(_Bound(stand_in, signature, bias))
     except Exception as error:
-        raise UnsupportedBlock(f"its forward has no FX graph: {type(error).__name__}: {error}") from error
+        raise UnsupportedBlock(f"its forward has no FX graph: {type(error).__name__}: {in_words(error)}") from error
     finally:
         object.__setattr__(block, "training", before)
     for node in graph.nodes:

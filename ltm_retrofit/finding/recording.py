@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ltm_retrofit.errors import CountError, ExampleError
+from ltm_retrofit.errors import CountError, ExampleError, in_words
 from ltm_retrofit.finding.attention import Attention, AttentionMode
 from ltm_retrofit.finding.example import Example, first_tensor, flags_of, floats_of, logits_of, run
 from ltm_retrofit.macs import counting
@@ -182,7 +182,7 @@ def record(model: nn.Module, example: Example) -> Recording:
         shown = example if isinstance(example, Mapping) else {"example": example}
         shapes = ", ".join(f"{k}: {tuple(v.shape)} {v.dtype}" for k, v in shown.items() if isinstance(v, Tensor))
         raise ExampleError(
-            f"{type(model).__name__} cannot be run on the example ({shapes}): {type(error).__name__}: {error}. "
+            f"{type(model).__name__} cannot be run on the example ({shapes}): {type(error).__name__}: {in_words(error)}. "
             "Pass an example of the shape and dtype that the model expects"
         ) from error
     return recording

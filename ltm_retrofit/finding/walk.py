@@ -7,7 +7,6 @@ few blocks. A block of the twin then stands for those that were cut away.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,8 +23,9 @@ from ltm_retrofit.finding.example import Example, in_float, mapped, on_meta, run
 from ltm_retrofit.finding.layouts import Axes, constant_tokens, find_axes
 from ltm_retrofit.finding.recording import Recording, record
 from ltm_retrofit.finding.sites import AttentionSite, Refused
+from ltm_retrofit.finding.views import Views, find_views
 from ltm_retrofit.macs import count_macs_again, count_macs_quick
-from ltm_retrofit.undisturbed import undisturbed
+from ltm_retrofit.undisturbed import copied, undisturbed
 
 #: MACs above which the twin of a model on the meta device is cut short
 SHORTENED = 3e9
@@ -64,7 +64,7 @@ class Walk:
             full, given = model, example
             if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
                 # rounding in half precision is as large as what proofs look for; sites hold names and code, no modules
-                full, given = copy.deepcopy(model).float(), in_float(example)
+                full, given = copied(model).float(), in_float(example)
             return cls(full, given, full, given, record(full, given))
         macs = _count(*runnable(model, example))
         if macs > SHORTENED:
@@ -102,6 +102,11 @@ class Walk:
         if self.on_meta_macs > SHORTENED and not self.unsettled:
             return {}
         return find_chains(self.model, self.example, self.recording, self.axes)
+
+    @cached_property
+    def views(self) -> dict[int, Views]:
+        """The attentions, by number, behind which not all tokens know of the same."""
+        return find_views(self.model, self.example, self.recording)
 
     @cached_property
     def constant_tokens(self) -> dict[int, tuple[int, int]]:
@@ -204,7 +209,7 @@ def make_twin(
 
     ``kept`` blocks stay of each run of equal ones, the last one among them; all where it is None.
     """
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     removed = {} if kept is None else _shorten(twin, kept)
     fill(twin, seed)
     return twin, _filled(example, seed), removed

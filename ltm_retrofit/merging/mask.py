@@ -217,7 +217,8 @@ class GridMask(PoolGrid):
             near = lifted(self.key(tokens.to(self.key.weight.dtype)))[:, index]  # (B, P, k, d)
             share = share.to(z.dtype)
             centre = torch.matmul(share.unsqueeze(1), near)  # (B, P, 1, d)
-            alike = F.cosine_similarity(near, centre, dim=-1)
+            # the cosine, written out: not every runtime knows torch's operator (OpenVINO 2026.4)
+            alike = (F.normalize(near, dim=-1, eps=1e-8) * F.normalize(centre, dim=-1, eps=1e-8)).sum(dim=-1)
             logits = share.log() + self.alpha.to(z.dtype) * alike  # −∞ where boxes do not overlap
             # Step, the same as that of a sequence.
             descriptor = None

@@ -213,10 +213,9 @@ class Statistics(nn.Module):
 
     def _read(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return what the bound needs: centroids ``(A, D)``, β, Q(a|y) and p(y|a) ``(A, C)``, and ``fitted``."""
-        # Copies where autograd will keep them, so that an update between forward and backward pass is safe.
-        centroids, beta, fitted = self.centroids, self.beta, self.fitted
-        if torch.is_grad_enabled():
-            centroids, beta, fitted = centroids.clone(), beta.clone(), fitted.clone()
+        # Copies, which autograd keeps: an update between forward and backward pass is safe. Also where there is no
+        # gradient, or a trace made with gradients would be another graph than its check without.
+        centroids, beta, fitted = self.centroids.clone(), self.beta.clone(), self.fitted.clone()
         # One image spread evenly over all cells: a class or cluster that was never seen has a finite logarithm.
         counts = self.counts + 1 / self.counts.numel()
         return centroids, beta, ib.q_given_y(counts), ib.p_y_given_a(counts), fitted

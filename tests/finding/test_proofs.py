@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import ltm_retrofit as ltm
 from ltm_retrofit.converted.record import in_mode
 from ltm_retrofit.merging.methods import Scope
+from ltm_retrofit.scopes.flow import find as flow
 
 torch.set_num_threads(1)
 
@@ -72,3 +73,19 @@ def test_a_converted_block_does_not_carry_the_model(scope) -> None:
     whole = len(pickle.dumps(model.blocks[-1]))
     ltm.retrofit(model, ltm.LTMConfig(flops=0.8, scope=scope), EXAMPLE)
     assert len(pickle.dumps(model.blocks[-1])) < 2.5 * whole
+
+
+def test_blocks_before_one_that_drops_out_would_lose_what_they_carry(monkeypatch) -> None:
+    """Where proof (c) fails for one block among others, the run behind it is kept, and it alone."""
+    model = drawn(Net())
+    refuse = flow._refuse_rest
+
+    def refusing(walk, pieces, prefix, restored):
+        fails = any(piece.block is walk.model.blocks[1] for piece in pieces)
+        return "proof (c): not this one" if fails else refuse(walk, pieces, prefix, restored)
+
+    monkeypatch.setattr(flow, "_refuse_rest", refusing)
+    sites = ltm.find_sites(model, EXAMPLE)
+    assert [site.block for site in sites if site.scope == "FLOW"] == ["blocks.2", "blocks.3"]
+    assert sites.narrowed["blocks.0"] == "blocks.0: tokens merged here would reach blocks.1, which is left out"
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.9), EXAMPLE)

@@ -28,13 +28,13 @@ FAST = (
     "timm-eva-dinov3 timm-eva02 timm-eva-rope-mixed timm-relpos-shared timm-xcit timm-convit timm-tnt "
     "timm-naflex-gap timm-gemma4 timm-pit timm-hybrid timm-swin timm-mobilevit timm-visformer timm-cait "
     "timm-caformer timm-cpubone timm-deepseek timm-efficientvit-mit-b timm-mobilenetv4 timm-shvit timm-vitamin "
-    "hf-vit hf-deit-teacher hf-dinov2-registers hf-dinov3 hf-clip hf-siglip hf-swin hf-imagegpt hf-internvl-vision "
+    "hf-vit hf-deit-teacher hf-dinov2-registers hf-dinov3 hf-clip hf-siglip hf-swin hf-internvl-vision "
     "hf-timm-wrapper torchvision-vit plain-multihead plain-multihead-sequence-first plain-lucid"
 ).split()
 
 #: what cannot be converted, and the words that say why; whatever else of the zoo is refused is a fault. What is left of
 #: an attention pool is too little to be worth a mask
-REFUSED = {"timm-resnet-clip": "no module around it keeps a token stream"}
+REFUSED = {"timm-resnet-clip": "no module around it keeps a token stream", "hf-imagegpt": "is causal"}
 
 
 def _retrofit(model: nn.Module, example: Example) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.errors import UnsupportedBlock
+from ltm_retrofit.errors import UnsupportedBlock, in_words
 from ltm_retrofit.finding.call import MOST_PREFIX, Signature
 from ltm_retrofit.finding.example import tensors_of
 from ltm_retrofit.finding.proofs import close, polynomial
@@ -151,7 +151,9 @@ class Candidate:
             try:
                 moved, _ = self.piece.front(tokens[0][at], followers, at, count)
             except Exception as error:
-                raise UnsupportedBlock(f"{follow} cannot be gathered along with the tokens: {error}") from error
+                raise UnsupportedBlock(
+                    f"{follow} cannot be gathered along with the tokens: {in_words(error)}"
+                ) from error
             if not close(moved, stream[0][at]):
                 raise UnsupportedBlock(f"it depends on the order of its tokens even where {follow} move with them")
         return stream, inner
@@ -163,7 +165,9 @@ class Candidate:
         try:
             part = self.piece.back(stream[:, chosen])
         except Exception as error:
-            raise UnsupportedBlock(f"proof (b): its back half does not accept fewer tokens: {error}") from error
+            raise UnsupportedBlock(
+                f"proof (b): its back half does not accept fewer tokens: {in_words(error)}"
+            ) from error
         if not close(part, self.call.output[:, chosen]):
             raise UnsupportedBlock("proof (b): its back half mixes tokens")
 
@@ -179,7 +183,7 @@ class Candidate:
         try:
             costs = polynomial(front, first, full), polynomial(lambda n: self.piece.back(stream[:, :n]), first, full)
         except RuntimeError as error:
-            raise UnsupportedBlock(f"proof (c): it does not accept fewer tokens: {error}") from error
+            raise UnsupportedBlock(f"proof (c): it does not accept fewer tokens: {in_words(error)}") from error
         return Cost(*costs)
 
     def _prove_saving(self) -> None:

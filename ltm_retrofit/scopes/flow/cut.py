@@ -205,10 +205,20 @@ def find_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, i
         raise UnsupportedBlock("its keys are no affine map of the attention's input")
     if len({len(used) for used in own}) != 1:
         raise UnsupportedBlock("its heads have keys of different widths")
-    if id(weight) not in names:
-        raise UnsupportedBlock("its key projection is computed, not a parameter")
+    path = names.get(id(weight)) or _made(block, weight)
+    if path is None:
+        raise UnsupportedBlock("its key projection is computed, and no weight of a module")
     bias_source = None if bias is None else names.get(id(bias), bias.detach().clone())
-    return KeySource(names[id(weight)], bias_source, torch.stack(own).cpu()), heads, len(own[0])
+    return KeySource(path, bias_source, torch.stack(own).cpu()), heads, len(own[0])
+
+
+def _made(block: nn.Module, weight: Tensor) -> str | None:
+    """Return the path of a weight that a module makes of parameters whenever it is called: pruned, or normalised."""
+    for name, module in block.named_modules():
+        made = getattr(module, "weight", None)
+        if isinstance(made, Tensor) and made.shape == weight.shape and torch.equal(made, weight):
+            return f"{name}.weight".lstrip(".")
+    return None
 
 
 def _packed_keys(packed: Mapping[str, Any], names: dict[int, str], inner: Tensor) -> tuple[KeySource, int, int]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltm_retrofit.errors import in_words
 from ltm_retrofit.finding.example import first_tensor, run, tensors_of
 from ltm_retrofit.finding.layouts import same_tokens
 from ltm_retrofit.finding.proofs import all_close, all_equal, close
@@ -57,14 +58,20 @@ def _candidates(walk: Walk) -> Sifted:
     """For each attention the smallest enclosing module that can be cut."""
     taken: dict[str, Candidate] = {}
     refused: list[Refused] = []
-    for attended in walk.recording.attended:
+    for number, attended in enumerate(walk.recording.attended):
         if taken.keys() & set(attended.around):
             continue  # a second attention of a block that is already cut: its back was proven token-wise with it
-        found = smallest(walk, attended)
+        if number in walk.views:
+            found: Candidate | Refused = Refused(attended.owner, f"{attended.owner}: {walk.views[number].reason}")
+        else:
+            found = smallest(walk, attended)
         if isinstance(found, Refused):
             refused.append(found)
         else:
             taken[found.name] = found
+    for number, views in walk.views.items():  # a later attention of a block that is cut
+        for name in taken.keys() & set(walk.recording.attended[number].around):
+            refused += _refuse([taken.pop(name)], views.reason)
     return list(taken.values()), refused
 
 
@@ -215,7 +222,7 @@ def _prove_rest(walk: Walk, candidates: list[Candidate], prefix: int) -> Sifted:
         return candidates, []
     kept: list[Candidate] = []
     refused: list[Refused] = []
-    for candidate in reversed(candidates):  # what comes after a block must hold before the block can
+    for place, candidate in reversed([*enumerate(candidates)]):  # what comes after a block must hold before it can
         pieces, reasons = [candidate.piece, *(other.piece for other in kept)], list[str]()
         for restored in modes:
             if reason := _refuse_rest(walk, pieces, prefix, restored):
@@ -227,6 +234,11 @@ def _prove_rest(walk: Walk, candidates: list[Candidate], prefix: int) -> Sifted:
         else:
             kind = type(candidate.module).__name__
             refused.append(Refused(candidate.name, f"{candidate.name} ({kind}): {reasons[0]}"))
+            if kept:  # it would not hand on what tokens carry
+                refused += _refuse(
+                    candidates[:place], f"tokens merged here would reach {candidate.name}, which is left out"
+                )
+                break
     return kept, refused
 
 
@@ -273,7 +285,7 @@ def _refuse_rest(walk: Walk, pieces: Sequence[Piece], prefix: int, restored: boo
     try:
         plain = dropping(False)
     except Exception as error:
-        return f"proof (c): the rest of the network does not accept fewer tokens: {error}"
+        return f"proof (c): the rest of the network does not accept fewer tokens: {in_words(error)}"
     if not all(_same_set(*pair) for pair in zip(plain, dropping(True), strict=True)):
         return "proof (c): the rest of the network depends on the order of the patch tokens"
     return ""

@@ -6,6 +6,7 @@ import importlib
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class Halves:
 class KeySource:
     """Where a block's keys come from, read off the gradient of the keys: features of one affine map of ``h``.
 
-    ``weight`` and ``bias`` are parameter paths below the block; ``bias`` is a constant tensor where no parameter is
+    ``weight`` and ``bias`` are paths below the block; ``bias`` is a constant tensor where no parameter is
     the bias, or None. ``features[head]`` are the map's output features that make the head's key.
     """
 
@@ -76,8 +77,8 @@ class KeySource:
 
     def mean_map(self, block: nn.Module) -> tuple[Tensor, Tensor | None]:
         """Return ``(W_m (d, D), b_m (d,) or None)``: the mean over heads of the block's present key map."""
-        weight = block.get_parameter(self.weight)
-        bias = block.get_parameter(self.bias) if isinstance(self.bias, str) else self.bias
+        weight: Tensor = attrgetter(self.weight)(block)  # a parameter, or made of some (pruned, normalised)
+        bias = attrgetter(self.bias)(block) if isinstance(self.bias, str) else self.bias
         features = self.features.to(weight.device)
         mean = weight[features].mean(dim=0)
         return mean, None if bias is None else bias.to(weight)[features].mean(dim=0)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.errors import CountError
+from ltm_retrofit.errors import CountError, in_words
 from ltm_retrofit.finding.example import Example, run, tensors_of
 from ltm_retrofit.finding.layouts import key_width, spatial_of, width_of
 from ltm_retrofit.finding.proofs import CONTAINERS
@@ -53,7 +53,7 @@ def find(walk: Walk) -> Found:
                 continue
             sites = {number: held[site.block] for number, site in points.items() if site.block in held}
             # the map that an attention reads is the last one that was put out before it, or around it
-            numbers = range(min(sites), len(walk.recording.attended))
+            numbers = [n for n in range(min(sites), len(walk.recording.attended)) if n not in walk.views]
             return Found({number: [sites[max(n for n in sites if n <= number)]] for number in numbers}, [])
     return Found({}, [refused])
 
@@ -204,7 +204,7 @@ def _hold(walk: Walk, points: list[GridSite]) -> dict[str, GridSite] | Refused:
         except CountError:
             raise
         except Exception as error:
-            reason = f"proof (c): it does not take a smaller grid: {type(error).__name__}: {error}"[:300]
+            reason = f"proof (c): it does not take a smaller grid: {type(error).__name__}: {in_words(error)}"[:300]
     if not costs:
         return Refused("", reason)
     kept = _sound(walk, points, min(costs))

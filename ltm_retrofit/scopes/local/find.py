@@ -20,6 +20,7 @@ from ltm_retrofit.scopes.local.site import (
     LocalSite,
     Number,
     SideInputs,
+    cell_within,
     choose_cell,
     names_of,
     side_tensors,
@@ -54,7 +55,8 @@ def find(walk: Walk) -> Found:
             continue
         reasons = [add(number, chain, beside, False) for chain in chains]
         if number not in sites:
-            refused.append(Refused(walk.recording.attended[number].owner, "; ".join(filter(None, reasons))))
+            why = "; ".join(filter(None, dict.fromkeys(reasons)))
+            refused.append(Refused(walk.recording.attended[number].owner, why))
     for number, link in find_mixers(walk).items():
         beside = _side_inputs(walk, number)
         if not walk.recording.attended[number].seen.padded and not isinstance(beside, Refused):
@@ -66,7 +68,7 @@ def _side_inputs(walk: Walk, number: int) -> SideInputs | Refused:
     """Return what an attention gets besides its tokens, unless that hides tokens of the example."""
     attended = walk.recording.attended[number]
     owner, call = attended.owner, walk.recording.attending[attended.owner][0]
-    if attended.seen.hides:
+    if attended.seen.hides and number not in walk.views:
         return Refused(owner, f"{owner}: {PADDED}")
     free: list[str] = []
     fixed: list[tuple[str, Number]] = []
@@ -99,6 +101,12 @@ def _site(
     assert grid is not None
     if prod(grid) < FEWEST:
         return Refused(owner, f"{name}: {prod(grid)} tokens leave nothing to merge")
+    cell, views = choose_cell(grid, dim), walk.views.get(number)
+    if views is not None:
+        fitting = cell_within(views.groups, layout, dim)
+        if fitting is None:
+            return Refused(owner, f"{owner}: {views.reason}")
+        layout, cell = fitting
     weight = _reading_weight(module, dim)
     if weight is None:
         return Refused(owner, f"{name} ({type(module).__name__}): no weight matrix of it reads the tokens")
@@ -124,7 +132,8 @@ def _site(
         macs=layout.sequences * each,
         chain=names,
         host=host,
-        cell=choose_cell(grid, dim),
+        cell=cell,
+        bound=views is not None,
         cost=(fixed, linear, square),
         width=width_of(last.call.shape_out, last.order),
         weight=weight,

@@ -45,6 +45,7 @@ class LocalForward(Interceptor):
         self.attention, self.watching = attention, MaskWatch(attention, site, self)
         self.keeper, self.first, self.last = host, first, last
         self.order, self.layout, self.cell, self.dim = site.layout.order, site.layout, site.cell, site.dim
+        self.bound = site.bound
 
     def put_in_place(self) -> None:
         """Intercept from now on."""
@@ -85,6 +86,12 @@ class LocalForward(Interceptor):
         assert planned is not None
         if count == layout.tokens and (len(spatial) != 2 or spatial == planned):
             return Cells(count, layout.prefix, layout.trail, planned, self.cell)
+        if self.bound:
+            raise UnsupportedBlock(
+                f"{self.name!r} was converted for {layout.tokens} tokens, of which its attention hides some from others, "
+                f"and was called with {count}: which may be merged is known of the planned size only. Convert with an "
+                "example of this size"
+            )
         patches = max(0, count - layout.prefix - layout.trail)
         side = round(patches**0.5)
         grid = (side, side) if side * side == patches else (1, patches)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.finding.example import named_tensors
-from ltm_retrofit.finding.sites import AttentionSite
+from ltm_retrofit.finding.sites import AttentionSite, TokenLayout
 
 Number = bool | int | float
 Grid = tuple[int, int]
@@ -52,6 +52,7 @@ class LocalSite(AttentionSite):
     weight: str
     mixes: bool = False
     side_inputs: SideInputs = field(default_factory=SideInputs)
+    bound: bool = False  # whether its cells were chosen by which tokens may know of each other, at this size
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -152,6 +153,26 @@ def choose_cell(grid: Grid, dim: int) -> Grid:
         return cell
     length = min(limit, grid[0] * grid[1])  # sizes that nothing divides: stretches of the sequence, as equal as can be
     return 1, -(-grid[0] * grid[1] // -(-grid[0] * grid[1] // length))
+
+
+def cell_within(groups: Tensor, layout: TokenLayout, dim: int) -> tuple[TokenLayout, Grid] | None:
+    """Choose a cell, and how its tokens are taken to lie, such that no cell holds tokens of two groups ``(N,)``.
+
+    None where there is none worth merging in.
+    """
+    patches = layout.tokens - layout.prefix - layout.trail
+    if len(groups) != layout.tokens or layout.grid is None:
+        return None
+    row = 1, patches
+    longest = max(FEWEST, choose_cell(row, dim)[1])
+    tried = [(layout.grid, choose_cell(layout.grid, dim))]
+    tried += [(row, (1, size)) for size in range(longest, FEWEST - 1, -1) if patches % size == 0]
+    for grid, cell in tried:
+        cells = Cells(layout.tokens, layout.prefix, layout.trail, grid, cell)
+        inside = cells.apart(groups.view(1, -1, 1))[1].squeeze(-1)
+        if bool((inside == inside[:, :1]).all()):
+            return replace(layout, grid=grid), cell
+    return None
 
 
 def _divisors(number: int) -> list[int]:
