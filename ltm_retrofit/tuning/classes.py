@@ -69,8 +69,8 @@ def classes_in(data: Data, split: str) -> list[str] | int:
     return len(seen)
 
 
-def check_same_classes(train: Data, test: Data) -> None:
-    """Check that a label means the same in two splits, as far as they say what it means.
+def check_same_classes(train: Data, test: Data, split: str = "training") -> None:
+    """Check that a label means the same in two splits, as far as they say what it means; ``split`` names the first.
 
     Raises:
         DataError: where their classes have other names.
@@ -79,7 +79,7 @@ def check_same_classes(train: Data, test: Data) -> None:
     if len(said) == 2 and said[0] != said[1]:
         first, other = ("numbers" if names is None else f"classes {names[:5]}" for names in said)
         raise DataError(
-            f"the training split has {first} and the test split {other}: one label would mean two things. Give both "
+            f"the {split} split has {first} and the test split {other}: one label would mean two things. Give both "
             "splits the same class folders"
         )
 

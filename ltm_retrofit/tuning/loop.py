@@ -130,8 +130,7 @@ class Run:
         say: Callable[[str], None] = print,
     ) -> None:
         self.model, self.accelerator, self.config = model, accelerator, config
-        self.validation = validation
-        self.say: Callable[[str], None] = say if accelerator.is_main_process else lambda line: None
+        self.validation, self.say = validation, say
         self.passes, self.folder, self.length = passes, folder, passes.length
         #: batches that make a step, in the memory that there is
         self.accumulate = config.accumulate * config.batch_size // passes.images
