@@ -45,7 +45,7 @@ def test_the_best_state_is_what_the_model_holds(settings, converted, monkeypatch
     model, said = converted("timm-vit"), list[str]()
     seen = scripted(monkeypatch, 50.0, 60.0, 70.0, 65.0)
     config = ltm.TrainConfig(**{**CONFIG.to_dict(), **settings})
-    history = ltm.finetune(model, batches(3), batches(1), config=config, say=said.append)
+    history = ltm.finetune(model, batches(1), batches(1), config=config, say=said.append)
     assert history.kept == 2 and history.before["val_accuracy"] == 50.0
     assert [entry["val_accuracy"] for entry in history.epochs] == [60.0, 70.0, 65.0]
     if settings != {"train": "lora"}:  # whose matrices are merged into the weights
@@ -55,8 +55,11 @@ def test_the_best_state_is_what_the_model_holds(settings, converted, monkeypatch
     assert said[-1] == "kept      epoch 2, the best one: 70.00 % of 1 validation images"
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema": 0.5}, {"train": "lora"}], ids=str)
-@pytest.mark.parametrize("case", ["converted", "original"])
+@pytest.mark.parametrize(
+    ("case", "settings"),
+    [("converted", {}), ("converted", {"train": "lora"}), ("original", {"ema": 0.5})],
+    ids=str,
+)
 def test_where_no_epoch_is_better_the_model_is_as_it_was_given(
     case: str, settings, converted, build, monkeypatch
 ) -> None:
@@ -64,7 +67,7 @@ def test_where_no_epoch_is_better_the_model_is_as_it_was_given(
     before = weights(model)
     scripted(monkeypatch, 50.0, 49.0, 50.0, 10.0)
     config = ltm.TrainConfig(**{**CONFIG.to_dict(), **settings})
-    history = ltm.finetune(model, batches(3), batches(1), config=config, say=said.append)
+    history = ltm.finetune(model, batches(1), batches(1), config=config, say=said.append)
     assert history.kept == 0 and equal(weights(model), before) and not was_finetuned(model)
     name = "the converted model" if case == "converted" else "the model as it was given"
     assert said[-1] == f"kept      {name}: no epoch was better, so it is what you get back"
@@ -115,10 +118,10 @@ def test_training_is_the_same_to_the_bit_with_and_without_validation(kind: str, 
     shuffled = DataLoader(TensorDataset(*batches(1, 14)[0]), batch_size=7, shuffle=True)  # draws of everyone's numbers
     val = pictures(14, seed=1) if kind == "table" else shuffled
     settings = {"mixup": 0.4, "cutmix": 0.4, "augment": "crop", "distill": 0.5, "held_out": 0.0}
-    config = ltm.TrainConfig(**{**CONFIG.to_dict(), **settings})
+    config = ltm.TrainConfig(**{**CONFIG.to_dict(), "epochs": 2, **settings})
     losses, states = [], []
     for name, given in (("with", val), ("without", None)):
-        train = pictures(28) if kind == "table" else DataLoader(shuffled.dataset, batch_size=7, shuffle=True)
+        train = pictures(21) if kind == "table" else DataLoader(shuffled.dataset, batch_size=7, shuffle=True)
         history = ltm.finetune(copy.deepcopy(model), train, given, config=config, checkpoints_to=tmp_path / name)
         losses.append(history.losses)
         states.append(checkpoints.read(tmp_path / name)["model"])
@@ -151,24 +154,28 @@ def press(times: int = 1) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("at", [2, 4, 6], ids=["within", "first-of-an-epoch", "end-of-an-epoch"])
-def test_ctrl_c_stops_behind_a_checkpoint_and_the_run_goes_on(at: int, converted, tmp_path, monkeypatch) -> None:
-    whole, broken, again, said = *(converted("timm-vit") for _ in range(3)), list[str]()
-    expected = ltm.finetune(whole, batches(3), batches(1), config=CONFIG)
-    before, step, calls = signal.getsignal(signal.SIGINT), Run.step, iter(range(1, 100))
+def test_ctrl_c_stops_behind_a_checkpoint_and_the_run_goes_on(converted, tmp_path, monkeypatch) -> None:
+    config = ltm.TrainConfig(**{**CONFIG.to_dict(), "epochs": 2})
+    whole, again, val = converted("timm-vit"), converted("timm-vit"), batches(1)
+    expected = ltm.finetune(whole, batches(2), val, config=config)
+    before, step, stops = signal.getsignal(signal.SIGINT), Run.step, [0, 1]  # within an epoch, and in its last step
 
     def pressed(run: Run) -> None:
-        if next(calls) == at:
+        if run.progress.step in stops:
+            stops.remove(run.progress.step)
             press()
         step(run)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "step", pressed)
-        ltm.finetune(broken, batches(3), batches(1), config=CONFIG, checkpoints_to=tmp_path, say=said.append)
-    assert "stopping  once a checkpoint is written; Ctrl-C again stops at once" in said
-    assert signal.getsignal(signal.SIGINT) is before
-    assert checkpoints.read(tmp_path)["progress"]["step"] == at
-    resumed = ltm.finetune(again, batches(3), batches(1), config=CONFIG, checkpoints_to=tmp_path, resume=True)
+    monkeypatch.setattr(Run, "step", pressed)
+    for done in (1, 2):
+        said: list[str] = []
+        with pytest.raises(KeyboardInterrupt):
+            model = converted("timm-vit")
+            ltm.finetune(model, batches(2), val, config=config, checkpoints_to=tmp_path, resume=True, say=said.append)
+        assert "stopping  once a checkpoint is written; Ctrl-C again stops at once" in said
+        assert signal.getsignal(signal.SIGINT) is before
+        assert checkpoints.read(tmp_path)["progress"]["step"] == done
+    resumed = ltm.finetune(again, batches(2), val, config=config, checkpoints_to=tmp_path, resume=True)
     assert resumed.losses == expected.losses and equal(weights(again), weights(whole))
 
 
@@ -210,10 +217,10 @@ def test_the_last_image_of_a_class_is_never_held_out(pictures) -> None:
 
 def test_without_validation_data_a_tenth_is_held_out_and_it_is_said(converted, pictures) -> None:
     said: list[str] = []
-    history = ltm.finetune(converted("timm-vit"), pictures(80), config=CONFIG, say=said.append)
-    assert said[0].startswith("no validation data: 8 of the 80 training images are held out for it")
-    assert len(history.losses) == 3 * 10 and history.before["val_images"] == 8 and history.kept is not None
-    whole = ltm.TrainConfig(**{**CONFIG.to_dict(), "held_out": 0.0})
-    history = ltm.finetune(converted("timm-vit"), pictures(80), config=whole, say=said.append)
-    assert len(history.losses) == 3 * 11 and history.kept is None and not history.before
+    model, one = converted("timm-vit", "slice"), {**CONFIG.to_dict(), "epochs": 1}
+    history = ltm.finetune(model, pictures(30), config=ltm.TrainConfig(**one), say=said.append)
+    assert said[0].startswith("no validation data: 3 of the 30 training images are held out for it")
+    assert len(history.losses) == 3 and history.before["val_images"] == 3 and history.kept is not None
+    history = ltm.finetune(model, pictures(30), config=ltm.TrainConfig(**{**one, "held_out": 0.0}), say=said.append)
+    assert len(history.losses) == 4 and history.kept is None and not history.before
     assert said[-1] == "kept      the last state: there was nothing to validate it on"
