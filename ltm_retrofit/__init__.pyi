@@ -35,10 +35,10 @@ from .tracing import bound_loss as bound_loss
 from .tracing import learn_from as learn_from
 from .tracing import trace as trace
 from .tuning.classes import evaluate as evaluate
+from .tuning.images import load_images as load_images
 from .tuning.loop import History as History
 from .tuning.settings import TrainConfig as TrainConfig
 from .tuning.sources import load_digits as load_digits
-from .tuning.sources import load_images as load_images
 from .tuning.train import finetune as finetune
 
 __version__: str

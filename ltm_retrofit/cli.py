@@ -6,11 +6,13 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status: 0, or 2 where the input was at fault."""
+    """Run a command; return the exit status: 0, 2 where the input was at fault, or 130 where Ctrl-C ended it."""
     arguments = parser().parse_args(argv)
     _be_quiet()
     try:
@@ -138,7 +140,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"interrupted{_how_to_go_on(arguments, sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
+        return 130
     return 0
+
+
+def _how_to_go_on(arguments: argparse.Namespace, given: Sequence[str]) -> str:
+    """Say it of a command that can: the same one again, with ``--resume``."""
+    if not hasattr(arguments, "resume"):
+        return ""
+    again = [*given, *["--resume"] * (not arguments.resume)]
+    return f": `ltm-retrofit {shlex.join(again)}` goes on where it was"
 
 
 def _be_quiet() -> None:
@@ -266,7 +279,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _asked(arguments: argparse.Namespace) -> tuple[Any, LTMConfig, Any]:
     """Return the model, what is asked for, and the images to choose by, if any."""
-    from ltm_retrofit.tuning.sources import load_images
+    from ltm_retrofit.tuning.images import load_images
 
     if arguments.flops is None and arguments.tokens is None and arguments.latency is None:
         arguments.flops = 0.7
@@ -303,29 +316,36 @@ def _finetune(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.converted.record import is_retrofitted
     from ltm_retrofit.reporting.report import measure
     from ltm_retrofit.saving.save import CONFIG, save_pretrained
-    from ltm_retrofit.tuning.checkpoints import checkpoints_beside
+    from ltm_retrofit.tuning.checkpoints import checkpoints_beside, exists
     from ltm_retrofit.tuning.classes import check_data, check_same_classes, count_classes
     from ltm_retrofit.tuning.processes import is_main
     from ltm_retrofit.tuning.settings import TrainConfig
-    from ltm_retrofit.tuning.sources import DataSection, load_split
+    from ltm_retrofit.tuning.sources import DataSection, load_split, load_validation
     from ltm_retrofit.tuning.train import finetune
 
-    check_ours(arguments.out, CONFIG, overwrite=arguments.overwrite)
+    kept = checkpoints_beside(arguments.out, arguments.resume)
+    # a run that was interrupted while it was tested has written its model
+    overwrite = arguments.overwrite or exists(kept)
+    check_ours(arguments.out, CONFIG, overwrite=overwrite)
     config = _settings(TrainConfig, arguments)
     model = _load(arguments)
     if not is_retrofitted(model):
         raise NotRetrofitted(f"{arguments.model} is not converted: run `ltm-retrofit convert` on it first")
     _say_input(arguments, model)
     section = DataSection(name=arguments.data)
-    kept = checkpoints_beside(arguments.out, arguments.resume)
     train, test = (load_split(section, split) for split in (section.train_split, section.test_split))
     check_same_classes(train, test)
     check_data(model, test, "test", count_classes(model))
-    history = finetune(model, train, config=config, checkpoints_to=kept, resume=True)
+    if (val := load_validation(section)) is not None:
+        check_same_classes(val, test, "validation")
+    say = partial(_say, arguments)
+    history = finetune(model, train, val, config=config, checkpoints_to=kept, resume=True, say=say)
     if not is_main():
         return
+    save_pretrained(model, arguments.out, overwrite=overwrite)  # before what else may fail or be interrupted
+    say(f"testing   on {len(test)} test images, which nothing was chosen by")
     report = measure(model, data=test, batches=())
-    save_pretrained(model, arguments.out, overwrite=arguments.overwrite, report=report)
+    save_pretrained(model, arguments.out, overwrite=True, report=report)
     shutil.rmtree(kept)
     values = {**report.to_dict(), "history": history.to_dict()}
     _show(arguments, f"{report}\n\n{history}\nwritten to {arguments.out}/", values)

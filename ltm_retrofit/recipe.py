@@ -31,7 +31,7 @@ from ltm_retrofit.tuning.checkpoints import checkpoints_beside
 from ltm_retrofit.tuning.classes import check_same_classes, classes_in, evaluate, set_classes
 from ltm_retrofit.tuning.processes import is_main
 from ltm_retrofit.tuning.settings import TrainConfig
-from ltm_retrofit.tuning.sources import DataSection, load_split
+from ltm_retrofit.tuning.sources import DataSection, load_split, load_validation
 from ltm_retrofit.tuning.train import finetune
 from ltm_retrofit.undisturbed import undisturbed
 
@@ -131,29 +131,29 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     say(f"model    {recipe.model.name}: {origin}")
     if (size := recipe.model.image_size) is not None:
         ask_size(model, size if isinstance(size, tuple) else (size, size))
-    train, test = _prepare(model, recipe, say)
+    train, val, test = _prepare(model, recipe, say)
     original = copy.deepcopy(model)
-
-    accuracies = {"original": evaluate(model, test)}
     retrofit(model, recipe.ltm)
     plan = get_plan(model)
     say(f"plan     {len(plan.rows)} sites, {plan.macs / plan.macs_original:.1%} of the MACs\n{plan}")
-    accuracies["converted"] = evaluate(model, test)
+    arms = {"original": original, "converted": copy.deepcopy(model), "finetuned": model}
     others = not recipe.train.train.startswith("masks")  # what has no mask cannot be tuned in the same way
-    say("tuning   the converted model" + ", the original and a sliced one, each in the same way" * others)
-    tune = partial(finetune, train=train, config=recipe.train, resume=True)  # where there is something to resume
+    say("tuning   the converted model" + "; then the original and a sliced one, each in the same way" * others)
+    # resume: where there is something to
+    tune = partial(finetune, train=train, val=val, config=recipe.train, resume=True, say=indented(say))
     history = tune(model, checkpoints_to=kept / "converted")
     say(f"         {history}")
-    accuracies["finetuned"] = evaluate(model, test)
     if others:
-        control = copy.deepcopy(original)
+        arms["original_finetuned"] = control = copy.deepcopy(original)
+        say("tuning   the original")
         tune(control, checkpoints_to=kept / "original")
-        accuracies["original_finetuned"] = evaluate(control, test)
     merges = any(row.action == "merge" for row in plan.rows)  # else the plan is the exact slice, which loses nothing
     if others and merges:
-        sliced = retrofit(copy.deepcopy(original), sliced_config(plan))
+        arms["sliced_finetuned"] = sliced = retrofit(copy.deepcopy(original), sliced_config(plan))
+        say("tuning   the sliced one")
         tune(sliced, checkpoints_to=kept / "sliced")
-        accuracies["sliced_finetuned"] = evaluate(sliced, test)
+    say(f"testing  all {len(arms)} on {len(test)} test images, which nothing was chosen by")
+    accuracies = {name: evaluate(arm, test) for name, arm in arms.items()}
     say("timing   original and converted, in alternation")
     report = measure(model).with_accuracy(**accuracies)
     report = replace(report, extra={"recipe": recipe.to_dict(), "history": history.to_dict(), "test_images": len(test)})
@@ -169,16 +169,28 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     return report
 
 
-def _prepare(model: nn.Module, recipe: Recipe, say: Callable[[str], None]) -> tuple[Any, Any]:
-    """Read training and test images, and give the model a classifier of their classes."""
+def indented(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return what says a line as a part of the latest stage."""
+    return lambda line: say(f"         {line}")
+
+
+def _prepare(model: nn.Module, recipe: Recipe, say: Callable[[str], None]) -> tuple[Any, Any, Any]:
+    """Read training, validation and test images, and give the model a classifier of their classes.
+
+    Validation images are None where the data have none apart.
+    """
     data = recipe.data
     train, test = load_split(data, data.train_split), load_split(data, data.test_split)
+    val = load_validation(data)
     known = train if data.labelled and not data.streaming else test
     names = classes_in(known, "training" if known is train else "test")
     classes = names if isinstance(names, int) else len(names)
     check_same_classes(train, test)
+    if val is not None:
+        check_same_classes(val, test, "validation")
     many = "a stream of" if data.streaming else len(train)
-    say(f"data     {data.name}: {many} training and {len(test)} test images, {classes} classes")
+    between = "" if val is None else f", {len(val)} validation"
+    say(f"data     {data.name}: {many} training{between} and {len(test)} test images, {classes} classes")
     new = set_classes(model, names)
     if new == "by name":
         say(f"classes  {classes}, found by name: the pretrained classifier keeps their rows")
@@ -189,7 +201,7 @@ def _prepare(model: nn.Module, recipe: Recipe, say: Callable[[str], None]) -> tu
                 "no new classifier can be learned: take a model that knows these classes, or labelled: true"
             )
         say(f"classes  {classes}: the pretrained classifier has another number, so a new one starts untrained")
-    return train, test
+    return train, val, test
 
 
 def _write(model: nn.Module, recipe: Recipe, report: Report, pictures: list[Any], out: Path) -> Report:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,12 +17,14 @@ import numpy as np
 import pytest
 import timm
 import transformers
+from pieces import equal, interrupt, weights
 from PIL import Image
 
 import ltm_retrofit as ltm
 from ltm_retrofit import cli
 from ltm_retrofit.cli import main
 from ltm_retrofit.converted.record import was_finetuned
+from ltm_retrofit.tuning.loop import Run
 
 COMMANDS = ("inspect", "convert", "finetune", "report", "run")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
@@ -45,7 +49,7 @@ def folder(tmp_path: Path, build: Callable) -> Path:
 @pytest.fixture
 def colours(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
-    for split, count in (("train", 10), ("test", 3)):
+    for split, count in (("train", 10), ("validation", 2), ("test", 3)):
         for index, name in enumerate(("red", "green", "blue")):
             (tmp_path / "data" / split / name).mkdir(parents=True)
             for number in range(count):
@@ -276,6 +280,7 @@ def test_convert_finetune_report(folder: Path, colours: Path, tmp_path: Path, ca
     assert cli.main(["finetune", str(made), *options, "--out", str(tuned), "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert len(values["history"]["losses"]) == 12 and values["history"]["losses"][-1] < values["history"]["losses"][0]
+    assert values["history"]["before"]["val_images"] == 6 and values["history"]["kept"] > 0
     assert values["accuracy"]["finetuned"] is not None and values["accuracy"]["converted"] is None
     assert was_finetuned(ltm.from_pretrained(tuned))
 
@@ -283,6 +288,47 @@ def test_convert_finetune_report(folder: Path, colours: Path, tmp_path: Path, ca
     report = json.loads(capsys.readouterr().out)
     assert report["accuracy"] == values["accuracy"]
     assert report["macs"]["converted"] == plan.macs and set(report["latency_ms"]["converted"]) == {"1"}
+
+
+def test_where_tuning_makes_nothing_better_the_converted_model_comes_out(
+    folder: Path, colours: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    made, tuned = tmp_path / "made", tmp_path / "tuned"
+    assert cli.main(["convert", str(folder), "--flops", "0.75", "--out", str(made)]) == 0
+    shutil.rmtree(colours / "validation")
+    found = {"val_images": 3, "val_accuracy": 50.0, "val_loss": 1.0}
+    monkeypatch.setattr("ltm_retrofit.tuning.validation.Validation.measure", lambda *_: found)
+    assert cli.main(["finetune", str(made), "--data", str(colours), "--batch-size", "9", "--out", str(tuned)]) == 0
+    shown = capsys.readouterr().out
+    assert "3 of the 30 training images are held out" in shown
+    assert "the converted model: no epoch was better, so it is what you get back" in shown
+    one, other = (ltm.from_pretrained(path) for path in (made, tuned))
+    assert not was_finetuned(other) and equal(weights(one), weights(other))
+
+
+def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(
+    folder: Path, colours: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    made, tuned = tmp_path / "made", tmp_path / "a model"
+    assert cli.main(["convert", str(folder), "--flops", "0.75", "--out", str(made)]) == 0
+    command = ["finetune", str(made), "--data", str(colours), "--batch-size", "10", "--out", str(tuned)]
+    step = Run.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", lambda run: (os.kill(os.getpid(), signal.SIGINT), step(run)))
+        capsys.readouterr()
+        assert cli.main(command) == 130
+    *_, line = capsys.readouterr().err.splitlines()
+    again = shlex.join(["ltm-retrofit", *command, "--resume"])
+    assert line == f"interrupted: `{again}` goes on where it was"
+    with monkeypatch.context() as patch:  # once the model is written, and before it is tested
+        patch.setattr("ltm_retrofit.reporting.report.measure", interrupt)
+        assert cli.main(shlex.split(again)[1:]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == line and tuned.is_dir()
+    assert cli.main(shlex.split(again)[1:]) == 0
+    assert not (tmp_path / ".a model.checkpoints").exists()
+    monkeypatch.setitem(cli.COMMANDS, "inspect", interrupt)
+    assert cli.main(["inspect", "anything"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_convert_by_tokens_method_and_sites(folder: Path, tmp_path: Path, capsys) -> None:

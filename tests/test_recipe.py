@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from ltm_retrofit.recipe import (
     ModelSection,
     Recipe,
     load_split,
+    load_validation,
     run_recipe,
     sliced_config,
 )
@@ -199,6 +201,27 @@ def test_parquet_folders_columns_and_limit(tmp_path: Path, pictures) -> None:
         load_split(DataSection(str(tmp_path)), "train")
     with pytest.raises(DataError, match=r"neither valid\*\.parquet nor valid/CLASS/IMAGE files"):
         load_split(dataclasses.replace(section, train_split="valid"), "valid")
+
+
+def test_validation_images_are_those_that_the_data_has_or_that_were_named(tmp_path: Path, class_folders: Path) -> None:
+    section = DataSection(str(class_folders))
+    assert load_validation(section) is None
+    shutil.copytree(class_folders / "test", class_folders / "val")
+    (class_folders / "val" / "red" / "train_0.png").unlink()
+    assert (
+        len(load_validation(section)) == 5 and load_validation(dataclasses.replace(section, test_split="val")) is None
+    )
+    assert load_validation(dataclasses.replace(section, labelled=False)).column_names == ["image"]
+    assert len(load_validation(dataclasses.replace(section, train_split="val", validation_split="train"))) == 18
+    with pytest.raises(DataError, match=r"neither dev\*\.parquet nor dev/CLASS/IMAGE files"):
+        load_validation(dataclasses.replace(section, validation_split="dev"))
+    with pytest.raises(
+        RecipeError, match="test_split and validation_split are both 'test': take other images for each"
+    ):
+        DataSection(str(class_folders), validation_split="test")
+    assert len(load_validation(DataSection(test_per_digit=1))) == 180, "digits that no training and no test saw"
+    with pytest.raises(DataError, match="cannot ask for the splits of data 'nobody/nothing_here'"):
+        load_validation(DataSection("nobody/nothing_here"))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "folders"])
@@ -386,6 +409,29 @@ def test_a_whole_run_and_a_second_over_it(family: str, classes: int, folder_of, 
         again = run_recipe(recipe, out, say=said.append)
         assert (out / "report.md").read_text() == again.to_markdown()
         assert again.accuracy == found.accuracy and again.extra["history"]["losses"] == values["history"]["losses"]
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_test_images_are_read_when_all_is_tuned_and_each_tuning_is_validated(folder_of, tmp_path, monkeypatch) -> None:
+    called: list[str] = []
+    judge, tune = recipes.evaluate, recipes.finetune
+
+    def evaluate(model, data):
+        called.append(f"tested on {len(data)}")
+        return judge(model, data)
+
+    def finetune(model, train, val, **settings):
+        called.append(f"tuned by {len(val)}")
+        return tune(model, train, val, **settings)
+
+    monkeypatch.setattr(recipes, "evaluate", evaluate)
+    monkeypatch.setattr(recipes, "finetune", finetune)
+    said: list[str] = []
+    recipe = tiny(folder_of("timm-vit", 10))
+    run_recipe(recipe, tmp_path / "run", say=said.append)
+    assert called == ["tuned by 40"] * 3 + ["tested on 30"] * 5
+    assert any("40 training, 40 validation and 30 test images" in line for line in said)
+    assert sum("before    " in line for line in said) == sum("kept      " in line for line in said) == 3
 
 
 @pytest.mark.usefixtures("few_digits")

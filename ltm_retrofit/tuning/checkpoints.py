@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from ltm_retrofit.tuning.settings import TrainConfig
 NAME = "checkpoint.safetensors"
 #: the one before, until the weights of the latest have given a finite loss
 BEFORE = "before.safetensors"
-FORMAT = 4
+FORMAT = 5
 #: entries above which a list of floats is kept as a tensor: the text of a file has room for some millions
 LONG = 64
 #: settings that a run may change when it goes on
@@ -184,6 +186,36 @@ def own_random_state(seed: int) -> Iterator[None]:
         yield
     finally:
         set_random_state(before)
+
+
+@contextmanager
+def asked_to_stop(say: Callable[[str], None], wanted: bool = True) -> Iterator[Callable[[], bool]]:
+    """Make of the first Ctrl-C something that can be asked for, while inside: the next checkpoint is a place to stop.
+
+    A second one stops at once. Outside of the main thread, or where it is not wanted, Ctrl-C is what it always was.
+
+    Raises:
+        KeyboardInterrupt: where anything fails after the first one, as the loader's workers do, which hear it too.
+    """
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        asked.append(number)
+        say("stopping  once a checkpoint is written; Ctrl-C again stops at once")
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(asked)
+    except Exception as error:
+        if asked:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def checkpoints_beside(out: Path, resume: bool) -> Path:

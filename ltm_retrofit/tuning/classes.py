@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,8 +69,8 @@ def classes_in(data: Data, split: str) -> list[str] | int:
     return len(seen)
 
 
-def check_same_classes(train: Data, test: Data) -> None:
-    """Check that a label means the same in two splits, as far as they say what it means.
+def check_same_classes(train: Data, test: Data, split: str = "training") -> None:
+    """Check that a label means the same in two splits, as far as they say what it means; ``split`` names the first.
 
     Raises:
         DataError: where their classes have other names.
@@ -79,7 +79,7 @@ def check_same_classes(train: Data, test: Data) -> None:
     if len(said) == 2 and said[0] != said[1]:
         first, other = ("numbers" if names is None else f"classes {names[:5]}" for names in said)
         raise DataError(
-            f"the training split has {first} and the test split {other}: one label would mean two things. Give both "
+            f"the {split} split has {first} and the test split {other}: one label would mean two things. Give both "
             "splits the same class folders"
         )
 
@@ -364,32 +364,64 @@ def predictions(
         DataError: where there is no image, or labels do not fit the model's classes.
         TrainingError: where the model puts out no logits.
     """
-    guesses, truths = [], []
+    class_of = check_data(model, data, "evaluation", count_classes(model)) if is_table(data) else None
+
+    def judge(logits: Tensor, targets: Tensor | None, inputs: Any) -> Tensor:
+        assert targets is not None
+        return torch.stack([logits.argmax(dim=-1), targets.argmax(dim=-1)], dim=1)
+
+    guesses, truths = judged(model, data, judge, batch_size, accelerator, class_of).unbind(dim=1)
+    return guesses, truths
+
+
+@torch.no_grad()
+def judged(
+    model: nn.Module,
+    data: Data,
+    judge: Callable[[Tensor, Tensor | None, Any], Tensor],
+    batch_size: int = 128,
+    accelerator: Accelerator | None = None,
+    class_of: Sequence[int] | None = None,
+    *,
+    labelled: bool = True,
+) -> Tensor:
+    """Return a judgement ``(n, …)`` of a model's answer to each image, in the data's order, in eval mode.
+
+    Args:
+        model: any classifier.
+        data: a data set whose labels were checked, or a loader.
+        judge: from logits ``(b, C)``, soft labels ``(b, C)`` or None, and the inputs of a batch, to ``(b, …)``.
+        batch_size: images at once, of a data set.
+        accelerator: of several processes, which share the data and all return the whole.
+        class_of: the model's class of each label, where they differ.
+        labelled: whether there have to be labels.
+
+    Raises:
+        DataError: where there is no image, or labels do not fit the model's classes.
+        TrainingError: where the model puts out no logits.
+    """
+    found: list[Tensor] = []
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        classes = count_classes(model) if is_table(data) else 0  # of a loader, what the first logits say
-        class_of = check_data(model, data, "evaluation", classes) if is_table(data) else None
+        classes = 0  # what the first logits say
         # no image to evaluate on may be missing
         config = TrainConfig(batch_size=batch_size, unreadable=0.0)
         loader = make_loader(model, data, config, shuffle=False, class_of=class_of)
         shared: Accelerator | None = None
         if accelerator is not None and accelerator.num_processes > 1 and isinstance(loader, DataLoader):
             shared, loader = accelerator, accelerator.prepare_data_loader(loader)
-        for inputs, labels in tqdm(batches_on(loader, home(model)[0]), desc="evaluate", leave=False, disable=None):
-            assert labels is not None
+        drawn = batches_on(loader, home(model)[0], labelled=labelled)
+        for inputs, labels in tqdm(drawn, desc="evaluate", leave=False, disable=None):
             logits = logits_of(run(model, inputs))
             classes = classes or _width(model, logits, inputs)
             if logits is None or not classes:
                 raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier")
-            seen = logits.argmax(dim=-1), soft_targets(labels, classes).argmax(dim=-1)
-            if shared is not None:
-                seen = shared.gather_for_metrics(seen)
-            guesses.append(seen[0].cpu())
-            truths.append(seen[1].cpu())
+            seen = judge(logits, None if labels is None else soft_targets(labels, classes), inputs)
+            found.append((seen if shared is None else shared.gather_for_metrics(seen)).cpu())
     finally:
         for module, flag in flags.items():
             module.training = flag
-    if not guesses:
+    if not found:
         raise DataError("there is no image to evaluate on")
-    return torch.cat(guesses), torch.cat(truths)
+    return torch.cat(found)

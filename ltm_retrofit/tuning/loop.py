@@ -6,9 +6,10 @@ Over 400 lines: whatever a step changes, a checkpoint has to hold, and a bad los
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,17 +19,17 @@ from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ltm_retrofit.converted.record import learns, load_state, mark_finetuned, masks_of
+from ltm_retrofit.converted.record import is_retrofitted, learns, load_state, mark_finetuned, masks_of
 from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.merging.statistics import SAMPLES_PER_CLUSTER, Statistics
 from ltm_retrofit.merging.tokens import Mask
 from ltm_retrofit.tuning import checkpoints
-from ltm_retrofit.tuning.classes import evaluate
-from ltm_retrofit.tuning.data import Data, Images, Passes, Stream, batches_on, is_table, size_of
+from ltm_retrofit.tuning.data import Images, Passes, Stream, batches_on, size_of
 from ltm_retrofit.tuning.objective import SAMPLES, Objective, terms_of
 from ltm_retrofit.tuning.parameters import make_optimizer, make_schedule
-from ltm_retrofit.tuning.processes import Accelerator, of_every_process, with_memory_for
+from ltm_retrofit.tuning.processes import Accelerator, of_every_process
 from ltm_retrofit.tuning.settings import TrainConfig
+from ltm_retrofit.tuning.validation import Found, Validation, in_words, rank
 
 #: steps between two copies of the weights that a non-finite loss falls back to, of which it loses that many at most
 KEEP_EVERY = 20
@@ -48,14 +49,20 @@ class History:
 
     Args:
         epochs: of each, ``loss`` and its terms (means over the batches; the bound's over those that had one), ``lr``,
-            ``val_accuracy``, ``images_per_second``, ``seconds`` and how many of them ``waiting`` for the loader,
+            ``images_per_second``, ``seconds`` and how many of them ``waiting`` for the loader,
             ``unreadable`` images, what the masks of ``sites`` have learned, and, where the bound has statistics,
-            ``ib``, ``i_input``, ``i_label`` in nats with their ``perplexity`` and ``beta``.
+            ``ib``, ``i_input``, ``i_label`` in nats with their ``perplexity`` and ``beta``. What validation found is
+            there, too: ``val_accuracy`` (None without labels) and all else that `Validation.measure` returns.
         losses: of each batch.
+        before: what validation found before the first step; empty where there was none.
+        kept: the epoch whose state the model holds, the best one by validation; 0 is the model as it was given, None
+            the last state, where nothing was validated.
     """
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    before: dict[str, Any] = field(default_factory=dict)
+    kept: int | None = None
 
     def __str__(self) -> str:
         """Say how fast it went, and whether the loader kept up."""
@@ -64,8 +71,9 @@ class History:
         seconds, waiting = (sum(entry[key] for entry in self.epochs) for key in ("seconds", "waiting"))
         images = sum(entry["images_per_second"] * entry["seconds"] for entry in self.epochs)
         missing = self.epochs[-1]["unreadable"]
+        speed = images / seconds
         return (
-            f"{images / seconds:.0f} images/s, {waiting / seconds:.0%} of the time waiting for the loader"
+            f"{speed:.{0 if speed >= 10 else 1}f} images/s, {waiting / seconds:.0%} of the time waiting for the loader"
             + f"; {missing} images could not be read" * bool(missing)
         )
 
@@ -102,6 +110,8 @@ class Run:
         classes: C.
         passes: through the training data.
         folder: of checkpoints, or None.
+        validation: what the best state is chosen by, or None.
+        say: receives a line for what validation finds.
 
     Raises:
         CheckpointError: from `load_state`, where the checkpoint is of another run.
@@ -116,8 +126,11 @@ class Run:
         classes: int,
         passes: Passes,
         folder: Path | None,
+        validation: Validation | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.model, self.accelerator, self.config = model, accelerator, config
+        self.validation, self.say = validation, say
         self.passes, self.folder, self.length = passes, folder, passes.length
         #: batches that make a step, in the memory that there is
         self.accumulate = config.accumulate * config.batch_size // passes.images
@@ -131,6 +144,7 @@ class Run:
         self.wrapped, self.optimizer, self.schedule = accelerator.prepare(model, optimizer, schedule)
         self.ema = ModelEmaV3(model, decay=config.ema, exclude_buffers=True) if config.ema else None
         self.progress, self.history = Progress(), History()
+        self.best: dict[str, Tensor] = {}  # of the epoch that `history.kept` names; on the CPU
         self.good: dict[str, Tensor] = {}
         self.good_step = 0
         self.unproven = False  # whether no loss has been seen yet of the latest checkpoint's weights
@@ -148,20 +162,32 @@ class Run:
         given: dict[str, Any] = {"images": self.length * passes.images, "data": passes.digest()}
         terms = [[term.name, term.weight, term.after] for term in terms_of(config)]
         given |= {"processes": self.accelerator.num_processes, "terms": terms}
+        given["validation"] = None if self.validation is None else self.validation.digest()
         if isinstance(passes.data, Stream):
             given["workers"] = config.workers  # they share out its files
         return checkpoints.beginning_of(self.model, config, **given)
 
     # ------------------------------------------------------------------------------------------------- the run
 
-    def go(self, val: Data | None) -> History:
-        """Train to the end from wherever the progress is."""
+    def go(self) -> History:
+        """Train to the end from wherever the progress is; the model then holds the best state by validation.
+
+        Where that is the model as it was given (`History.kept` is 0), it is the caller who has it.
+        """
         self.keep_good()
-        while self.progress.epoch < self.config.epochs:
-            self.train_epoch()
-            self.finish_epoch(val)
-            if self.folder is not None:
-                self.keep()
+        if self.validation is not None and not self.history.before:
+            self.history.before, self.history.kept = self.validate(), 0
+            self.say(f"before    {in_words(self.history.before)}")
+        # of several processes, each would stop at a step of its own
+        stops = self.folder is not None and self.accelerator.num_processes == 1
+        with self.bar() as bar, checkpoints.asked_to_stop(self.say, stops) as asked:
+            while self.progress.epoch < self.config.epochs:
+                self.train_epoch(bar, asked)
+                self.finish_epoch()
+                if self.folder is not None:
+                    self.keep()
+                if asked():
+                    raise KeyboardInterrupt
         if self.folder is not None and self.accelerator.is_main_process:
             checkpoints.settle(self.folder)
         if self.objective.statistics is not None and not self.progress.joined:
@@ -172,37 +198,61 @@ class Run:
                 f"{self.total} steps. More images or epochs bring it in, bound='none' leaves it out",
                 stacklevel=2,
             )
-        if self.ema is not None:
+        if self.best:
+            load_state(self.model, self.best)
+        elif self.ema is not None:
             with torch.no_grad():
                 for parameter, mean in zip(self.model.parameters(), self.ema.module.parameters(), strict=True):
                     parameter.copy_(mean)
+        self.say(self.outcome())
         return self.history
 
-    def train_epoch(self) -> None:
-        """Learn from the batches of an epoch that are not done."""
+    def outcome(self) -> str:
+        """Say which state the model holds, and how good it is."""
+        kept, history = self.history.kept, self.history
+        if kept is None:
+            return "kept      the last state: there was nothing to validate it on"
+        if not kept:
+            given = "the converted model" if is_retrofitted(self.model) else "the model as it was given"
+            return f"kept      {given}: no epoch was better, so it is what you get back"
+        return f"kept      epoch {kept}, the best one: {in_words(history.epochs[kept - 1])}"
+
+    def bar(self) -> Any:
+        """Return a progress bar of the whole run: images, rate, time left. A log gets a line every half a minute."""
+        seconds = 0.1 if sys.stderr.isatty() else 30.0
+        return tqdm(
+            total=self.config.epochs * self.length * self.passes.images,
+            initial=(self.progress.epoch * self.length + self.progress.batch) * self.passes.images,
+            unit=" images",
+            delay=min(seconds, 1.0) if sys.stderr.isatty() else seconds,
+            mininterval=seconds,
+            maxinterval=max(10.0, seconds),
+            leave=False,
+            disable=not self.accelerator.is_local_main_process,
+        )
+
+    def train_epoch(self, bar: Any, asked: Callable[[], bool]) -> None:
+        """Learn from the batches of an epoch that are not done; stops between two steps where it is asked to."""
         progress = self.progress
         self.train_mode()
-        bar = tqdm(
-            total=self.length,
-            initial=progress.batch,
-            desc=f"epoch {progress.epoch + 1}/{self.config.epochs}",
-            leave=False,
-            disable=None if self.accelerator.is_local_main_process else True,
-        )
+        bar.set_description(f"epoch {progress.epoch + 1}/{self.config.epochs}", refresh=False)
         drawn = self.passes.draw(progress.batch)
-        with bar, self.objective.information.listening():
+        with self.objective.information.listening():
             clock = time.perf_counter()
             for inputs, labels in batches_on(drawn, self.accelerator.device, labelled=not self.config.distill):
                 came = time.perf_counter()
                 losses = self.train_batch(inputs, labels)
                 self._add("waiting", came - clock)
                 self._add("seconds", time.perf_counter() - clock)
-                bar.update()
-                bar.set_postfix(loss=f"{losses['loss']:.3f}")
+                bar.set_postfix(loss=f"{losses['loss']:.3f}", refresh=False)
+                bar.update(self.passes.images)
                 # between two steps, and not at the end, where there is a checkpoint anyway
                 whole = progress.batch % self.accumulate == 0 and progress.batch < self.length
-                if self.folder is not None and whole and progress.step % self.config.checkpoint_every == 0:
-                    self.keep()
+                if self.folder is not None and whole:
+                    if (stop := asked()) or progress.step % self.config.checkpoint_every == 0:
+                        self.keep()
+                    if stop:
+                        raise KeyboardInterrupt
                 clock = time.perf_counter()
 
     def train_mode(self) -> None:
@@ -286,8 +336,8 @@ class Run:
             for theirs, ours in zip(self.ema.module.buffers(), self.model.buffers(), strict=True):
                 theirs.copy_(ours)
 
-    def finish_epoch(self, val: Data | None) -> None:
-        """Note what the epoch brought, and what is known of the feature."""
+    def finish_epoch(self) -> None:
+        """Note what the epoch brought, what is known of the feature, and whether this is the best state so far."""
         clock = time.perf_counter()
         known = self.objective.information.estimate()  # with the statistics that the epoch ended with
         self.refresh()
@@ -301,34 +351,36 @@ class Run:
             **sums,
             **known,
             "lr": self.schedule.get_last_lr()[0],
-            "val_accuracy": None if val is None else self.validate(val),
+            "val_accuracy": None,
+            **({} if self.validation is None else self.validate()),
             "images_per_second": images / sums["seconds"],
             "unreadable": len(set().union(*damaged)),
             "sites": self.sites(),
         }
         self.history.epochs.append(entry)
+        if self.validation is not None:
+            self.say(f"epoch {entry['epoch']}/{self.config.epochs}  loss {entry['loss']:.4f}  {in_words(entry)}")
+            self.keep_best(entry)
         progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, {}
 
-    def validate(self, val: Data) -> float:
-        """Return the accuracy on validation data, which the processes share; in smaller batches where memory ends.
+    def validate(self) -> Found:
+        """Return what validation finds of the model as it is, or of the average of its weights."""
+        assert self.validation is not None
+        teach = (lambda inputs: self.objective.teach(inputs)[0]) if self.config.distill else None
+        return self.validation.measure(self.judged(), self.accelerator, teach)
 
-        Raises:
-            TrainingError: where one image is too much, or where the batches are not this process's to choose.
-        """
-        model = self.model if self.ema is None else self.ema.module
+    def judged(self) -> nn.Module:
+        """Return the model that the run is about: the average of its weights, where there is one."""
+        return self.model if self.ema is None else self.ema.module
 
-        def fewer(images: int) -> int:
-            if not is_table(val):
-                raise TrainingError(
-                    "a batch of the validation loader does not fit into memory: pass one of smaller batches"
-                )
-            if self.accelerator.num_processes > 1 or images == 1:
-                raise TrainingError(f"a batch of {images} validation images does not fit into memory")
-            return images // 2
-
-        return with_memory_for(
-            self.config.batch_size, lambda images: evaluate(model, val, images, self.accelerator), fewer
-        )
+    def keep_best(self, entry: Mapping[str, Any]) -> None:
+        """Copy the state of this epoch where validation never found a better one."""
+        history = self.history
+        best = history.epochs[history.kept - 1] if history.kept else history.before
+        if rank(entry) > rank(best):
+            history.kept = entry["epoch"]
+            state = self.judged().state_dict()
+            self.best = {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
 
     def sites(self) -> dict[str, dict[str, float]]:
         """Return what each mask has learned, as it says itself."""
@@ -393,6 +445,7 @@ class Run:
             "random": of_every_process(own, self.accelerator),
             "progress": asdict(self.progress),
             "history": asdict(self.history),
+            "best": self.best,
             "memories": {name: module.memory.state() for name, module in self.statistics()},
         }
 
@@ -412,6 +465,7 @@ class Run:
         for name, module in self.statistics():
             module.memory.set_state(state["memories"][name], device)
         self.progress, self.history = Progress(**state["progress"]), History(**state["history"])
+        self.best = dict(state["best"])
         own = state["random"][self.accelerator.process_index]
         self.passes.load_state(own["passes"])
         if isinstance(self.passes.data, Images):

@@ -19,7 +19,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mixed_precision": ("no", "bf16", "fp16"),
 }
 FROM_ZERO = ("seed", "workers")  # of the whole numbers; the others count something
-SHARES = ("layer_decay", "ema", "warmup", "bound_warmup", "label_smoothing", "unreadable")  # of the numbers, at most 1
+SHARES = (
+    "held_out",
+    "layer_decay",
+    "ema",
+    "warmup",
+    "bound_warmup",
+    "label_smoothing",
+    "unreadable",
+)  # of the numbers, at most 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,8 @@ class TrainConfig(Strict):
         workers: of the data loader.
         steps: in an epoch; needed for a stream, which does not know its length. The next epoch goes on where this one
             ended; where the data ends, it starts over.
+        held_out: share of the training images that is held out for validation where no validation data is given; with 0
+            nothing is validated, and the model holds the last state in the end.
         unreadable: share of the training images that may be unreadable; the next one takes the place of each. Images to
             evaluate on have to be readable.
         checkpoint_every: steps between two checkpoints, where `finetune` is given a folder for them.
@@ -109,6 +119,7 @@ class TrainConfig(Strict):
     mixed_precision: str = "no"
     workers: int = 0
     steps: int | None = None
+    held_out: float = 0.1
     unreadable: float = 0.01
     checkpoint_every: int = 500
 

@@ -7,23 +7,17 @@ the rest is background and fragments of other digits, so there is something to m
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from ltm_retrofit.config import Strict
 from ltm_retrofit.errors import DataError, RecipeError, check_choice
-from ltm_retrofit.finding.example import home
 from ltm_retrofit.tuning.data import BUFFER, columns_of, is_stream
-from ltm_retrofit.tuning.preprocessing import preprocessing_of
 from ltm_retrofit.tuning.settings import check_types
 
 if TYPE_CHECKING:
@@ -32,6 +26,8 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation", "test"]
 #: source digits of each split
 SPLITS: dict[Split, tuple[int, int]] = {"train": (0, 1257), "validation": (1257, 1437), "test": (1437, 1797)}
+#: what the split is called by which the best state of a fine-tune is chosen
+VALIDATION = ("validation", "valid", "val", "dev")
 CANVAS = 64
 #: images (1797, 8, 8) of 0 to 16, and labels: UCI's Optical Recognition of Handwritten Digits (see the README there)
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
@@ -41,14 +37,18 @@ DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
 class DataSection(Strict):
     """Which data: the embedded ``digits`` canvases, a folder (parquet files or class folders), or a Hub id.
 
+    ``validation_split`` is what the best state of a fine-tune is chosen by. Left out, it is the one of VALIDATION that
+    the data has; where it has none, a share of the training images is held out (`TrainConfig.held_out`).
     ``train_per_digit`` and ``test_per_digit`` are canvases for each source digit; ``limit`` caps the training images.
-    ``labelled`` says whether the training labels are read: without them the unconverted model says what is there.
+    ``labelled`` says whether training and validation labels are read: without them the unconverted model says what is
+    there.
     ``streaming`` reads training images as they come instead of fetching all first; the train section then says steps.
     """
 
     name: str = "digits"
     train_split: str = "train"
     test_split: str = "test"
+    validation_split: str | None = None
     image: str = "image"
     label: str = "label"
     train_per_digit: int = 4
@@ -62,10 +62,13 @@ class DataSection(Strict):
         check_types(self)
         if self.streaming and self.name == "digits":
             raise RecipeError("the embedded digits are drawn, not streamed: set streaming to false")
-        if self.train_split == self.test_split:
-            raise RecipeError(f"train_split and test_split are both {self.train_split!r}: test on other images")
+        splits = {"train_split": self.train_split, "test_split": self.test_split}
+        splits |= {} if self.validation_split is None else {"validation_split": self.validation_split}
+        for one, other in combinations(splits, 2):
+            if splits[one] == splits[other]:
+                raise RecipeError(f"{one} and {other} are both {splits[one]!r}: take other images for each")
         if self.name == "digits":
-            for split in (self.train_split, self.test_split):
+            for split in splits.values():
                 check_choice(split, SPLITS, "a split of the embedded digits")
 
 
@@ -75,13 +78,13 @@ def load_split(section: DataSection, split: str) -> Any:
     Raises:
         DataError: where the data cannot be found or has no such split or columns.
     """
-    test = split == section.test_split
+    test, train = split == section.test_split, split == section.train_split
     if section.name == "digits":
         # training canvases are drawn with another seed than those of the base's own training
-        seed, per_digit = (0, section.test_per_digit) if test else (1, section.train_per_digit)
+        seed, per_digit = (1, section.train_per_digit) if train else (0, section.test_per_digit)
         table: Any = load_digits(cast("Split", split), per_digit=per_digit, seed=seed)
     else:
-        table = _fetch(section.name, split, stream=section.streaming and not test)
+        table = _fetch(section.name, split, stream=section.streaming and train)
         columns = columns_of(table)
         for wanted in ("image", "label") if test or section.labelled else ("image",):
             if (name := getattr(section, wanted)) not in columns:
@@ -92,6 +95,8 @@ def load_split(section: DataSection, split: str) -> Any:
             table = table if name == wanted else table.rename_column(name, wanted)
     if test:
         return table
+    if not train:
+        return table if section.labelled else table.select_columns(["image"])
     if section.limit is not None and is_stream(table):
         table = table.shuffle(seed=0, buffer_size=BUFFER).take(section.limit)
     elif section.limit is not None and len(table) > section.limit:
@@ -99,52 +104,35 @@ def load_split(section: DataSection, split: str) -> Any:
     return table if section.labelled else table.select_columns(["image"])
 
 
-def load_images(model: nn.Module, source: str | os.PathLike[str] | Sequence[Any], count: int = 32) -> Tensor:
-    """Return images ``(n, C, H, W)`` as a model wants them, without labels: to calibrate on, or to look at.
-
-    Args:
-        model: whose image processor or transform prepares them.
-        source: a folder with images in it, at any depth; the name ``"digits"``; or images and paths of images. Of a
-            folder with more than ``count``, ``count`` are drawn, always the same.
-        count: how many at most.
+def load_validation(section: DataSection) -> Any:
+    """Return the validation split, as `load_split` does; None where the section names none and the data has none.
 
     Raises:
-        DataError: where there are none, or a file is no image.
-
-    Example:
-        >>> import timm, ltm_retrofit as ltm
-        >>> model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4, num_classes=7)
-        >>> ltm.load_images(model, "digits", 16).shape
-        torch.Size([16, 3, 32, 32])
+        DataError: where the section names one that is not there, or it lacks columns.
     """
-    if not isinstance(source, str | os.PathLike):
-        found = list(source)
-    elif source == "digits":
-        found = list(load_digits("train")["image"])
-    else:
-        found = sorted(file for file in Path(source).expanduser().rglob("*") if file.suffix.lower() in _suffixes())
-    if not found:
-        raise DataError(f"no image in {source!r}: give a folder with images in it, at any depth")
-    if len(found) > count:
-        found = [found[place] for place in sorted(Random(0).sample(range(len(found)), count))]
-    prepared, (device, dtype) = preprocessing_of(model), home(model)
-    return torch.stack([prepared(_opened(image)) for image in found]).to(device, dtype)
+    split = section.validation_split
+    if split is None:
+        taken = (section.train_split, section.test_split)
+        split = next((name for name in _splits_in(section.name) if name in VALIDATION and name not in taken), None)
+    return None if split is None else load_split(section, split)
 
 
-def _suffixes() -> set[str]:
-    Image.init()
-    return set(Image.EXTENSION)
+def _splits_in(name: str) -> list[str]:
+    """Name the splits that data has: of a folder those of VALIDATION, of the Hub's all.
 
+    Raises:
+        DataError: where the Hub cannot be asked.
+    """
+    import datasets
 
-def _opened(image: Any) -> Any:
-    if not isinstance(image, str | os.PathLike):
-        return image
+    if name == "digits":
+        return list(SPLITS)
+    if (folder := Path(name)).is_dir():
+        return [split for split in VALIDATION if any(folder.glob(f"{split}*.parquet")) or (folder / split).is_dir()]
     try:
-        with Image.open(image) as file:
-            file.load()
-            return file.copy()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{image} cannot be read as an image: {error}") from error
+        return list(datasets.get_dataset_split_names(name))
+    except Exception as error:
+        raise DataError(f"cannot ask for the splits of data {name!r}: {type(error).__name__}: {error}") from error
 
 
 def _fetch(name: str, split: str, *, stream: bool) -> Any:

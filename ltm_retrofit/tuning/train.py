@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from ltm_retrofit.tuning.loop import History, Run
 from ltm_retrofit.tuning.parameters import checkpointed, choose, low_rank
 from ltm_retrofit.tuning.processes import own_accelerator, with_memory_for
 from ltm_retrofit.tuning.settings import TrainConfig
+from ltm_retrofit.tuning.validation import Validation, held_out
 
 
 def finetune(
@@ -31,8 +32,14 @@ def finetune(
     config: TrainConfig | None = None,
     checkpoints_to: str | Path | None = None,
     resume: bool = False,
+    say: Callable[[str], None] = print,
 ) -> History:
-    """Fine-tune a model in place, converted or not, through Accelerate.
+    """Fine-tune a model in place, converted or not, through Accelerate; it ends no worse than it began.
+
+    It is judged on validation images before the first step and after every epoch, and holds the best state in the end.
+    That may be the one that it was given in (`History.kept` is 0): then it is as it was, bit for bit. With labels the
+    best state has the highest accuracy, and the lowest loss among equals; without them, the lowest KL to the answers of
+    the unconverted model.
 
     Where a batch of a data set does not fit into memory, the run starts over with batches of half the size, twice as
     many to a step, and warns.
@@ -44,19 +51,25 @@ def finetune(
         ...                           num_heads=3, num_classes=7)
         >>> model = ltm.retrofit(model, ltm.LTMConfig(flops=0.7))
         >>> loader = [(torch.randn(14, 3, 32, 32), torch.arange(14) % 7) for _ in range(4)]
-        >>> history = ltm.finetune(model, loader, config=ltm.TrainConfig(bound="none"))
-        >>> len(history.losses), history.epochs[0]["val_accuracy"]
-        (4, None)
+        >>> history = ltm.finetune(model, loader, loader[:1], config=ltm.TrainConfig(epochs=2, bound="none"))
+        before    ... % of 14 validation images
+        epoch 1/2  loss ...
+        epoch 2/2  loss ...
+        >>> len(history.losses), history.kept in (0, 1, 2)
+        (8, True)
 
     Args:
         model: any classifier; the bound is left out where there is no learnable mask.
         train: a `datasets` data set with columns ``image`` and ``label``, streamed or not, or a loader of batches.
-        val: likewise, not streamed; its accuracy is noted after every epoch.
+        val: likewise, not streamed, and not the images that the model is tested on. Left out, a tenth of ``train`` is
+            held out (``config.held_out``), of each class its share; of a loader or a stream nothing can be, and the
+            model then holds the last state.
         config: see `TrainConfig`.
         checkpoints_to: folder for a checkpoint every ``config.checkpoint_every`` steps and after each epoch.
         resume: go on from that folder's checkpoint where it has one, with the model as it was given at first. On a CPU
             losses and weights are those of a run that was never interrupted, bit for bit. A loader of one's own is
             drawn from up to the place: its batches have to follow from torch's, NumPy's and Python's random numbers.
+        say: receives a line for all that validation finds, and for the state that is kept.
 
     Returns:
         The history. The model keeps its device, training flags and ``requires_grad``.
@@ -74,7 +87,15 @@ def finetune(
         raise CheckpointError("resume needs the folder that the checkpoints were written to: set checkpoints_to")
     with own_accelerator(config) as accelerator:
         classes = count_classes(model)
-        class_of = _check_data(model, train, val, classes, config, accelerator.num_processes)
+        class_of, val_class_of = _check_data(model, train, val, classes, config, accelerator.num_processes)
+        validation = None if val is None else Validation(val, config.batch_size, val_class_of)
+        tell = say if accelerator.is_main_process else (lambda line: None)
+        if val is None and config.held_out and (parts := _parted(train, config)) is not None:
+            tell(
+                f"no validation data: {len(parts[1])} of the {len(train)} training images are held out for it, of each "
+                "class its share"
+            )
+            train, validation = parts[0], Validation(parts[1], config.batch_size, class_of)
         state = None if folder is None else checkpoints.read(folder)
         if state is not None and not resume:
             raise CheckpointError(
@@ -97,10 +118,13 @@ def finetune(
                 checkpointed(model, config.checkpointing),
             ):
                 choose(model, config.train)
-                run = Run(model, accelerator, config, classes, passes, folder)
+                run = Run(model, accelerator, config, classes, passes, folder, validation, tell)
                 if state is not None:
                     run.load_state(state)
-                return run.go(val)
+                history = run.go()
+            if history.kept == 0:
+                given.undo()
+            return history
 
         def fewer(images: int) -> int:
             """Take back what was learned, and say how many images to try next."""
@@ -113,8 +137,8 @@ def finetune(
 
 def _check_data(
     model: nn.Module, train: Data, val: Data | None, classes: int, config: TrainConfig, processes: int
-) -> tuple[int, ...] | None:
-    """Check the data; return the model's class of each of the training data's, where they differ.
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Check the data; return the model's class of each of the training and of the validation data's, where they differ.
 
     Raises:
         DataError: see `finetune`.
@@ -123,8 +147,10 @@ def _check_data(
         raise DataError(f"a stream cannot be shared out among {processes} processes: use a data set")
     if val is not None and is_stream(val):
         raise DataError("validation data is read anew after every epoch and cannot be a stream: load it whole")
+    val_class_of = None
     if val is not None and is_table(val):
-        check_data(model, val, "validation", classes)
+        if "label" in columns_of(val) or not config.distill:
+            val_class_of = check_data(model, val, "validation", classes)
     elif isinstance(val, Iterator):
         raise DataError(
             "validation data is read anew after every epoch and cannot be an iterator: pass a loader or a list"
@@ -132,8 +158,13 @@ def _check_data(
     elif val is not None and hasattr(val, "__len__") and not len(val):
         raise DataError("the validation loader has no batch: it needs at least one")
     if is_table(train) and ("label" in columns_of(train) or not config.distill):
-        return check_data(model, train, "training", classes)
-    return None
+        return check_data(model, train, "training", classes), val_class_of
+    return None, val_class_of
+
+
+def _parted(train: Data, config: TrainConfig) -> tuple[Data, Data] | None:
+    """Return the training data and those of it that are held out, where that can be."""
+    return held_out(train, config.held_out, config.seed) if is_table(train) and not is_stream(train) else None
 
 
 def _halved(images: int, train: Data, config: TrainConfig, processes: int, *, resumed: bool) -> int:
