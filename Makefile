@@ -19,10 +19,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/ltm-retrofit run recipes/quickstart.yaml
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

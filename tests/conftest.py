@@ -12,6 +12,7 @@ import timm
 import torch
 import transformers as tr
 from conversions import EVERY
+from kept import KEPT
 from torch import nn
 
 torch.set_num_threads(1)
@@ -120,3 +121,19 @@ def pictures() -> Callable[..., object]:
         )
 
     return get
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as slow whatever a long test is parametrised with beside what CI runs of it."""
+    seen: dict[str, set[str]] = {}
+    for item in items:
+        name, call = getattr(item, "originalname", ""), getattr(item, "callspec", None)
+        if name in KEPT and call is not None:
+            seen.setdefault(name, set()).add(call.id)
+            if call.id not in KEPT[name]:
+                item.add_marker(pytest.mark.slow)
+    if not any("::" in str(argument) for argument in config.args):
+        for name, ids in seen.items():
+            if gone := set(KEPT[name]) - ids:
+                raise pytest.UsageError(f"tests/kept.py: {name} has no parameters {sorted(gone)}")

@@ -24,12 +24,10 @@ ROOT = Path(__file__).parents[2]
 
 #: of each scope and library the structures that differ most, and that take a second or few; the others are slow
 FAST = (
-    "timm-vit timm-vit-siglip-map timm-vit-respost timm-vit-diff timm-deit-distilled timm-beit timm-eva-postnorm "
-    "timm-eva-dinov3 timm-eva02 timm-eva-rope-mixed timm-relpos-shared timm-xcit timm-convit timm-tnt "
-    "timm-naflex-gap timm-gemma4 timm-pit timm-hybrid timm-swin timm-mobilevit timm-visformer timm-cait "
-    "timm-caformer timm-cpubone timm-deepseek timm-efficientvit-mit-b timm-mobilenetv4 timm-shvit timm-vitamin "
-    "hf-vit hf-deit-teacher hf-dinov2-registers hf-dinov3 hf-clip hf-siglip hf-swin hf-internvl-vision "
-    "hf-timm-wrapper torchvision-vit plain-multihead plain-multihead-sequence-first plain-lucid"
+    "timm-vit timm-vit-siglip-map timm-vit-respost timm-deit-distilled timm-eva-dinov3 timm-eva-rope-mixed timm-xcit "
+    "timm-tnt timm-naflex-gap timm-pit timm-swin timm-mobilevit timm-cait timm-efficientvit-mit-b timm-vitamin "
+    "hf-vit hf-dinov2-registers hf-dinov3 hf-clip hf-swin hf-imagegpt hf-timm-wrapper torchvision-vit "
+    "plain-multihead plain-multihead-sequence-first plain-lucid"
 ).split()
 
 #: what cannot be converted, and the words that say why; whatever else of the zoo is refused is a fault. What is left of
