@@ -19,6 +19,7 @@ from ltm_retrofit.converted.resizing import example_of, planned_size, set_size, 
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError, check_choice
 from ltm_retrofit.finding.example import KEPT, read_processor
 from ltm_retrofit.folders import OURS
+from ltm_retrofit.hub import fetch, is_repository
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import attach
 from ltm_retrofit.saving.base import (
@@ -31,7 +32,6 @@ from ltm_retrofit.saving.base import (
     public_class,
     rebuild_base,
 )
-from ltm_retrofit.saving.hub import fetch, is_repository
 from ltm_retrofit.saving.save import CONFIG, FORMAT_VERSION, PROCESSOR, WEIGHTS, digest
 
 #: the model that comes with the package

@@ -19,12 +19,12 @@ from ltm_retrofit.converted.classifier import follow_classifier
 from ltm_retrofit.converted.record import get_plan
 from ltm_retrofit.converted.resizing import resized
 from ltm_retrofit.errors import CheckpointError
-from ltm_retrofit.finding.example import processors_of
+from ltm_retrofit.finding.example import processors_of, shapes_in_words
 from ltm_retrofit.folders import OURS, check_ours, written_whole
+from ltm_retrofit.hub import in_short, is_repository
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import adapter_state, labels_of
 from ltm_retrofit.saving.base import auto_class, describe_base, differing, proven_base
-from ltm_retrofit.saving.hub import in_short, is_repository
 
 FORMAT_VERSION = 3
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -263,14 +263,13 @@ def model_card(
         front["base_model"] = base["id"]
     origin = f"{base.get('architecture') or base.get('class')} ({base.get('library')})"
     rows = "\n".join(f"| `{row.site}` | {row.action} | {row.tokens_in} | {row.tokens_out} |" for row in plan.rows)
-    sizes = "; ".join(f"{key} {list(size)}".strip() for key, size in plan.input_size.items())
     alone = reason is None or (reason == ADAPTER and base.get("id"))
     call = f'ltm.from_pretrained("{name}")' if alone else f'ltm.from_pretrained("{name}", base=base)'
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
         f"# {name}\n\n{origin}, retrofitted with token merging, method `{plan.config.method}`.",
         f"**MACs for one image: {plan.macs_original / 1e9:.3f} G before, {plan.macs / 1e9:.3f} G after "
-        f"(×{plan.share:.3f})**, predicted at input size {sizes}, masks included.",
+        f"(×{plan.share:.3f})**, predicted for {shapes_in_words(plan.input_size)}, masks included.",
         f"| block | action | tokens in | tokens out |\n|---|---|---|---|\n{rows}",
         f"## Load it\n\n```python\nimport ltm_retrofit as ltm\n\nmodel = {call}\n```",
     ]

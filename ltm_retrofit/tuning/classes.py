@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ltm_retrofit.converted.classifier import follow_classifier
 from ltm_retrofit.converted.record import get_retrofit, is_retrofitted
@@ -18,13 +18,17 @@ from ltm_retrofit.errors import AlreadyRetrofitted, DataError, ExampleError, Tra
 from ltm_retrofit.finding.example import home, logits_of, prepare_example, run
 from ltm_retrofit.finding.recording import record
 from ltm_retrofit.merging.ib import soft_targets
+from ltm_retrofit.progress import progress
 from ltm_retrofit.tuning.data import Data, batches_on, columns_of, is_stream, is_table, make_loader
-from ltm_retrofit.tuning.processes import Accelerator
+from ltm_retrofit.tuning.processes import Accelerator, is_main
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.undisturbed import undisturbed
 
 #: names on the model the parameters and buffers of a classifier that is new
 NEW_CLASSIFIER = "ltm_new_classifier"
+
+#: gives a module for the time of a batch, such as a converted model whose original path runs meanwhile
+Version = Callable[[], AbstractContextManager[nn.Module]]
 
 
 # --------------------------------------------------------------------------------------------- the classes of data
@@ -77,11 +81,26 @@ def check_same_classes(train: Data, test: Data) -> None:
     """
     said = [names_in(data) for data in (train, test) if "label" in (data.features or {})]
     if len(said) == 2 and said[0] != said[1]:
-        first, other = ("numbers" if names is None else f"classes {names[:5]}" for names in said)
         raise DataError(
-            f"the training split has {first} and the test split {other}: one label would mean two things. Give both "
-            "splits the same class folders"
+            "the training split and the test split have different classes, and one label would mean two things: "
+            f"{_difference(*said)}. Give both splits the same class folders"
         )
+
+
+def _difference(first: list[str] | None, other: list[str] | None) -> str:
+    """Say how two lists of classes differ."""
+    if first is None or other is None:
+        return f"{'training' if first is None else 'test'} labels are numbers without names"
+    only = {"training": [one for one in first if one not in other], "test": [one for one in other if one not in first]}
+    if not any(only.values()):
+        place = next(place for place, (one, two) in enumerate(zip(first, other, strict=False)) if one != two)
+        return f"they come in another order, class {place} is {first[place]!r} in one and {other[place]!r} in the other"
+    return " and ".join(f"only the {split} split has {listed(names)}" for split, names in only.items() if names)
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Join names with commas, as many as fit a line; of the others say how many."""
+    return ", ".join(map(repr, names[:most])) + f" and {len(names) - most} more" * (len(names) > most)
 
 
 def check_data(model: nn.Module, data: Data, split: str, classes: int) -> tuple[int, ...] | None:
@@ -349,10 +368,9 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 128, accelerator: A
         TrainingError: where the model puts out no logits.
     """
     guesses, truths = predictions(model, data, batch_size, accelerator)
-    return 100 * float((guesses == truths).float().mean())
+    return 100 * int((guesses == truths).sum()) / len(truths)
 
 
-@torch.no_grad()
 def predictions(
     model: nn.Module, data: Data, batch_size: int = 128, accelerator: Accelerator | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -365,31 +383,73 @@ def predictions(
         TrainingError: where the model puts out no logits.
     """
     guesses, truths = [], []
+    shared = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
+    for (logits,), labels in answers(model, [itself(model)], data, batch_size, shared):
+        guesses.append(logits.argmax(dim=-1).cpu())
+        truths.append(labels.cpu())
+    return torch.cat(guesses), torch.cat(truths)
+
+
+def itself(model: nn.Module) -> Version:
+    """Return a model as a version of it: as it is."""
+    return lambda: nullcontext(model)
+
+
+@torch.no_grad()
+def answers(
+    model: nn.Module,
+    versions: Sequence[Version],
+    data: Data,
+    batch_size: int = 128,
+    shared: Accelerator | None = None,
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Yield the logits of several versions of a model to each batch, and its labels ``(B,)``; each image is read once.
+
+    Args:
+        model: whose images they take, and whose classes they have; labels come in its numbers.
+        versions: each gives a module for the time of a batch; all run in eval mode.
+        data: as for `evaluate`.
+        batch_size: images at once, of a data set.
+        shared: of several processes, which share the data.
+
+    Raises:
+        DataError, TrainingError: as from `predictions`.
+    """
+    classes = count_classes(model) if is_table(data) else 0  # of a loader, what the first logits say
+    class_of = check_data(model, data, "evaluation", classes) if is_table(data) else None
+    # no image to evaluate on may be missing
+    config = TrainConfig(batch_size=batch_size, unreadable=0.0)
+    loader = make_loader(model, data, config, shuffle=False, class_of=class_of)
+    split = shared is not None and isinstance(loader, DataLoader)
+    loader = shared.prepare_data_loader(loader) if shared is not None and split else loader
+    bar, empty = progress("evaluate", len(data) if is_table(data) else None, "images", on=is_main()), True
+    with bar:
+        for inputs, labels in batches_on(loader, home(model)[0]):
+            assert labels is not None
+            seen = []
+            for version in versions:
+                with version() as one, _evaluating(one):
+                    logits = logits_of(run(one, inputs))
+                    classes = classes or _width(one, logits, inputs)
+                if logits is None or not classes:
+                    raise TrainingError(f"{type(one).__name__} puts out no class logits (B, C): give it a classifier")
+                seen.append(logits)
+            seen.append(soft_targets(labels, classes).argmax(dim=-1))
+            *every, truths = shared.gather_for_metrics(seen) if shared is not None and split else seen
+            yield every, truths
+            bar.update(len(truths))
+            empty = False
+    if empty:
+        raise DataError("there is no image to evaluate on")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode meanwhile."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        classes = count_classes(model) if is_table(data) else 0  # of a loader, what the first logits say
-        class_of = check_data(model, data, "evaluation", classes) if is_table(data) else None
-        # no image to evaluate on may be missing
-        config = TrainConfig(batch_size=batch_size, unreadable=0.0)
-        loader = make_loader(model, data, config, shuffle=False, class_of=class_of)
-        shared: Accelerator | None = None
-        if accelerator is not None and accelerator.num_processes > 1 and isinstance(loader, DataLoader):
-            shared, loader = accelerator, accelerator.prepare_data_loader(loader)
-        for inputs, labels in tqdm(batches_on(loader, home(model)[0]), desc="evaluate", leave=False, disable=None):
-            assert labels is not None
-            logits = logits_of(run(model, inputs))
-            classes = classes or _width(model, logits, inputs)
-            if logits is None or not classes:
-                raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier")
-            seen = logits.argmax(dim=-1), soft_targets(labels, classes).argmax(dim=-1)
-            if shared is not None:
-                seen = shared.gather_for_metrics(seen)
-            guesses.append(seen[0].cpu())
-            truths.append(seen[1].cpu())
+        yield
     finally:
         for module, flag in flags.items():
             module.training = flag
-    if not guesses:
-        raise DataError("there is no image to evaluate on")
-    return torch.cat(guesses), torch.cat(truths)
