@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -19,6 +20,8 @@ from ltm_retrofit.scopes.base import Budget, Option, Row
 from ltm_retrofit.scopes.flow import FLOW
 from ltm_retrofit.scopes.local import LOCAL
 
+#: tokens that one of the last site stands for on average, above which accuracy is surely lost
+FEW = 10
 TOLERANCE = 0.02  # how far below its target a plan's share may lie
 _SIZES = {"input_size", "sizes_said"}  # fields whose values are sizes by name
 _ROUNDING = 1 + 1e-12  # a share that was computed from MACs and comes back as a target still meets itself
@@ -160,7 +163,8 @@ def check_method(name: str, version: int) -> None:
 def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
     """Plan the token counts. Touches nothing.
 
-    The scopes are tried from the one that saves most: FLOW, GRID, LOCAL, then FLOW with LOCAL blocks beside it.
+    The scopes are tried from the one that saves most: FLOW, GRID, LOCAL, then FLOW with LOCAL blocks beside it. Where
+    less than a tenth of the tokens is left at the end, it warns.
 
     Args:
         sites: what `find_sites` found.
@@ -192,6 +196,8 @@ def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
     else:
         assert config.flops is not None
         rows = _from_flops(sites, config, budgets, config.flops)
+    if warning := _too_few(rows):
+        warnings.warn(warning, stacklevel=2)
     return MergePlan(
         rows=rows,
         config=config,
@@ -206,6 +212,23 @@ def make_plan(sites: Sites, config: LTMConfig) -> MergePlan:
         clusters=CLUSTERS,
         base=sites.base,
         method_version=get_method(config.method).version,
+    )
+
+
+def _too_few(rows: Sequence[Row]) -> str:
+    """Say that a plan leaves too few tokens to see much by; empty where it does not.
+
+    A DINOv2-S of 257 tokens, which recognised 87 % of 160 photographs, recognised untuned 78 % at ×0.35 of its MACs
+    (38 tokens at the end), 73 % at ×0.3 (26), 64 % at ×0.25 (17), 44 % at ×0.2 (9), 19 % at ×0.1 (5).
+    """
+    staying = [row for row in rows if row.scope == FLOW.name and not row.slices]
+    if not staying or FEW * staying[-1].tokens_out >= staying[0].tokens_in:
+        return ""
+    first, last = staying[0], staying[-1]
+    return (
+        f"of {first.tokens_in} tokens only {last.tokens_out} are left after {last.site}: most of what an image shows is "
+        "gone there, and accuracy with it, which tuning brings back in part at best. Keep a larger share, flops=0.35 or "
+        "more, and look at `ltm-retrofit report --data` before you rely on it"
     )
 
 

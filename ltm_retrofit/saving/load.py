@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.config import check_keys
 from ltm_retrofit.convert import restore, retrofit
-from ltm_retrofit.converted.record import align, is_retrofitted
+from ltm_retrofit.converted.record import LOADED, align, is_retrofitted, was_finetuned
 from ltm_retrofit.converted.resizing import example_of, planned_size, set_size, size_from
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError, check_choice
 from ltm_retrofit.finding.example import KEPT, read_processor
@@ -38,7 +38,9 @@ from ltm_retrofit.saving.save import CONFIG, FORMAT_VERSION, PROCESSOR, WEIGHTS,
 EMBEDDED = "digits_vit"
 _ASSETS = Path(__file__).parent.parent / "assets"
 _KEYS = ("format", "format_version", "versions", "base", "rebuildable", "reason", "plan", "dtypes", "sha256", "files")
-_OPTIONAL = ("adapter", "labels", "resized", "model_type", "transformers_weights")
+_OPTIONAL = ("adapter", "labels", "resized", "model_type", "transformers_weights", "tuned_from")
+#: where a recipe's run puts its model
+_OF_A_RUN = "model"
 #: format versions; 3 says to transformers what it is
 _READ = (2, FORMAT_VERSION)
 
@@ -105,6 +107,7 @@ def from_pretrained(
     hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     if not folder.exists() and is_repository(str(path)):
         folder = fetch(str(path), revision=revision, **hub)
+    folder = model_within(folder)
     config, plan = _read_config(folder)
     if attn_implementation is not None:
         if config["base"].get("library") != "transformers":
@@ -129,11 +132,35 @@ def from_pretrained(
         _fill(model, plan, state, size_from(config.get("resized")), folder)
     if (folder / PROCESSOR).is_file() and (processor := read_processor(folder)) is not None:
         model.__dict__[KEPT] = processor
+    model.__dict__[LOADED] = (str(folder.absolute()), config["sha256"])
     if numbers is not None:
         model.to(numbers)
         if hasattr(model, "config"):
             model.config.dtype = numbers
     return (model if device is None else model.to(device)).eval()
+
+
+def model_within(folder: Path) -> Path:
+    """Return the folder of the model that a recipe's run wrote into this folder; itself where it is none of a run."""
+    inner = folder / _OF_A_RUN
+    return inner if not (folder / CONFIG).is_file() and (inner / CONFIG).is_file() else folder
+
+
+def before_tuning(path: str | os.PathLike[str]) -> nn.Module | None:
+    """Load the converted model that a folder's model was tuned from, by what the folder says; None where it is gone."""
+    folder, seen = model_within(Path(path).expanduser()), set[Path]()
+    while (folder / CONFIG).is_file() and folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        said = _read_config(folder)[0].get("tuned_from")
+        if not isinstance(said, dict):
+            return None
+        folder = folder / str(said.get("path"))
+        if not (folder / WEIGHTS).is_file() or digest(folder / WEIGHTS) != said.get("sha256"):
+            return None
+        model = from_pretrained(folder)
+        if not was_finetuned(model):  # else that was tuned from another one
+            return model
+    return None
 
 
 def _fill(
@@ -280,14 +307,16 @@ def _read_weights(folder: Path, expected: str) -> dict[str, Tensor]:
 
 
 def _load_folder(folder: Path, origin: str) -> LoadedModel:
+    folder = model_within(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not a mapping")
     except (OSError, ValueError) as error:
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
         raise CheckpointError(
-            f"{origin} has no readable {CONFIG} ({error}): expected a folder saved by ltm_retrofit, timm or "
-            "transformers"
+            f"{origin} has no readable {CONFIG} ({error}); it holds {found}. Give a folder saved by ltm_retrofit, timm "
+            "or transformers"
         ) from error
     if config.get("format") == OURS:
         return LoadedModel(from_pretrained(folder), f"{origin}, converted by ltm_retrofit")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from ltm_retrofit.converted.classifier import follow_classifier
-from ltm_retrofit.converted.record import get_plan
+from ltm_retrofit.converted.record import LOADED, get_plan, was_finetuned
 from ltm_retrofit.converted.resizing import resized
 from ltm_retrofit.errors import CheckpointError
 from ltm_retrofit.finding.example import processors_of, shapes_in_words
@@ -80,6 +80,9 @@ def save_pretrained(
     target = Path(path).expanduser()
     check_ours(target, CONFIG, overwrite=overwrite)
     contents = contents_of(model, adapter, allow_unloadable)
+    if (loaded := model.__dict__.get(LOADED)) and was_finetuned(model):  # so that a report finds what it was before
+        tuned_from = {"path": os.path.relpath(loaded[0], target.absolute()), "sha256": loaded[1]}
+        contents = replace(contents, config={**contents.config, "tuned_from": tuned_from})
     with written_whole(target, CONFIG, overwrite=overwrite) as folder:
         contents.write(folder, target.resolve().name, report, recipe)
 
@@ -215,6 +218,15 @@ def contents_of(
         **extra,
     }
     return Contents(state, config, plan, next(iter(processors_of(model).values()), None))
+
+
+def rewrite_card(folder: Path, report: Any, recipe: Any = None) -> None:
+    """Write the card of a saved model anew, now with a report: a model is saved before it is measured."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    plan = MergePlan.from_dict(config["plan"])
+    card = model_card(folder.resolve().name, config["base"], plan, config["reason"], report, recipe)
+    (folder / CARD).unlink(missing_ok=True)  # where it is a link, the other name of the file keeps what it says
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def digest(file: Path) -> str:
