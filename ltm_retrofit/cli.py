@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -133,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{type(error).__name__}: {text}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
+            # a second one would end in a traceback of what some library does at the end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             print(f"\nInterrupted. {_how_to_go_on(arguments)}", file=sys.stderr)
             return 130
     return 0
@@ -350,15 +353,14 @@ def _report(arguments: argparse.Namespace) -> None:
     beside = place if place.is_dir() else Path("runs") / place.name
     out = arguments.out or Path(f"{beside if beside.name not in ('', '..') else beside.resolve()}-report")
     check_ours(out, mark)
-    model = _load(arguments)
-    _say_input(arguments, model)
-    data = original = None
-    called = ""
+    data, called = None, ""
     if arguments.data is not None:
         other = "validation" if arguments.split == "train" else "train"  # of which nothing is read
         section = DataSection(name=arguments.data, train_split=other, test_split=arguments.split)
         data, called = load_split(section, section.test_split), f"{arguments.split} of {arguments.data}"
-        original = _original(arguments, model, data)
+    model = _load(arguments)
+    _say_input(arguments, model)
+    original = None if data is None else _original(arguments, model, data)
     report = measure(
         model,
         data=data,

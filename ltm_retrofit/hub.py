@@ -81,8 +81,8 @@ def fetch(
         at = "" if revision is None else f" at revision {revision!r}"
         raise CheckpointError(
             f"{repo!r}{at} cannot be fetched from the Hugging Face Hub, and the cache does not hold it: "
-            f"{reason or in_short(error)}. Give a local folder, or check the name, the connection (HF_HUB_OFFLINE, "
-            "HF_ENDPOINT) and, where it is private, the token"
+            f"{reason or in_short(error)}. There is no such folder here either: give one, or check the name, the "
+            "connection (HF_HUB_OFFLINE, HF_ENDPOINT) and, where it is private, the token"
         ) from error
 
 

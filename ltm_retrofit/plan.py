@@ -226,9 +226,9 @@ def _too_few(rows: Sequence[Row]) -> str:
         return ""
     first, last = staying[0], staying[-1]
     return (
-        f"of {first.tokens_in} tokens only {last.tokens_out} are left after {last.site}: most of what an image shows is "
-        "gone there, and accuracy with it, which tuning brings back in part at best. Keep a larger share, flops=0.35 or "
-        "more, and look at `ltm-retrofit report --data` before you rely on it"
+        f"of {first.tokens_in} tokens only {last.tokens_out} are left after {last.site}: most of what an image shows "
+        "is gone there, and accuracy with it, which tuning brings back in part at best. Keep a larger share, "
+        "flops=0.35 or more, and look at `ltm-retrofit report --data` before you rely on it"
     )
 
 

@@ -23,6 +23,7 @@ from ltm_retrofit.finding.recording import Call, Reached, replaced
 from ltm_retrofit.finding.sites import AttentionSite, Ending, Found, Refused, TokenLayout
 from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.macs import count_macs_quick
+from ltm_retrofit.progress import progress
 from ltm_retrofit.scopes.flow.candidate import Candidate, Piece, smallest
 from ltm_retrofit.scopes.flow.site import FlowSite
 from ltm_retrofit.undisturbed import undisturbed
@@ -57,14 +58,16 @@ def _candidates(walk: Walk) -> Sifted:
     """For each attention the smallest enclosing module that can be cut."""
     taken: dict[str, Candidate] = {}
     refused: list[Refused] = []
-    for attended in walk.recording.attended:
-        if taken.keys() & set(attended.around):
-            continue  # a second attention of a block that is already cut: its back was proven token-wise with it
-        found = smallest(walk, attended)
-        if isinstance(found, Refused):
-            refused.append(found)
-        else:
-            taken[found.name] = found
+    with progress("looking for blocks to cut", len(walk.recording.attended), "attentions") as bar:
+        for attended in walk.recording.attended:
+            bar.update()
+            if taken.keys() & set(attended.around):
+                continue  # a second attention of a block that is already cut: its back was proven token-wise with it
+            found = smallest(walk, attended)
+            if isinstance(found, Refused):
+                refused.append(found)
+            else:
+                taken[found.name] = found
     return list(taken.values()), refused
 
 
