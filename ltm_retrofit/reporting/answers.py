@@ -85,7 +85,7 @@ def wilson(right: float, count: int, level: float = 0.95) -> tuple[float, float]
     centre = share + z * z / (2 * count)
     reach = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     low, high = (100 * (centre + sign * reach) / (1 + z * z / count) for sign in (-1, 1))
-    return max(low, 0.0), min(high, 100.0)
+    return low if right else 0.0, high if right < count else 100.0  # what rounding makes of the ends
 
 
 def entry_of(model: nn.Module) -> str:

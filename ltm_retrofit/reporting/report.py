@@ -230,7 +230,7 @@ class Report:
                 more = []
                 if self.answers is not None:
                     kl = self.answers.kl.get(key)
-                    more = ["{:.1f} to {:.1f} %".format(*spans[key]), "" if kl is None else f"{kl:.4f}"]
+                    more = ["{:.1f} to {:.1f} %".format(*spans[key]), "" if kl is None else f"{kl:.2g}"]
                 lines.append([label, f"{measured[key]:.2f} %", gap, *more])
         return lines
 
