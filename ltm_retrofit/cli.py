@@ -331,8 +331,10 @@ def _finetune(arguments: argparse.Namespace) -> None:
         return
     save_pretrained(model, arguments.out, overwrite=arguments.overwrite)
     _say(arguments, f"written  {arguments.out}/, before it is measured")
-    given = find_model(arguments.model).model
-    before = before_tuning(arguments.model) if was_finetuned(given) else given
+    before = None
+    if was_finetuned(model):  # else what was best is the converted model, untouched
+        given = find_model(arguments.model).model
+        before = before_tuning(arguments.model) if was_finetuned(given) else given
     called = f"{section.test_split} of {section.name}"
     report = measure(model, data=test, original=before, split=called, batches=())
     rewrite_card(arguments.out, report)

@@ -16,8 +16,8 @@ import yaml
 from torch import nn
 
 from ltm_retrofit.config import LTMConfig, Strict, check_keys
-from ltm_retrofit.convert import retrofit
-from ltm_retrofit.converted.record import get_plan, is_retrofitted
+from ltm_retrofit.convert import restore, retrofit
+from ltm_retrofit.converted.record import get_plan, is_retrofitted, was_finetuned
 from ltm_retrofit.converted.resizing import ask_size, present_example
 from ltm_retrofit.errors import AlreadyRetrofitted, CheckpointError, DataError, RecipeError
 from ltm_retrofit.finding.example import run
@@ -138,10 +138,8 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
             "converts by itself: give the checkpoint that it was made from"
         )
     train, test = _prepare(model, recipe, say)
-    original = copy.deepcopy(model)
-
     retrofit(model, recipe.ltm)
-    plan = get_plan(model)
+    plan, converted = get_plan(model), copy.deepcopy(model)
     say(f"plan     {len(plan.rows)} sites, {plan.macs / plan.macs_original:.1%} of the MACs\n{plan}")
     others = not recipe.train.train.startswith("masks")  # what has no mask cannot be tuned in the same way
     say("tuning   the converted model")
@@ -156,17 +154,18 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     arms: dict[str, float] = {}
     if others:
         say("tuning   the original, and a sliced one, in the same way: to compare with")
-        control = copy.deepcopy(original)
+        control = restore(copy.deepcopy(converted))
         tune(control, checkpoints_to=kept / "original")
         arms["original_finetuned"] = evaluate(control, test)
     merges = any(row.action == "merge" for row in plan.rows)  # else the plan is the exact slice, which loses nothing
     if others and merges:
-        sliced = retrofit(copy.deepcopy(original), sliced_config(plan))
+        sliced = retrofit(restore(copy.deepcopy(converted)), sliced_config(plan))
         tune(sliced, checkpoints_to=kept / "sliced")
         arms["sliced_finetuned"] = evaluate(sliced, test)
     say("measure  original, converted and tuned, in alternation")
     called = f"{recipe.data.test_split} of {recipe.data.name}"
-    report = measure(model, data=test, original=original, split=called, say=lambda text: say(f"         {text}"))
+    before = converted if was_finetuned(model) else None  # an untouched model is the converted one
+    report = measure(model, data=test, original=before, split=called, say=lambda text: say(f"         {text}"))
     report = report.with_accuracy(**arms)
     extra = {"recipe": recipe.to_dict(), "history": history.to_dict(), "test_images": len(test), "reloaded_equal": True}
     report = replace(report, extra=extra)

@@ -315,10 +315,10 @@ def test_errors_of_the_package_are_status_2(as_json: bool, folder: Path, tmp_pat
     command = ["convert", str(folder), "--flops", "0.01", "--out", str(tmp_path / "none")]
     assert cli.main([*command, *["--json"] * as_json]) == 2
     out, err = capsys.readouterr()
-    assert "BudgetError: flops=0.01 cannot be met" in err and "Traceback" not in err
+    assert "BudgetError: --flops 0.01 cannot be met" in err and "Traceback" not in err
     if as_json:
         values = json.loads(out)
-        assert values["error"] == "BudgetError" and values["message"].startswith("flops=0.01 cannot be met")
+        assert values["error"] == "BudgetError" and values["message"].startswith("--flops 0.01 cannot be met")
     assert not (tmp_path / "none").exists()
 
 

@@ -522,7 +522,8 @@ def test_an_interrupted_run_goes_on_where_it_was(folder_of, tmp_path: Path, monk
     monkeypatch.setattr(Run, "step", stepping)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, tmp_path / "broken", say=lambda _: None)
-    assert (tmp_path / ".broken.checkpoints" / "converted").is_dir() and not (tmp_path / "broken").exists()
+    assert (tmp_path / ".broken.checkpoints" / "converted").is_dir()
+    assert (tmp_path / "broken" / "model").is_dir(), "the model was tuned, and the control was not yet"
     with pytest.raises(ltm.CheckpointError, match="go on from them with --resume, or remove that folder"):
         run_recipe(recipe, tmp_path / "broken", say=lambda _: None)
     found = run_recipe(recipe, tmp_path / "broken", say=lambda _: None, resume=True)

@@ -19,6 +19,14 @@ from ltm_retrofit.tuning.classes import Version, answers, check_data, count_clas
 from ltm_retrofit.tuning.data import Data, is_table, name_of, undecoded
 
 ORIGINAL, CONVERTED = "original", "converted"
+#: the versions of a model, and what they are called
+ACCURACIES = {
+    "original": "original",
+    "original_finetuned": "original, same fine-tune",
+    "converted": "converted",
+    "finetuned": "converted, fine-tuned",
+    "sliced_finetuned": "sliced to the same counts, same fine-tune",
+}
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,9 @@ class Answers:
             lost, gained, others = self.turned(version)
             points, error = self.change(version)
             said.append(
-                f"{version} against original: {lost + gained + others} of {self.images} answers differ; {lost} were "
-                f"right and are wrong, {gained} were wrong and are right. Top-1 {points:+.2f} ± {error:.2f} points"
+                f"{ACCURACIES[version]} against original: {lost + gained + others} of {self.images} answers differ; "
+                f"{lost} were right and are wrong, {gained} were wrong and are right. "
+                f"Top-1 {points:+.2f} ± {error:.2f} points"
             )
         return said
 

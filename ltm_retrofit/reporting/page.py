@@ -15,7 +15,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .lead { font-size: 1.15rem; } .note { opacity: .75; margin: .3rem 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, .words td { text-align: left; }
+th:first-child, td:first-child, .words th, .words td { text-align: left; }
 svg { display: block; margin: .5rem 0; max-width: 100%; height: auto; }
 svg text { fill: currentColor; font: 13px system-ui, sans-serif; }
 svg line, svg circle { stroke: var(--mark); fill: var(--mark); }
@@ -76,13 +76,13 @@ def intervals(values: Sequence[tuple[str, float, float, float]]) -> str:
     low, high = max(0.0, 5 * (low // 5)), min(100.0, 5 * (high // 5 + 1))
 
     def x(value: float) -> float:
-        return round(260 + 480 * (value - low) / (high - low), 1)
+        return round(320 + 430 * (value - low) / (high - low), 1)
 
     rows, bottom = [], 26 * len(values) + 8
     for place, (name, value, least, most) in enumerate(values):
         y = 20 + 26 * place
         rows.append(
-            f'<text x="250" y="{y + 4}" text-anchor="end">{escape(name)}</text>'
+            f'<text x="310" y="{y + 4}" text-anchor="end">{escape(name)}</text>'
             f'<line x1="{x(least)}" x2="{x(most)}" y1="{y}" y2="{y}" stroke-width="2"/>'
             f'<circle cx="{x(value)}" cy="{y}" r="4"/>'
         )

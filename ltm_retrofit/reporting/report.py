@@ -18,7 +18,7 @@ from ltm_retrofit.converted.resizing import present_example
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.example import Example, home, prepare_example, shapes_in_words
 from ltm_retrofit.macs import MacCount, count_macs
-from ltm_retrofit.reporting.answers import Answers, compare, versions_of, wilson
+from ltm_retrofit.reporting.answers import ACCURACIES, Answers, compare, versions_of, wilson
 from ltm_retrofit.reporting.bench import batch_latencies
 from ltm_retrofit.reporting.memory import free_bytes, peak_bytes
 from ltm_retrofit.reporting.page import Part, intervals, page
@@ -30,13 +30,6 @@ T = TypeVar("T")
 SHOWN = 20
 #: images that are looked at together, where memory allows; on a CPU more of them are no faster
 AT_ONCE = 32
-ACCURACIES = {
-    "original": "original",
-    "original_finetuned": "original, same fine-tune",
-    "converted": "converted",
-    "finetuned": "converted, fine-tuned",
-    "sliced_finetuned": "sliced to the same counts, same fine-tune",
-}
 
 
 @dataclass(frozen=True)
@@ -113,7 +106,7 @@ class Report:
         if classes := self._classes():
             parts.append(Part("Class by class, right answers", classes))
         if changed := self._changed():
-            parts.append(Part(f"The {len(changed) - 1} images whose answer changed", changed, words=True))
+            parts.append(Part(f"Images whose answer changed: {len(changed) - 1}", changed, words=True))
         if plan := self._plan_rows():
             parts.append(Part("The plan", plan, words=True))
         return page(self.model, self.in_short(), parts, f"Measured on {self.hardware} with ltm_retrofit.")
@@ -194,12 +187,13 @@ class Report:
             ]
             for name, counts in ordered
         ]
-        return [["class", "images", *versions], *rows]
+        return [["class", "images", *(ACCURACIES[v] for v in versions)], *rows]
 
     def _changed(self) -> list[list[str]]:
         if self.answers is None or not self.answers.changed:
             return []
-        return [list(self.answers.changed[0]), *(list(one.values()) for one in self.answers.changed)]
+        names = [ACCURACIES.get(key, key) for key in self.answers.changed[0]]
+        return [names, *(list(one.values()) for one in self.answers.changed)]
 
     def _costs(self) -> list[list[str]]:
         original, converted = self.macs["original"], self.macs["converted"]

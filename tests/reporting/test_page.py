@@ -86,7 +86,7 @@ def test_the_page_answers_the_question(report: Report) -> None:
         "59.8 to 85.8 %",
         "15 (-1)",
         NASTY,
-        "The 1 images whose answer changed",
+        "Images whose answer changed: 1",
         "9 → 5",
         "batches of 32 were not timed",
     ):
