@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
-from tqdm import tqdm
 
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import RecipeError, UnsupportedBlock
 from ltm_retrofit.finding.example import Example, logits_of, mapped, run, tensors_of
 from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.plan import plan_of
+from ltm_retrofit.progress import progress
 from ltm_retrofit.scopes import build_all, tried
 from ltm_retrofit.scopes.base import CHILD, Budget, Option, Row
 from ltm_retrofit.scopes.flow import FLOW
@@ -46,7 +46,7 @@ class Differ(NamedTuple):
         return float(self.by.mean())
 
 
-class Answers:
+class Passes:
     """What a model answers to a few images, by itself and with the rows of a plan: how much do they differ?
 
     Of a model with a classifier it is the Kullback-Leibler divergence KL(original ‖ merged) of the classes'
@@ -112,7 +112,7 @@ def calibrate(
         model: not converted.
         sites: what `find_sites` found in it.
         config: what is asked for.
-        images: see `Answers`.
+        images: see `Passes`.
         budget: of the scope that merges.
         change: by how many MACs rows have to change the model, negative.
         found: plans that meet the budget, that of the schedule ``"auto"`` first.
@@ -128,13 +128,13 @@ def calibrate(
     with (
         undisturbed(model),
         torch.no_grad(),
-        tqdm(total=len(probes) + COMPARED, desc="calibrating", unit="plan") as bar,
+        progress("calibrating", len(probes) + COMPARED, "plans") as bar,
     ):
-        answers = Answers(model, sites, config, images)
+        passes = Passes(model, sites, config, images)
 
         def measured(rows: Rows) -> Differ:
             bar.update()
-            return answers.differ(rows)
+            return passes.differ(rows)
 
         losses = {rows: measured(rows).mean for rows in probes}
         start = found[0][0]

@@ -1,4 +1,7 @@
-"""The command line. Everything heavy is imported when a command runs, so that ``--help`` answers at once."""
+"""The command line. Everything heavy is imported when a command runs, so that ``--help`` answers at once.
+
+Over 400 lines: each command's options stand beside what it does with them, and beside how messages are put in them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import argparse
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ltm_retrofit.config import OUTPUT_TOKENS, SCHEDULES, LTMConfig
-from ltm_retrofit.errors import NotRetrofitted, RecipeError, RetrofitError
-from ltm_retrofit.folders import check_ours
+from ltm_retrofit.errors import AlreadyRetrofitted, NotRetrofitted, RecipeError, RetrofitError
+from ltm_retrofit.folders import OURS, check_ours, checkpoints_of, written_whole
 from ltm_retrofit.merging.methods import Scope, method_names
 
 EXAMPLES = {
@@ -29,7 +34,8 @@ EXAMPLES = {
     "  ltm-retrofit plan ./my_checkpoint --plan plan.yaml --against other.yaml",
     "finetune": "ltm-retrofit finetune runs/converted --data digits --epochs 1 --out runs/tuned\n"
     "  ltm-retrofit finetune runs/converted --data digits --epochs 1 --out runs/tuned --resume",
-    "report": "ltm-retrofit report runs/tuned --data digits\n  ltm-retrofit report runs/tuned --json",
+    "report": "ltm-retrofit report runs/tuned --data digits\n"
+    "  ltm-retrofit report runs/tuned --data ./photos --original ./my_checkpoint --batches 1 8",
     "run": "ltm-retrofit run recipes/quickstart.yaml\n"
     "  ltm-retrofit run recipes/quickstart.yaml --model ./my_checkpoint --out runs/mine",
 }
@@ -113,11 +119,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint-every", type=int, help="steps between two checkpoints (default 500)")
     sub.add_argument("--resume", action="store_true", help=RESUME)
 
-    sub = command("report", "Measure MACs, parameters, latency and, with --data, accuracy.")
+    sub = command("report", "Measure MACs, latency, memory and, with --data, what the versions of a model recognise.")
     sub.add_argument("model", help=MODEL)
     sized(sub)
     sub.add_argument("--data", help=DATA)
-    sub.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="batch sizes to time")
+    sub.add_argument("--split", default="test", help="of the data (default test)")
+    sub.add_argument("--original", help="what a tuned model was before, where its folder does not say where that is")
+    sub.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="batch sizes to time (default 1 8 32)")
+    sub.add_argument("--seconds", type=float, default=60.0, help="the most that timing may take (default 60)")
+    sub.add_argument("--out", type=Path, help="folder for report.html, .json and .md (default: the model's, -report)")
 
     sub = command("run", "Carry out a recipe: convert, fine-tune, compare, measure, save.")
     sub.add_argument("recipe", type=Path, help="a YAML file, such as recipes/quickstart.yaml")
@@ -130,36 +140,60 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status: 0, 2 where the input was at fault, or 130 where Ctrl-C ended it."""
+    """Run a command; return the exit status: 0, 2 where the input was at fault, 130 where it was interrupted."""
     arguments = parser().parse_args(argv)
-    _be_quiet()
-    try:
-        COMMANDS[arguments.command](arguments)
-    except RetrofitError as error:
-        if arguments.json:
-            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted{_how_to_go_on(arguments, sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
-        return 130
+    with warnings.catch_warnings():
+        _be_quiet(arguments)
+        try:
+            COMMANDS[arguments.command](arguments)
+        except RetrofitError as error:
+            text = _in_options(str(error), arguments)
+            if arguments.json:
+                print(json.dumps({"error": type(error).__name__, "message": text}))
+            print(f"{type(error).__name__}: {text}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            # a second one would end in a traceback of what some library does at the end
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            print(f"\nInterrupted. {_how_to_go_on(arguments, sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
+            return 130
     return 0
 
 
-def _how_to_go_on(arguments: argparse.Namespace, given: Sequence[str]) -> str:
-    """Say it of a command that can: the same one again, with ``--resume``."""
-    if not hasattr(arguments, "resume"):
-        return ""
-    again = [*given, *["--resume"] * (not arguments.resume)]
-    return f": `ltm-retrofit {shlex.join(again)}` goes on where it was"
-
-
-def _be_quiet() -> None:
-    """Keep other libraries' progress bars and warnings out of our output."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+def _be_quiet(arguments: argparse.Namespace) -> None:
+    """Keep other libraries' progress bars and warnings out of our output; say ours in a line."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module=r"(torch|timm|transformers|accelerate|datasets)(\..*)?")
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"Warning: {_in_options(str(message), arguments)}", file=sys.stderr, flush=True)
+
+    warnings.showwarning = show
+
+
+def _in_options(text: str, arguments: argparse.Namespace) -> str:
+    """Put a message in the words of the command line: ``flops=0.1`` is ``--flops 0.1`` there."""
+    options = "|".join(name for name in vars(arguments) if name not in ("command", "model", "recipe"))
+    text = re.sub(rf"\b(?:TrainConfig\.|LTMConfig\.)?({options})=(?:True\b)?", r"--\1 ", text)
+    text = re.sub(rf"\bTrainConfig\.({options})\b", r"--\1", text)
+    text = re.sub(r"\bTrainConfig\.(\w+)", r"\1 in the train section of a recipe", text)
+    text = re.sub(r"--(\w+)", lambda found: found[0].replace("_", "-"), text)
+    # as they are typed: 60 30 instead of (60, 30)
+    text = re.sub(r"(--[\w-]+) \(([\d, ]+)\)", lambda found: f"{found[1]} {found[2].replace(',', '')}".rstrip(), text)
+    return re.sub(r"(--[\w-]+) +(?=[ .,:;)]|$)", r"\1", text)
+
+
+def _how_to_go_on(arguments: argparse.Namespace, given: Sequence[str]) -> str:
+    """Say after an interruption what there is to go on from."""
+    if arguments.command not in ("finetune", "run"):
+        return "Nothing was written: give the same command again."
+    out = _out_of_run(arguments) if arguments.command == "run" else arguments.out
+    if any(file.is_file() for file in checkpoints_of(out).rglob("*")):
+        again = shlex.join([*given, *["--resume"] * (not arguments.resume)])
+        return f"`ltm-retrofit {again}` goes on where it was."
+    return "There is no checkpoint to go on from yet: give the same command again."
 
 
 def _print(text: str, file: Any = None) -> None:
@@ -197,6 +231,23 @@ def _load(arguments: argparse.Namespace) -> Any:
     return model
 
 
+def _load_original(arguments: argparse.Namespace) -> Any:
+    """Load a model that is to be looked at or converted.
+
+    Raises:
+        AlreadyRetrofitted: where it is converted.
+    """
+    from ltm_retrofit.converted.record import get_plan, is_retrofitted
+
+    model = _load(arguments)
+    if is_retrofitted(model):
+        raise AlreadyRetrofitted(
+            f"{arguments.model} is converted already, to ×{get_plan(model).share:.2f} of its MACs: give the checkpoint "
+            f"that it was made from. `ltm-retrofit report {arguments.model}` shows what became of it"
+        )
+    return model
+
+
 def _image_size(arguments: argparse.Namespace) -> tuple[int, int] | None:
     """Return the height and width that were asked for, if any; one number is that of both."""
     given = getattr(arguments, "image_size", None)
@@ -219,7 +270,7 @@ def _say_input(arguments: argparse.Namespace, model: Any) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.find import find_sites
 
-    sites = find_sites(_load(arguments))
+    sites = find_sites(_load_original(arguments))
     values = {
         "macs": sites.total_macs,
         "sizes_said": sites.sizes_said,
@@ -303,7 +354,7 @@ def _by_file(arguments: argparse.Namespace) -> tuple[Any, Any]:
     if given := [f"--{name.replace('_', '-')}" for name in settings if getattr(arguments, name, None) is not None]:
         raise RecipeError(f"--plan says all that {', '.join(given)} would say: give one or the other")
     plan = read_plan(arguments.plan)
-    model = _load(arguments)
+    model = _load_original(arguments)
     if (size := planned_size(plan)) is not None and size != (image_shape(model) or (0,))[1:]:
         ask_size(model, size)
     counted = recounted(plan, find_sites(model, example_of(plan, model)))
@@ -313,9 +364,10 @@ def _by_file(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
-    from ltm_retrofit.converted.record import is_retrofitted
+    from ltm_retrofit.converted.record import is_retrofitted, was_finetuned
     from ltm_retrofit.reporting.report import measure
-    from ltm_retrofit.saving.save import CONFIG, save_pretrained
+    from ltm_retrofit.saving.load import before_tuning, find_model
+    from ltm_retrofit.saving.save import CONFIG, rewrite_card, save_pretrained
     from ltm_retrofit.tuning.checkpoints import checkpoints_beside, exists
     from ltm_retrofit.tuning.classes import check_data, check_same_classes, count_classes
     from ltm_retrofit.tuning.processes import is_main
@@ -343,9 +395,14 @@ def _finetune(arguments: argparse.Namespace) -> None:
     if not is_main():
         return
     save_pretrained(model, arguments.out, overwrite=overwrite)  # before what else may fail or be interrupted
-    say(f"testing   on {len(test)} test images, which nothing was chosen by")
-    report = measure(model, data=test, batches=())
-    save_pretrained(model, arguments.out, overwrite=True, report=report)
+    say(f"written   {arguments.out}/, before it is measured on {len(test)} test images, which nothing was chosen by")
+    before = None
+    if was_finetuned(model):  # else what was best is the converted model, untouched
+        given = find_model(arguments.model).model
+        before = before_tuning(arguments.model) if was_finetuned(given) else given
+    called = f"{section.test_split} of {section.name}"
+    report = measure(model, data=test, original=before, split=called, batches=())
+    rewrite_card(arguments.out, report)
     shutil.rmtree(kept)
     values = {**report.to_dict(), "history": history.to_dict()}
     _show(arguments, f"{report}\n\n{history}\nwritten to {arguments.out}/", values)
@@ -356,13 +413,69 @@ def _report(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.tuning.sources import DataSection, load_split
 
     if min(arguments.batches) < 1:
-        raise RecipeError(f"batches are whole numbers from 1 on, got {arguments.batches}")
+        raise RecipeError(f"--batches are whole numbers from 1 on, got {' '.join(map(str, arguments.batches))}")
+    if arguments.original is not None and arguments.data is None:
+        raise RecipeError("--original is for comparing answers: give --data too")
+    place, mark = Path(arguments.model), "report.json"
+    beside = place if place.is_dir() else Path("runs") / place.name
+    out = arguments.out or Path(f"{beside if beside.name not in ('', '..') else beside.resolve()}-report")
+    check_ours(out, mark)
+    data, called = None, ""
+    if arguments.data is not None:
+        other = "validation" if arguments.split == "train" else "train"  # of which nothing is read
+        section = DataSection(name=arguments.data, train_split=other, test_split=arguments.split)
+        data, called = load_split(section, section.test_split), f"{arguments.split} of {arguments.data}"
     model = _load(arguments)
     _say_input(arguments, model)
-    section = None if arguments.data is None else DataSection(name=arguments.data)
-    data = section and load_split(section, section.test_split)
-    report = measure(model, data=data, batches=tuple(arguments.batches))
-    _show(arguments, str(report), report.to_dict())
+    original = None if data is None else _original(arguments, model, data)
+    report = measure(
+        model,
+        data=data,
+        original=original,
+        split=called,
+        batches=tuple(arguments.batches),
+        seconds=arguments.seconds,
+        say=lambda text: _say(arguments, text),
+    )
+    with written_whole(out, mark) as folder:
+        files = ["report.html", mark, "report.md"]
+        replace(report, extra={"written_by": OURS, "files": files}).write(folder)
+    _show(arguments, f"\n{report}\n\nwritten to {out}/ (see report.html)", report.to_dict())
+
+
+def _original(arguments: argparse.Namespace, model: Any, data: Any) -> Any:
+    """Return what a tuned model was before: by --original, else by what its folder says; None where nobody knows."""
+    from ltm_retrofit.converted.record import get_plan, is_retrofitted, was_finetuned
+    from ltm_retrofit.converted.resizing import ask_size, planned_size
+    from ltm_retrofit.recipe import Recipe
+    from ltm_retrofit.saving.load import before_tuning, find_model
+    from ltm_retrofit.tuning.classes import count_classes, names_in, set_classes
+
+    if not was_finetuned(model):
+        if arguments.original is not None:
+            raise RecipeError(f"--original is what a tuned model was before, and {arguments.model} was not tuned")
+        return None
+    name, recipe = arguments.original, Path(arguments.model) / "recipe.yaml"
+    if name is None and (before := before_tuning(arguments.model)) is not None:
+        _say(arguments, "original the converted model that this one was tuned from")
+        return before
+    if name is None and recipe.is_file():
+        name = Recipe.read(recipe).model.name
+    if name is None:
+        _say(arguments, f"original not known to {arguments.model}: name it by --original to see both side by side")
+        return None
+    original, origin = find_model(name)
+    _say(arguments, f"original {name}: {origin}")
+    if not is_retrofitted(original):
+        if (size := planned_size(get_plan(model))) is not None:
+            ask_size(original, size)
+        if count_classes(original) != count_classes(model):  # as a run gives it a new classifier
+            set_classes(original, names_in(data) or count_classes(model))
+    return original
+
+
+def _out_of_run(arguments: argparse.Namespace) -> Path:
+    return Path(arguments.out or Path("runs") / arguments.recipe.stem)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -374,7 +487,7 @@ def _run(arguments: argparse.Namespace) -> None:
             recipe = replace(recipe, **{section: replace(getattr(recipe, section), name=name)})
     if (size := _image_size(arguments)) is not None:
         recipe = replace(recipe, model=replace(recipe.model, image_size=size))
-    out = arguments.out or Path("runs") / arguments.recipe.stem
+    out = _out_of_run(arguments)
     report = run_recipe(recipe, out, say=lambda text: _say(arguments, text), resume=arguments.resume)
     if arguments.json:
         _print(report.to_json())

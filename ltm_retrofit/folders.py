@@ -42,6 +42,11 @@ def check_ours(folder: Path, mark: str, *, overwrite: bool = True) -> None:
         raise CheckpointError(f"{folder} holds a saved model: pass overwrite=True to replace it, or another folder")
 
 
+def checkpoints_of(out: Path) -> Path:
+    """Return the folder in which a run that writes to ``out`` keeps its checkpoints."""
+    return out.absolute().parent / f".{out.name}.checkpoints"
+
+
 @contextmanager
 def written_whole(folder: Path, mark: str, *, overwrite: bool = True) -> Iterator[Path]:
     """Give a new folder to write into, which takes this folder's place when all went well and vanishes otherwise.

@@ -120,8 +120,8 @@ class MergePlan(Strict):
             for name, value in vars(self.config).items()
         ]
         for site in dict.fromkeys((*ours, *theirs)):
-            pairs.append((site, *(_counts(rows.get(site)) for rows in (ours, theirs))))
-        pairs.append(("MACs", *(f"{plan.macs / 1e9:.3f} G (×{plan.share:.3f})" for plan in (self, other))))
+            pairs.append((site, _counts(ours.get(site)), _counts(theirs.get(site))))
+        pairs.append(("MACs", _costs(self), _costs(other)))
         return "\n".join(f"{name}: {one} | {two}" for name, one, two in pairs if one != two)
 
     def __str__(self) -> str:
@@ -143,6 +143,10 @@ class MergePlan(Strict):
             lines.append(f"input {sizes_in_words(self.sizes_said, tokens)}")
         lines += _measured_in_words(self.measured, self.config.latency_batch)
         return "\n".join(lines)
+
+
+def _costs(plan: MergePlan) -> str:
+    return f"{plan.macs / 1e9:.3f} G (×{plan.share:.3f})"
 
 
 def _counts(row: Row | None) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from statistics import median
@@ -25,6 +26,8 @@ from ltm_retrofit.scopes.local import LOCAL
 from ltm_retrofit.timing import alternated, quartiles
 from ltm_retrofit.undisturbed import undisturbed
 
+#: tokens that one of the last site stands for on average, above which accuracy is surely lost
+FEW = 10
 TOLERANCE = 0.02  # how far below its target a plan's share may lie
 _ROUNDING = 1 + 1e-12  # a share that was computed from MACs and comes back as a target still meets itself
 #: pairs of passes of one timing; and how uncertain the median of their ratios may be
@@ -38,7 +41,8 @@ def make_plan(
 ) -> MergePlan:
     """Plan the token counts. Touches nothing.
 
-    The scopes are tried from the one that saves most: FLOW, GRID, LOCAL, then FLOW with LOCAL blocks beside it.
+    The scopes are tried from the one that saves most: FLOW, GRID, LOCAL, then FLOW with LOCAL blocks beside it. Where
+    less than a tenth of the tokens is left at the end, it warns.
 
     Args:
         sites: what `find_sites` found.
@@ -77,13 +81,17 @@ def make_plan(
         rows = next(iter(budgets.values())).from_tokens(config.tokens)
         if not rows:
             raise CountError(f"tokens={config.tokens} merges nothing: no count is below that of the tokens there are")
-        return plan_of(sites, config, rows)
-    search = Search(sites, config, budgets, model, images)
-    if config.latency is not None:
+        plan = plan_of(sites, config, rows)
+    elif config.latency is not None:
         assert model is not None
-        return _by_latency(search, model, config.latency, config.latency_batch)
-    assert config.flops is not None
-    return search.by_macs(config.flops)
+        search = Search(sites, config, budgets, model, images)
+        plan = _by_latency(search, model, config.latency, config.latency_batch)
+    else:
+        assert config.flops is not None
+        plan = Search(sites, config, budgets, model, images).by_macs(config.flops)
+    if not plan.measured and (warning := _too_few(plan.rows)):  # else it was said what the images showed
+        warnings.warn(warning, stacklevel=2)
+    return plan
 
 
 def _check_needs(config: LTMConfig, model: nn.Module | None, images: Example | None) -> None:
@@ -152,6 +160,23 @@ def _budgets(sites: Sites, config: LTMConfig) -> dict[str, Budget[Any]]:
             "scope that it serves"
         )
     return budgets
+
+
+def _too_few(rows: Sequence[Row]) -> str:
+    """Say that a plan leaves too few tokens to see much by; empty where it does not.
+
+    A DINOv2-S of 257 tokens, which recognised 87 % of 160 photographs, recognised untuned 78 % at ×0.35 of its MACs
+    (38 tokens at the end), 73 % at ×0.3 (26), 64 % at ×0.25 (17), 44 % at ×0.2 (9), 19 % at ×0.1 (5).
+    """
+    staying = [row for row in rows if row.scope == FLOW.name and not row.slices]
+    if not staying or FEW * staying[-1].tokens_out >= staying[0].tokens_in:
+        return ""
+    first, last = staying[0], staying[-1]
+    return (
+        f"of {first.tokens_in} tokens only {last.tokens_out} are left after {last.site}: most of what an image shows "
+        "is gone there, and accuracy with it, which tuning brings back in part at best. Keep a larger share, "
+        "flops=0.35 or more, and look at `ltm-retrofit report --data` before you rely on it"
+    )
 
 
 class Search(NamedTuple):

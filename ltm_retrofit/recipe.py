@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,10 +16,10 @@ import yaml
 from torch import nn
 
 from ltm_retrofit.config import LTMConfig, Strict, check_keys
-from ltm_retrofit.convert import retrofit
-from ltm_retrofit.converted.record import get_plan
+from ltm_retrofit.convert import restore, retrofit
+from ltm_retrofit.converted.record import get_plan, is_retrofitted, was_finetuned
 from ltm_retrofit.converted.resizing import ask_size, present_example
-from ltm_retrofit.errors import CheckpointError, DataError, RecipeError
+from ltm_retrofit.errors import AlreadyRetrofitted, CheckpointError, DataError, RecipeError
 from ltm_retrofit.finding.example import run
 from ltm_retrofit.finding.proofs import all_equal
 from ltm_retrofit.folders import OURS, check_ours, written_whole
@@ -26,7 +27,7 @@ from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.reporting.pictures import show_merges
 from ltm_retrofit.reporting.report import Report, measure
 from ltm_retrofit.saving.load import find_model, from_pretrained
-from ltm_retrofit.saving.save import save_pretrained
+from ltm_retrofit.saving.save import rewrite_card, save_pretrained
 from ltm_retrofit.tuning.checkpoints import checkpoints_beside
 from ltm_retrofit.tuning.classes import check_same_classes, classes_in, evaluate, set_classes
 from ltm_retrofit.tuning.processes import is_main
@@ -131,41 +132,48 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     say(f"model    {recipe.model.name}: {origin}")
     if (size := recipe.model.image_size) is not None:
         ask_size(model, size if isinstance(size, tuple) else (size, size))
+    if is_retrofitted(model):
+        raise AlreadyRetrofitted(
+            f"{recipe.model.name} is converted already, to ×{get_plan(model).share:.2f} of its MACs, and a run "
+            "converts by itself: give the checkpoint that it was made from"
+        )
     train, val, test = _prepare(model, recipe, say)
-    original = copy.deepcopy(model)
     retrofit(model, recipe.ltm)
-    plan = get_plan(model)
+    plan, converted = get_plan(model), copy.deepcopy(model)
     say(f"plan     {len(plan.rows)} sites, {plan.macs / plan.macs_original:.1%} of the MACs\n{plan}")
-    arms = {"original": original, "converted": copy.deepcopy(model), "finetuned": model}
     others = not recipe.train.train.startswith("masks")  # what has no mask cannot be tuned in the same way
-    say("tuning   the converted model" + "; then the original and a sliced one, each in the same way" * others)
+    say("tuning   the converted model")
     # resume: where there is something to
     tune = partial(finetune, train=train, val=val, config=recipe.train, resume=True, say=indented(say))
     history = tune(model, checkpoints_to=kept / "converted")
     say(f"         {history}")
+    if is_main():  # of several processes, the first one writes
+        same = _write_model(model, recipe, out)
+        say(f"written  {out}/model, before anything is measured")
+        if not same:
+            raise CheckpointError(f"the model reloaded from {out / 'model'} gives other logits than the one saved")
+    arms: dict[str, nn.Module] = {}
     if others:
-        arms["original_finetuned"] = control = copy.deepcopy(original)
-        say("tuning   the original")
+        say("tuning   the original, in the same way: to compare with")
+        arms["original_finetuned"] = control = restore(copy.deepcopy(converted))
         tune(control, checkpoints_to=kept / "original")
     merges = any(row.action == "merge" for row in plan.rows)  # else the plan is the exact slice, which loses nothing
     if others and merges:
-        arms["sliced_finetuned"] = sliced = retrofit(copy.deepcopy(original), sliced_config(plan))
-        say("tuning   the sliced one")
+        say("tuning   a sliced one, in the same way")
+        arms["sliced_finetuned"] = sliced = retrofit(restore(copy.deepcopy(converted)), sliced_config(plan))
         tune(sliced, checkpoints_to=kept / "sliced")
-    say(f"testing  all {len(arms)} on {len(test)} test images, which nothing was chosen by")
-    accuracies = {name: evaluate(arm, test) for name, arm in arms.items()}
-    say("timing   original and converted, in alternation")
-    report = measure(model).with_accuracy(**accuracies)
-    report = replace(report, extra={"recipe": recipe.to_dict(), "history": history.to_dict(), "test_images": len(test)})
-    if not is_main():  # of several processes, the first one writes
+    say(f"testing  all on {len(test)} test images, which nothing was chosen by; original and converted in alternation")
+    called = f"{recipe.data.test_split} of {recipe.data.name}"
+    before = converted if was_finetuned(model) else None  # an untouched model is the converted one
+    report = measure(model, data=test, original=before, split=called, say=lambda text: say(f"         {text}"))
+    report = report.with_accuracy(**{name: evaluate(arm, test) for name, arm in arms.items()})
+    extra = {"recipe": recipe.to_dict(), "history": history.to_dict(), "test_images": len(test), "reloaded_equal": True}
+    report = replace(report, extra=extra)
+    if not is_main():
         return report
-    pictures = [test[index]["image"] for index in range(min(4, len(test)))]
-    report = _write(model, recipe, report, pictures, out)
+    _write_report(model, recipe, report, [test[index]["image"] for index in range(min(4, len(test)))], out)
     shutil.rmtree(kept, ignore_errors=True)
-    same = report.extra["reloaded_equal"]
-    say(f"\n{report}\n\nreloaded model gives the same logits: {'yes' if same else 'NO'}\nwritten to {out}/")
-    if not same:
-        raise CheckpointError(f"the model reloaded from {out / 'model'} gives other logits than the one saved")
+    say(f"\n{report}\n\nreloaded model gives the same logits: yes\nwritten to {out}/ (see report.html)")
     return report
 
 
@@ -204,21 +212,42 @@ def _prepare(model: nn.Module, recipe: Recipe, say: Callable[[str], None]) -> tu
     return train, val, test
 
 
-def _write(model: nn.Module, recipe: Recipe, report: Report, pictures: list[Any], out: Path) -> Report:
-    """Write a run's folder whole; return the report, which now says whether the saved model gives the same logits."""
+def _write_model(model: nn.Module, recipe: Recipe, out: Path) -> bool:
+    """Write a run's folder with its model; return whether that gives the same logits when it is loaded again."""
     with written_whole(out, MARK) as folder:
-        save_pretrained(model, folder / "model", report=report, recipe=recipe.to_dict())
+        save_pretrained(model, folder / "model", recipe=recipe.to_dict())
         if recipe.train.train.startswith("masks"):
-            save_pretrained(model, folder / "adapter", adapter=True, report=report, recipe=recipe.to_dict())
-        example = present_example(model)
-        with undisturbed(model):
-            same = all_equal(run(from_pretrained(folder / "model"), example), run(model, example))
-        report = replace(report, extra={**report.extra, "reloaded_equal": same})
-        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-        (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
+            save_pretrained(model, folder / "adapter", adapter=True, recipe=recipe.to_dict())
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
+        _list_files(folder)
+    example = present_example(model)
+    with undisturbed(model):
+        return all_equal(run(from_pretrained(out / "model"), example), run(model, example))
+
+
+def _write_report(model: nn.Module, recipe: Recipe, report: Report, pictures: list[Any], out: Path) -> None:
+    """Write what was measured beside the model that is there: all of it, or nothing."""
+    with written_whole(out, MARK) as folder:
+        shutil.copytree(out, folder, copy_function=_linked, dirs_exist_ok=True)
+        report.write(folder)
+        for saved in ("model", "adapter"):
+            if (folder / saved).is_dir():
+                rewrite_card(folder / saved, report, recipe.to_dict())
         for index, picture in enumerate(pictures):
             show_merges(model, picture).savefig(folder / f"merges_{index}.png", dpi=100)
-        files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-        (folder / MARK).write_text(json.dumps({"written_by": OURS, "files": [*files, MARK]}, indent=2))
-    return report
+        _list_files(folder)
+
+
+def _linked(source: str, target: str) -> None:
+    """Give a file a second name, for weights may be large; copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _list_files(folder: Path) -> None:
+    """Write the list by which a folder is known as ours."""
+    files = sorted({str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()} | {MARK})
+    (folder / MARK).unlink(missing_ok=True)  # a link to the one before, which stays as it is
+    (folder / MARK).write_text(json.dumps({"written_by": OURS, "files": files}, indent=2))

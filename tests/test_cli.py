@@ -10,12 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
+import torch
 import transformers
 from pieces import equal, interrupt, weights
 from PIL import Image
@@ -23,7 +25,8 @@ from PIL import Image
 import ltm_retrofit as ltm
 from ltm_retrofit import cli
 from ltm_retrofit.cli import main
-from ltm_retrofit.converted.record import was_finetuned
+from ltm_retrofit.converted.record import mark_finetuned, was_finetuned
+from ltm_retrofit.saving import load
 from ltm_retrofit.tuning.loop import Run
 
 COMMANDS = ("inspect", "convert", "finetune", "report", "run")
@@ -281,7 +284,7 @@ def test_convert_finetune_report(folder: Path, colours: Path, tmp_path: Path, ca
     values = json.loads(capsys.readouterr().out)
     assert len(values["history"]["losses"]) == 12 and values["history"]["losses"][-1] < values["history"]["losses"][0]
     assert values["history"]["before"]["val_images"] == 6 and values["history"]["kept"] > 0
-    assert values["accuracy"]["finetuned"] is not None and values["accuracy"]["converted"] is None
+    assert None not in [values["accuracy"][name] for name in ("original", "converted", "finetuned")]
     assert was_finetuned(ltm.from_pretrained(tuned))
 
     assert cli.main(["report", str(tuned), "--data", str(colours), "--batches", "1", "--json"]) == 0
@@ -358,10 +361,10 @@ def test_errors_of_the_package_are_status_2(as_json: bool, folder: Path, tmp_pat
     command = ["convert", str(folder), "--flops", "0.01", "--out", str(tmp_path / "none")]
     assert cli.main([*command, *["--json"] * as_json]) == 2
     out, err = capsys.readouterr()
-    assert "BudgetError: flops=0.01 cannot be met" in err and "Traceback" not in err
+    assert "BudgetError: --flops 0.01 cannot be met" in err and "Traceback" not in err
     if as_json:
         values = json.loads(out)
-        assert values["error"] == "BudgetError" and values["message"].startswith("flops=0.01 cannot be met")
+        assert values["error"] == "BudgetError" and values["message"].startswith("--flops 0.01 cannot be met")
     assert not (tmp_path / "none").exists()
 
 
@@ -443,3 +446,151 @@ def test_finetune_looks_at_its_folder_first(tmp_path: Path, capsys, monkeypatch)
     for command in (["finetune", "anything", "--out", str(tmp_path)], ["convert", "anything", "--out", str(tmp_path)]):
         assert main(command) == 2
         assert "mine.txt" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------- reports
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of seven classes, as many as the tiny models have."""
+    for split in ("train", "test"):
+        for index in range(7):
+            (tmp_path / "photos" / split / f"kind{index}").mkdir(parents=True)
+            Image.new("RGB", (32, 32), (30 * index, 99, 9)).save(tmp_path / "photos" / split / f"kind{index}" / "a.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def tuned(converted: Callable, tmp_path: Path) -> Path:
+    """A converted model, and one tuned from it where a recipe's run would put it."""
+    ltm.save_pretrained(converted("timm-vit"), tmp_path / "made")
+    model = ltm.from_pretrained(tmp_path / "made")
+    with torch.no_grad():
+        model.head.weight.neg_()
+    mark_finetuned(model)
+    ltm.save_pretrained(model, tmp_path / "mine" / "model")
+    return tmp_path / "mine"
+
+
+def test_a_report_shows_all_versions_and_writes_a_page(tuned: Path, photos: Path, capsys) -> None:
+    command = ["report", str(tuned), "--data", str(photos), "--batches", "2", "1", "--seconds", "9", "--json"]
+    assert cli.main(command) == 0
+    out, err = capsys.readouterr()
+    values = json.loads(out)
+    measured = [name for name, value in values["accuracy"].items() if value is not None]
+    assert measured == ["original", "converted", "finetuned"]
+    assert values["answers"]["split"] == f"test of {photos}" and values["answers"]["images"] == 7
+    assert {Path(one["image"]) for one in values["answers"]["changed"]} <= set(photos.rglob("*.png"))
+    said = [line.split(":")[0] for line in err.splitlines()]
+    assert said[-5:-3] == ["original the converted model that this one was tuned from", "GMACs of one image"]
+    assert said[-3:] == ["latency, batch 1", "latency, batch 2", "top-1"]
+    written = tuned.with_name("mine-report")
+    assert sorted(file.name for file in written.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert json.loads((written / "report.json").read_text())["accuracy"] == values["accuracy"]
+    (written / "mine.txt").touch()
+    assert cli.main(command) == 2
+    assert "mine.txt" in capsys.readouterr().err
+
+
+def test_what_a_tuned_model_was_is_named_where_its_folder_does_not_know(
+    tuned: Path, photos: Path, build, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    shutil.rmtree(tmp_path / "made")
+    command = ["report", str(tuned), "--data", str(photos), "--batches", "1", "--seconds", "1", "--json"]
+    assert cli.main(command) == 0
+    out, err = capsys.readouterr()
+    assert "original not known to" in err and "--original" in err
+    assert json.loads(out)["accuracy"]["original"] is None
+    assert cli.main(["report", str(tuned), "--original", "x"]) == 2
+    assert "--original is for comparing answers: give --data too" in capsys.readouterr().err
+
+    found = load.find_model
+    other = lambda name: (build("timm-vit"), "made here") if name == "base" else found(name)  # noqa: E731
+    monkeypatch.setattr("ltm_retrofit.saving.load.find_model", other)
+    assert cli.main([*command, "--original", "base"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"]["original"] is not None
+
+
+def test_finetune_writes_the_model_before_it_measures(tuned: Path, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ltm_retrofit.tuning.train.finetune", lambda *_, **__: ltm.History())
+    monkeypatch.setattr("ltm_retrofit.reporting.report.measure", interrupted)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    out = tmp_path / "tuned"
+    assert cli.main(["finetune", str(tuned), "--data", str(photos), "--out", str(out)]) == 130
+    assert was_finetuned(ltm.from_pretrained(out))
+
+
+# ------------------------------------------------------------------------------------------------------------ messages
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("command", "kept", "said"),
+    [
+        (["finetune", "x", "--out", "{}/out"], True, "Go on where it was by the same command with --resume."),
+        (["run", "x.yaml", "--out", "{}/out"], True, "Go on where it was by the same command with --resume."),
+        (["finetune", "x", "--out", "{}/out"], False, "There is no checkpoint to go on from yet"),
+        (["convert", "x", "--out", "{}/out"], False, "Nothing was written: give the same command again."),
+    ],
+)
+def test_an_interruption_is_one_line(command, kept: bool, said: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setitem(cli.COMMANDS, command[0], interrupted)
+    if kept:
+        (tmp_path / ".out.checkpoints" / "converted").mkdir(parents=True)
+        (tmp_path / ".out.checkpoints" / "converted" / "checkpoint.safetensors").touch()
+    assert cli.main([part.format(tmp_path) for part in command]) == 130
+    out, err = capsys.readouterr()
+    (line,) = err.strip().splitlines()
+    assert out == "" and line.startswith(f"Interrupted. {said}")
+
+
+def test_a_warning_is_one_line_in_the_words_of_the_options(capsys, monkeypatch) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "convert", lambda _: warnings.warn("keep flops=0.35 or more", stacklevel=1))
+    before = warnings.showwarning
+    assert cli.main(["convert", "x", "--out", "y"]) == 0
+    assert capsys.readouterr().err == "Warning: keep --flops 0.35 or more\n"
+    assert warnings.showwarning is before
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "said"),
+    [
+        ("convert", "flops=0.01 cannot be met. Ask for flops=0.2", "--flops 0.01 cannot be met. Ask for --flops 0.2"),
+        ("convert", "pass overwrite=True to replace it", "pass --overwrite to replace it"),
+        ("convert", "set LTMConfig.flops=0.5", "set --flops 0.5"),
+        ("convert", "tokens=(60, 30) merges nothing", "--tokens 60 30 merges nothing"),
+        ("convert", "tokens=(60,) merges", "--tokens 60 merges"),
+        ("convert", "output_tokens='full' brings", "--output-tokens 'full' brings"),
+        ("finetune", "lower TrainConfig.batch_size", "lower --batch-size"),
+        ("finetune", "raise TrainConfig.clip", "raise clip in the train section of a recipe"),
+        ("report", "flops=0.5 is none of its options, model=3 neither", None),
+    ],
+)
+def test_messages_name_options(command: str, text: str, said: str | None) -> None:
+    out = [] if command == "report" else ["--out", "y"]
+    arguments = cli.parser().parse_args([command, "x", *out])
+    assert cli._in_options(text, arguments) == (said or text)
+
+
+@pytest.mark.parametrize("command", [["inspect", "x"], ["convert", "x", "--out", "{}"], ["run", "{}/x.yaml"]])
+def test_what_is_converted_is_not_converted_again(command, converted, tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "x.yaml").write_text("model: {name: x}")
+    for room in ("saving.load", "recipe"):
+        monkeypatch.setattr(f"ltm_retrofit.{room}.find_model", lambda name: (converted("timm-vit"), "made here"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    assert cli.main([part.format(tmp_path / "out" if command[0] == "convert" else tmp_path) for part in command]) == 2
+    err = capsys.readouterr().err
+    assert "x is converted already, to ×0." in err and "give the checkpoint that it was made from" in err
+    assert "restore" not in err
+
+
+def test_images_a_model_was_planned_for_are_put_in_words(converted, tmp_path: Path) -> None:
+    ltm.save_pretrained(converted("timm-vit"), tmp_path / "made")
+    card = (tmp_path / "made" / "README.md").read_text()
+    assert "predicted for images of 32×32, masks included" in card and "{''" not in card

@@ -322,3 +322,22 @@ def test_a_config_is_frozen_and_survives_json():
         config.flops = 0.5
     with pytest.raises(RecipeError, match="did you mean 'flops'"):
         ltm.LTMConfig.from_dict({"flop": 0.5})
+
+
+# ----------------------------------------------------------------------------------------------- what is surely lost
+
+
+def test_a_plan_that_leaves_too_few_tokens_warns(sites_of) -> None:
+    with pytest.warns(
+        UserWarning, match=r"of 65 tokens only 6 are left after blocks\.3: .*Keep a larger share, flops="
+    ):
+        ltm.make_plan(
+            sites_of("timm-vit"), ltm.LTMConfig(tokens=(40, 20, 6), sites=("blocks.1", "blocks.2", "blocks.3"))
+        )
+
+
+def test_other_plans_do_not_warn(sites_of, recwarn: pytest.WarningsRecorder) -> None:
+    sites = sites_of("timm-vit")
+    ltm.make_plan(sites, ltm.LTMConfig(tokens=(40, 20, 7), sites=("blocks.1", "blocks.2", "blocks.3")))
+    ltm.make_plan(sites, ltm.LTMConfig(flops=0.5))  # whose last row slices to the class token, which is exact
+    assert not [one for one in recwarn if "tokens only" in str(one.message)]

@@ -17,7 +17,7 @@ from zoo import ZOO
 
 import ltm_retrofit as ltm
 from ltm_retrofit import calibrate, planner
-from ltm_retrofit.calibrate import Answers
+from ltm_retrofit.calibrate import Passes
 from ltm_retrofit.converted.record import masks_of
 from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.macs import count_macs
@@ -65,7 +65,7 @@ def test_a_calibrated_plan_changes_the_answers_no_more_than_the_schedule(
 
     with undisturbed(model), torch.no_grad():
         auto = ltm.make_plan(sites, ltm.LTMConfig(flops=0.75))
-        answers = Answers(model, sites, CALIBRATED, many)
+        answers = Passes(model, sites, CALIBRATED, many)
         assert answers.differ(auto.rows).mean == plan.measured["difference of auto"]
         assert answers.differ(plan.rows).mean == plan.measured["difference"]
     images = {"pixel_values": many[:1]} if family.startswith("hf") else many[:1]
@@ -89,7 +89,7 @@ def test_answers_are_those_of_the_converted_model(build: Callable[..., nn.Module
     sites = sites_of("timm-vit")
     plan = ltm.make_plan(sites, ltm.LTMConfig(tokens=(12, 9), sites=("blocks.3", "blocks.4")))
     with undisturbed(model), torch.no_grad():
-        differ = Answers(model, sites, plan.config, many).differ(plan.rows)
+        differ = Passes(model, sites, plan.config, many).differ(plan.rows)
         before = model(many).log_softmax(1)
     after = ltm.retrofit(model, plan=plan)(many).log_softmax(1).detach()
     by = (before.exp() * (before - after)).sum(1)

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import timm
@@ -262,9 +263,60 @@ def test_the_embedded_digits_are_not_streamed() -> None:
         DataSection(streaming=True)
 
 
-def test_data_that_is_nowhere(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot load split 'train' of data 'nobody/nothing_here'"):
+def test_data_that_is_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_folders: Path) -> None:
+    with pytest.raises(DataError, match=r"data 'nobody/nothing_here': there is no such folder here, and from the Hug"):
         load_split(DataSection("nobody/nothing_here"), "train")
+    monkeypatch.setattr(sources, "unreachable", lambda *_: pytest.fail("a path was asked for on the Hub"))
+    for name in ("./pictures", "a/b/pictures", "../pictures", "~/pictures-of-nobody", str(tmp_path / "pictures")):
+        with pytest.raises(DataError, match=r"there is no folder .*pictures"):
+            load_split(DataSection(name), "train")
+    with pytest.raises(DataError, match=rf"{tmp_path} has images\. Check the path"):
+        load_split(DataSection(str(tmp_path / "image")), "train")
+    with pytest.raises(DataError, match=r"it has test, train\. Put the images"):
+        load_split(DataSection(str(class_folders)), "validation")
+    (tmp_path / "one.zip").touch()
+    with pytest.raises(DataError, match="is a file: give the folder"):
+        load_split(DataSection(str(tmp_path / "one.zip")), "train")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` itself would ask five times, with pauses, before it said that there is no such folder."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    asked: list[str] = []
+
+    def refuse(hub: object, name: str, **_: object) -> None:
+        asked.append(name)
+        raise ConnectionError("nobody there")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits to ask again"))
+    with pytest.raises(DataError, match=r"cannot be had \(ConnectionError: nobody there\)"):
+        load_split(DataSection("nobody/nothing_here"), "train")
+    assert asked == ["nobody/nothing_here"] and not datasets.config.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("kind", ["folders", "parquet"])
+def test_a_folder_is_read_without_a_word_of_downloads(
+    kind: str, class_folders: Path, tmp_path, pictures, capfd
+) -> None:
+    if kind == "parquet":
+        pictures(7).to_parquet(tmp_path / "test.parquet")
+    capfd.readouterr()
+    load_split(DataSection(str(tmp_path if kind == "parquet" else class_folders)), "test")
+    assert capfd.readouterr().err == "" and not datasets.utils.are_progress_bars_disabled()
+
+
+def test_what_is_no_image_is_left_out_and_a_damaged_one_is_named(class_folders: Path, build) -> None:
+    (class_folders / "test" / "red" / "Thumbs.db").write_bytes(b"x")
+    assert len(load_split(DataSection(str(class_folders)), "test")) == 6
+    damaged = class_folders / "test" / "red" / "train_1.png"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    model = build("timm-vit")
+    model.reset_classifier(3)
+    with pytest.raises(DataError, match=rf"1 of 6 images cannot be read, the last one found is {damaged} \("):
+        ltm.evaluate(model, load_split(DataSection(str(class_folders)), "test"))
 
 
 def test_a_digits_split_that_does_not_exist_is_refused() -> None:
@@ -295,7 +347,7 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
         return table.select(chosen)
 
     monkeypatch.setattr(sources, "load_digits", few)
-    monkeypatch.setattr(recipes, "measure", lambda model: ltm.measure(model, batches=(1,), rounds=2))
+    monkeypatch.setattr(recipes, "measure", lambda model, **more: ltm.measure(model, batches=(1,), rounds=2, **more))
 
 
 _CANVASES: dict = {}
@@ -390,6 +442,9 @@ def test_a_whole_run_and_a_second_over_it(family: str, classes: int, folder_of, 
     for index in range(4):
         Image.open(out / f"merges_{index}.png").verify()
     marked = json.loads((out / MARK).read_text())["files"]
+    assert (out / "report.html").read_text() == found.to_html()
+    assert "## Report" in (out / "model" / "README.md").read_text()
+    assert set(values["answers"]["right"]) == {"original", "converted", "finetuned"}
     assert sorted(marked) == sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
     assert not [path for path in out.parent.iterdir() if path != out], "a temporary folder stayed"
 
@@ -442,11 +497,11 @@ def test_a_run_with_a_new_classifier_is_repeatable(folder_of, tmp_path: Path, mo
     class Enough(Exception):
         pass
 
-    def stop(model: nn.Module, data: object) -> float:
+    def stop(model: nn.Module, config: LTMConfig) -> None:
         heads.append(model.head.weight.detach().clone())
         raise Enough
 
-    monkeypatch.setattr(recipes, "evaluate", stop)
+    monkeypatch.setattr(recipes, "retrofit", stop)
     path = folder_of("timm-vit", 7)
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -456,7 +511,7 @@ def test_a_run_with_a_new_classifier_is_repeatable(folder_of, tmp_path: Path, mo
 
 
 @pytest.mark.usefixtures("few_digits")
-@pytest.mark.parametrize("where", ["finetune", "save_pretrained", "show_merges"])
+@pytest.mark.parametrize("where", ["finetune", "save_pretrained"])
 def test_a_failure_midway_leaves_the_old_folder(where: str, folder_of, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "runs" / "one"
     (out / "model").mkdir(parents=True)
@@ -479,6 +534,24 @@ def test_a_failure_midway_leaves_the_old_folder(where: str, folder_of, tmp_path:
 
 
 @pytest.mark.usefixtures("few_digits")
+@pytest.mark.parametrize("where", ["evaluate", "show_merges"])
+def test_the_model_is_written_before_it_is_measured(where: str, folder_of, tmp_path: Path, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, where, fail)
+    monkeypatch.setattr(recipes, "finetune", lambda *_, **__: ltm.History())
+    out = tmp_path / "runs" / "one"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(tiny(folder_of("timm-vit", 10)), out, say=lambda _: None)
+    for path in (out, out / "model"):  # the run's folder stands for its model
+        assert ltm.is_retrofitted(ltm.from_pretrained(path))
+    files = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    assert {"recipe.yaml", MARK} < files and not any("report" in name for name in files)
+    assert set(json.loads((out / MARK).read_text())["files"]) == files, "and it can be written over"
+
+
+@pytest.mark.usefixtures("few_digits")
 def test_an_interrupted_run_goes_on_where_it_was(folder_of, tmp_path: Path, monkeypatch) -> None:
     recipe = tiny(folder_of("timm-vit", 10))
     expected = run_recipe(recipe, tmp_path / "whole", say=lambda _: None)
@@ -495,7 +568,8 @@ def test_an_interrupted_run_goes_on_where_it_was(folder_of, tmp_path: Path, monk
     monkeypatch.setattr(Run, "step", stepping)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, tmp_path / "broken", say=lambda _: None)
-    assert (tmp_path / ".broken.checkpoints" / "converted").is_dir() and not (tmp_path / "broken").exists()
+    assert (tmp_path / ".broken.checkpoints" / "converted").is_dir()
+    assert (tmp_path / "broken" / "model").is_dir(), "the model was tuned, and the control was not yet"
     with pytest.raises(ltm.CheckpointError, match="go on from them with --resume, or remove that folder"):
         run_recipe(recipe, tmp_path / "broken", say=lambda _: None)
     found = run_recipe(recipe, tmp_path / "broken", say=lambda _: None, resume=True)

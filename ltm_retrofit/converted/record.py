@@ -19,6 +19,9 @@ from ltm_retrofit.scopes.base import CHILD, Interceptor, Record
 #: mark that `finetune` leaves on a model, so that no report calls fine-tuned weights the original's
 FINETUNED = "ltm_finetuned"
 
+#: where a model came from that was loaded from a folder of ours: the folder, and the hash of its weights
+LOADED = "ltm_loaded_from"
+
 #: shape, dtype and a checksum of an entry of a state dict
 Fingerprint = tuple[tuple[int, ...], str, int]
 

@@ -18,6 +18,7 @@ from ltm_retrofit.finding.example import (
     on_meta,
     prepare_example,
     run,
+    shapes_in_words,
     sizes_in_words,
     sizes_said,
     takes,
@@ -155,8 +156,8 @@ def resized(model: nn.Module) -> tuple[int, int] | None:
     twin, size = at_planned_size(model), input_size(model)
     if twin is None or size is None or _original_macs(twin, plan) != plan.macs_original:
         raise CheckpointError(
-            f"this {type(model).__name__} no longer is what its plan was made for: on inputs of "
-            f"{', '.join(map(str, plan.input_size.values()))} it does not cost the plan's {plan.macs_original:,} MACs, "
+            f"this {type(model).__name__} no longer is what its plan was made for: on "
+            f"{shapes_in_words(plan.input_size)} it does not cost the plan's {plan.macs_original:,} MACs, "
             "or does not run. Undo what was changed (LoRA by merge_and_unload, replaced modules, another patch size), "
             "or call ltm_retrofit.restore(model) and retrofit the model that you have"
         )

@@ -70,6 +70,21 @@ def sizes_in_words(said: Mapping[str, tuple[int, int]], tokens: int | None = Non
     return text
 
 
+def shapes_in_words(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Say ``images of 224×224`` of the shapes of an example's tensors, by name; of others what they are.
+
+    Example:
+        >>> from ltm_retrofit.finding.example import shapes_in_words
+        >>> shapes_in_words({"": (1, 3, 224, 192), "mask": (1, 168)})
+        'images of 224×192 and mask of 1×168'
+    """
+    said = [
+        f"images of {shape[2]}×{shape[3]}" if len(shape) == 4 else f"{name} of {'×'.join(map(str, shape))}".strip()
+        for name, shape in shapes.items()
+    ]
+    return " and ".join(said)
+
+
 def channels_of(model: nn.Module) -> int:
     """Return how many channels a model's images have: its patch embedding's, its config's, its checkpoint's, or 3."""
     stem = next((stem.in_channels for _, stem in _patch_embeddings(model)), None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median, quantiles
@@ -12,8 +14,14 @@ import torch
 from torch import nn
 
 from ltm_retrofit.converted.record import disabled, is_retrofitted, masks_of
-from ltm_retrofit.finding.example import Example, home, repeat_batch, run
+from ltm_retrofit.finding.example import Example, home, repeat_batch, run, tensors_of
+from ltm_retrofit.progress import progress
+from ltm_retrofit.reporting.memory import free_bytes
+from ltm_retrofit.tuning.processes import is_main
 from ltm_retrofit.undisturbed import undisturbed
+
+#: rounds below which no median is taken, however little time is left
+FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -28,9 +36,19 @@ class Paired:
     ratio: tuple[float, float, float] | None = None
     merging: float | None = None
 
+    def __str__(self) -> str:
+        """Return ``105.2 ms → 71.9 ms (×0.68)``."""
+        after = "" if self.converted is None else f" → {self.converted:.1f} ms"
+        return f"{self.original:.1f} ms{after}" + ("" if self.ratio is None else f" (×{self.ratio[0]:.2f})")
 
-def paired_latency(model: nn.Module, example: Example, *, rounds: int = 10, warmup: int = 2) -> Paired:
-    """Time a model on an example, alternating with its original path where it is converted. Eval mode, no gradients."""
+
+def paired_latency(
+    model: nn.Module, example: Example, *, rounds: int = 10, warmup: int = 2, seconds: float = math.inf
+) -> Paired:
+    """Time a model on an example, alternating with its original path where it is converted. Eval mode, no gradients.
+
+    After ``seconds`` it ends with the rounds that it has, `FEWEST` or more of them.
+    """
     device = home(model)[0]
 
     def timed() -> float:
@@ -44,7 +62,9 @@ def paired_latency(model: nn.Module, example: Example, *, rounds: int = 10, warm
 
     converted = is_retrofitted(model)
     pairs: list[tuple[float, float]] = []
-    with undisturbed(model), torch.inference_mode():
+    images, start = len(tensors_of(example)[0]), time.perf_counter()
+    bar = progress(f"timing batches of {images}", warmup + rounds, "rounds", on=is_main())
+    with undisturbed(model), torch.inference_mode(), bar:
         # in alternation, because a shared machine drifts by more from minute to minute than merging saves
         for index in range(warmup + rounds):
             with disabled(model) if converted else nullcontext():
@@ -52,7 +72,10 @@ def paired_latency(model: nn.Module, example: Example, *, rounds: int = 10, warm
             after = timed() if converted else before
             if index >= warmup:
                 pairs.append((before, after))
-        merging = _merging_share(model, example, max(3, rounds // 3)) if converted else None
+            bar.update()
+            if len(pairs) >= FEWEST and time.perf_counter() - start > seconds:
+                break
+        merging = _merging_share(model, example, max(3, len(pairs) // 3)) if converted else None
     original = median(before for before, _ in pairs)
     if not converted:
         return Paired(original)
@@ -88,7 +111,52 @@ def _merging_share(model: nn.Module, example: Example, rounds: int) -> float:
 
 
 def batch_latencies(
-    model: nn.Module, example: Example, batches: tuple[int, ...] = (1, 8, 32), *, rounds: int = 10
-) -> dict[int, Paired]:
-    """`paired_latency` at several batch sizes."""
-    return {batch: paired_latency(model, repeat_batch(example, batch), rounds=rounds) for batch in batches}
+    model: nn.Module,
+    example: Example,
+    batches: Sequence[int] = (1, 8, 32),
+    *,
+    rounds: int = 10,
+    seconds: float = math.inf,
+    need: float = 0,
+    say: Callable[[str], object] = str,
+) -> tuple[dict[int, Paired], list[str]]:
+    """`paired_latency` at several batch sizes, the smallest first; and why some were left out.
+
+    Args:
+        model: converted or not.
+        example: of one image.
+        batches: how many images at once.
+        rounds: the most that are timed at each.
+        seconds: for all of them together; what would go on for longer is left out, and said.
+        need: bytes that one image takes; a batch that needs more than is free is left out, and said.
+        say: receives each result as it comes.
+    """
+    found: dict[int, Paired] = {}
+    left_out: list[str] = []
+    started, order = time.perf_counter(), sorted(set(batches))
+    for place, batch in enumerate(order):
+        left = seconds - (time.perf_counter() - started)
+        why = _too_large(batch, need, free_bytes(home(model)[0]))
+        if not why and found:
+            small, paired = next(reversed(found.items()))
+            expected = (paired.original + (paired.converted or 0)) / 1000 * batch / small * (FEWEST + 1)
+            if expected > left:
+                why = (
+                    f"it would take some {expected:.0f} s more, and timing has {max(left, 0):.0f} s left of {seconds:g}"
+                )
+        if why:
+            left_out.append(f"batches of {batch} were not timed: {why}")
+            say(left_out[-1])
+            continue
+        share = left / (len(order) - place)
+        warmup = 2 if share == math.inf or not found else 1
+        found[batch] = paired_latency(model, repeat_batch(example, batch), rounds=rounds, warmup=warmup, seconds=share)
+        say(f"latency, batch {batch}: {found[batch]}")
+    return found, left_out
+
+
+def _too_large(batch: int, need: float, free: float) -> str:
+    """Say that a batch does not fit into memory; empty where it does."""
+    if batch * need <= free:
+        return ""
+    return f"they need about {batch * need / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"

@@ -20,7 +20,7 @@ from ltm_retrofit.converted.resizing import present_example
 from ltm_retrofit.errors import CheckpointError, RetrofitError
 from ltm_retrofit.finding.example import KEPT, home, run
 from ltm_retrofit.finding.proofs import all_equal
-from ltm_retrofit.saving.hub import origin_of
+from ltm_retrofit.hub import origin_of
 from ltm_retrofit.scopes.base import CHILD
 from ltm_retrofit.undisturbed import undisturbed
 

@@ -1,4 +1,7 @@
-"""What does a name stand for, and how is it read? Folders of ours, of timm and of transformers; names; Hub ids."""
+"""What does a name stand for, and how is it read? Folders of ours, of timm and of transformers; names; Hub ids.
+
+Over 400 lines: each kind of folder says in its own way what it holds, and each is checked before anything is built.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ from torch import Tensor, nn
 
 from ltm_retrofit.config import check_keys
 from ltm_retrofit.convert import replan, restore, retrofit
-from ltm_retrofit.converted.record import align, is_retrofitted
+from ltm_retrofit.converted.record import LOADED, align, is_retrofitted, was_finetuned
 from ltm_retrofit.converted.resizing import example_of, planned_size, set_size, size_from
 from ltm_retrofit.errors import AlreadyRetrofitted, BaseMismatch, CheckpointError, RecipeError, check_choice
 from ltm_retrofit.finding.example import KEPT, read_processor
 from ltm_retrofit.folders import OURS
+from ltm_retrofit.hub import fetch, is_repository
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import attach
 from ltm_retrofit.saving.base import (
@@ -32,14 +36,15 @@ from ltm_retrofit.saving.base import (
     public_class,
     rebuild_base,
 )
-from ltm_retrofit.saving.hub import fetch, is_repository
 from ltm_retrofit.saving.save import CONFIG, FORMAT_VERSION, PROCESSOR, WEIGHTS, digest
 
 #: the model that comes with the package
 EMBEDDED = "digits_vit"
 _ASSETS = Path(__file__).parent.parent / "assets"
 _KEYS = ("format", "format_version", "versions", "base", "rebuildable", "reason", "plan", "dtypes", "sha256", "files")
-_OPTIONAL = ("adapter", "labels", "resized", "model_type", "transformers_weights")
+_OPTIONAL = ("adapter", "labels", "resized", "model_type", "transformers_weights", "tuned_from")
+#: where a recipe's run puts its model
+_OF_A_RUN = "model"
 #: format versions; 3 says to transformers what it is
 _READ = (2, FORMAT_VERSION)
 
@@ -109,6 +114,7 @@ def from_pretrained(
     hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     if not folder.exists() and is_repository(str(path)):
         folder = fetch(str(path), revision=revision, **hub)
+    folder = model_within(folder)
     config, plan = _read_config(folder)
     if attn_implementation is not None:
         if config["base"].get("library") != "transformers":
@@ -133,6 +139,7 @@ def from_pretrained(
         _fill(model, plan, state, size_from(config.get("resized")), folder)
     if (folder / PROCESSOR).is_file() and (processor := read_processor(folder)) is not None:
         model.__dict__[KEPT] = processor
+    model.__dict__[LOADED] = (str(folder.absolute()), config["sha256"])
     if flops is not None:
         replan(model, replace(plan.config, flops=flops, tokens=None, latency=None))
     if numbers is not None:
@@ -140,6 +147,29 @@ def from_pretrained(
         if hasattr(model, "config"):
             model.config.dtype = numbers
     return (model if device is None else model.to(device)).eval()
+
+
+def model_within(folder: Path) -> Path:
+    """Return the folder of the model that a recipe's run wrote into this folder; itself where it is none of a run."""
+    inner = folder / _OF_A_RUN
+    return inner if not (folder / CONFIG).is_file() and (inner / CONFIG).is_file() else folder
+
+
+def before_tuning(path: str | os.PathLike[str]) -> nn.Module | None:
+    """Load the converted model that a folder's model was tuned from, by what the folder says; None where it is gone."""
+    folder, seen = model_within(Path(path).expanduser()), set[Path]()
+    while (folder / CONFIG).is_file() and folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        said = _read_config(folder)[0].get("tuned_from")
+        if not isinstance(said, dict):
+            return None
+        folder = folder / str(said.get("path"))
+        if not (folder / WEIGHTS).is_file() or digest(folder / WEIGHTS) != said.get("sha256"):
+            return None
+        model = from_pretrained(folder)
+        if not was_finetuned(model):  # else that was tuned from another one
+            return model
+    return None
 
 
 def _fill(
@@ -286,14 +316,16 @@ def _read_weights(folder: Path, expected: str) -> dict[str, Tensor]:
 
 
 def _load_folder(folder: Path, origin: str) -> LoadedModel:
+    folder = model_within(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not a mapping")
     except (OSError, ValueError) as error:
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
         raise CheckpointError(
-            f"{origin} has no readable {CONFIG} ({error}): expected a folder saved by ltm_retrofit, timm or "
-            "transformers"
+            f"{origin} has no readable {CONFIG} ({error}); it holds {found}. Give a folder saved by ltm_retrofit, timm "
+            "or transformers"
         ) from error
     if config.get("format") == OURS:
         return LoadedModel(from_pretrained(folder), f"{origin}, converted by ltm_retrofit")

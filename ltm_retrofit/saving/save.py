@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,15 +16,15 @@ import yaml
 from torch import Tensor, nn
 
 from ltm_retrofit.converted.classifier import follow_classifier
-from ltm_retrofit.converted.record import get_plan
+from ltm_retrofit.converted.record import LOADED, get_plan, was_finetuned
 from ltm_retrofit.converted.resizing import resized
 from ltm_retrofit.errors import CheckpointError
-from ltm_retrofit.finding.example import processors_of
+from ltm_retrofit.finding.example import processors_of, shapes_in_words
 from ltm_retrofit.folders import OURS, check_ours, written_whole
+from ltm_retrofit.hub import in_short, is_repository
 from ltm_retrofit.plan import MergePlan
 from ltm_retrofit.saving.adapter import adapter_state, labels_of
 from ltm_retrofit.saving.base import auto_class, describe_base, differing, proven_base
-from ltm_retrofit.saving.hub import in_short, is_repository
 
 FORMAT_VERSION = 3
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -80,6 +80,9 @@ def save_pretrained(
     target = Path(path).expanduser()
     check_ours(target, CONFIG, overwrite=overwrite)
     contents = contents_of(model, adapter, allow_unloadable)
+    if (loaded := model.__dict__.get(LOADED)) and was_finetuned(model):  # so that a report finds what it was before
+        tuned_from = {"path": os.path.relpath(loaded[0], target.absolute()), "sha256": loaded[1]}
+        contents = replace(contents, config={**contents.config, "tuned_from": tuned_from})
     with written_whole(target, CONFIG, overwrite=overwrite) as folder:
         contents.write(folder, target.resolve().name, report, recipe)
 
@@ -217,6 +220,15 @@ def contents_of(
     return Contents(state, config, plan, next(iter(processors_of(model).values()), None))
 
 
+def rewrite_card(folder: Path, report: Any, recipe: Any = None) -> None:
+    """Write the card of a saved model anew, now with a report: a model is saved before it is measured."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    plan = MergePlan.from_dict(config["plan"])
+    card = model_card(folder.resolve().name, config["base"], plan, config["reason"], report, recipe)
+    (folder / CARD).unlink(missing_ok=True)  # where it is a link, the other name of the file keeps what it says
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
 def digest(file: Path) -> str:
     """Return the SHA-256 of a file, by which a folder knows its weights again."""
     with file.open("rb") as stream:
@@ -263,14 +275,13 @@ def model_card(
         front["base_model"] = base["id"]
     origin = f"{base.get('architecture') or base.get('class')} ({base.get('library')})"
     rows = "\n".join(f"| `{row.site}` | {row.action} | {row.tokens_in} | {row.tokens_out} |" for row in plan.rows)
-    sizes = "; ".join(f"{key} {list(size)}".strip() for key, size in plan.input_size.items())
     alone = reason is None or (reason == ADAPTER and base.get("id"))
     call = f'ltm.from_pretrained("{name}")' if alone else f'ltm.from_pretrained("{name}", base=base)'
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---",
         f"# {name}\n\n{origin}, retrofitted with token merging, method `{plan.config.method}`.",
         f"**MACs for one image: {plan.macs_original / 1e9:.3f} G before, {plan.macs / 1e9:.3f} G after "
-        f"(×{plan.share:.3f})**, predicted at input size {sizes}, masks included.",
+        f"(×{plan.share:.3f})**, predicted for {shapes_in_words(plan.input_size)}, masks included.",
         f"| block | action | tokens in | tokens out |\n|---|---|---|---|\n{rows}",
         f"## Load it\n\n```python\nimport ltm_retrofit as ltm\n\nmodel = {call}\n```",
     ]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.converted.record import fingerprints_of, get_plan, is_retrofitted
 from ltm_retrofit.errors import CheckpointError
+from ltm_retrofit.folders import checkpoints_of
 from ltm_retrofit.tuning.settings import TrainConfig
 
 #: file name in the folder that a fine-tune is given
@@ -224,7 +225,7 @@ def checkpoints_beside(out: Path, resume: bool) -> Path:
     Raises:
         CheckpointError: where an interrupted run left some there, and this one is not to go on from them.
     """
-    folder = out.absolute().parent / f".{out.name}.checkpoints"
+    folder = checkpoints_of(out)
     if not resume and any(path.is_file() for path in folder.rglob("*")):
         raise CheckpointError(
             f"a run to {out} was interrupted, and its checkpoints lie in {folder}: go on from them with --resume, or "

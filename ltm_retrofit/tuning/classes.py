@@ -1,16 +1,19 @@
-"""Which classes a model has, which the data have, whether the two agree, and how many are recognised."""
+"""Which classes a model has, which the data have, whether the two agree, and how many are recognised.
+
+Over 400 lines: whoever asks what is recognised has to know which of the model's classes a label is.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ltm_retrofit.converted.classifier import follow_classifier
 from ltm_retrofit.converted.record import get_retrofit, is_retrofitted
@@ -18,13 +21,17 @@ from ltm_retrofit.errors import AlreadyRetrofitted, DataError, ExampleError, Tra
 from ltm_retrofit.finding.example import home, logits_of, prepare_example, run
 from ltm_retrofit.finding.recording import record
 from ltm_retrofit.merging.ib import soft_targets
-from ltm_retrofit.tuning.data import Data, batches_on, columns_of, is_stream, is_table, make_loader
-from ltm_retrofit.tuning.processes import Accelerator
+from ltm_retrofit.progress import progress
+from ltm_retrofit.tuning.data import Data, batches_on, columns_of, is_stream, is_table, make_loader, size_of
+from ltm_retrofit.tuning.processes import Accelerator, is_main
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.undisturbed import undisturbed
 
 #: names on the model the parameters and buffers of a classifier that is new
 NEW_CLASSIFIER = "ltm_new_classifier"
+
+#: gives a module for the time of a batch, such as a converted model whose original path runs meanwhile
+Version = Callable[[], AbstractContextManager[nn.Module]]
 
 
 # --------------------------------------------------------------------------------------------- the classes of data
@@ -77,11 +84,26 @@ def check_same_classes(train: Data, test: Data, split: str = "training") -> None
     """
     said = [names_in(data) for data in (train, test) if "label" in (data.features or {})]
     if len(said) == 2 and said[0] != said[1]:
-        first, other = ("numbers" if names is None else f"classes {names[:5]}" for names in said)
         raise DataError(
-            f"the {split} split has {first} and the test split {other}: one label would mean two things. Give both "
-            "splits the same class folders"
+            f"the {split} split and the test split have different classes, and one label would mean two things: "
+            f"{_difference(*said)}. Give both splits the same class folders"
         )
+
+
+def _difference(first: list[str] | None, other: list[str] | None) -> str:
+    """Say how two lists of classes differ."""
+    if first is None or other is None:
+        return f"{'training' if first is None else 'test'} labels are numbers without names"
+    only = {"training": [one for one in first if one not in other], "test": [one for one in other if one not in first]}
+    if not any(only.values()):
+        place = next(place for place, (one, two) in enumerate(zip(first, other, strict=False)) if one != two)
+        return f"they come in another order, class {place} is {first[place]!r} in one and {other[place]!r} in the other"
+    return " and ".join(f"only the {split} split has {listed(names)}" for split, names in only.items() if names)
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Join names with commas, as many as fit a line; of the others say how many."""
+    return ", ".join(map(repr, names[:most])) + f" and {len(names) - most} more" * (len(names) > most)
 
 
 def check_data(model: nn.Module, data: Data, split: str, classes: int) -> tuple[int, ...] | None:
@@ -349,10 +371,9 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 128, accelerator: A
         TrainingError: where the model puts out no logits.
     """
     guesses, truths = predictions(model, data, batch_size, accelerator)
-    return 100 * float((guesses == truths).float().mean())
+    return 100 * int((guesses == truths).sum()) / len(truths)
 
 
-@torch.no_grad()
 def predictions(
     model: nn.Module, data: Data, batch_size: int = 128, accelerator: Accelerator | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -364,17 +385,44 @@ def predictions(
         DataError: where there is no image, or labels do not fit the model's classes.
         TrainingError: where the model puts out no logits.
     """
+    guesses, truths = [], []
+    for (logits,), labels in answers(model, [itself(model)], data, batch_size, accelerator):
+        guesses.append(logits.argmax(dim=-1).cpu())
+        truths.append(labels.cpu())
+    return torch.cat(guesses), torch.cat(truths)
+
+
+def itself(model: nn.Module) -> Version:
+    """Return a model as a version of it: as it is."""
+    return lambda: nullcontext(model)
+
+
+def answers(
+    model: nn.Module,
+    versions: Sequence[Version],
+    data: Data,
+    batch_size: int = 128,
+    accelerator: Accelerator | None = None,
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Yield the logits of several versions of a model to each batch, and its labels ``(B,)``; each image is read once.
+
+    Args:
+        model: whose images they take, and whose classes they have; labels come in its numbers.
+        versions: each gives a module for the time of a batch; all run in eval mode.
+        data: as for `evaluate`.
+        batch_size: images at once, of a data set.
+        accelerator: of several processes, which share the data and all return the whole.
+
+    Raises:
+        DataError, TrainingError: as from `predictions`.
+    """
     class_of = check_data(model, data, "evaluation", count_classes(model)) if is_table(data) else None
-
-    def judge(logits: Tensor, targets: Tensor | None, inputs: Any) -> Tensor:
+    for logits, targets, _, gather in _answered(model, versions, data, batch_size, accelerator, class_of):
         assert targets is not None
-        return torch.stack([logits.argmax(dim=-1), targets.argmax(dim=-1)], dim=1)
-
-    guesses, truths = judged(model, data, judge, batch_size, accelerator, class_of).unbind(dim=1)
-    return guesses, truths
+        *every, truths = gather([*logits, targets.argmax(dim=-1)])
+        yield every, truths
 
 
-@torch.no_grad()
 def judged(
     model: nn.Module,
     data: Data,
@@ -401,27 +449,63 @@ def judged(
         TrainingError: where the model puts out no logits.
     """
     found: list[Tensor] = []
+    passes = _answered(model, [itself(model)], data, batch_size, accelerator, class_of, labelled=labelled)
+    for (logits,), targets, inputs, gather in passes:
+        found += [each.cpu() for each in gather([judge(logits, targets, inputs)])]
+    return torch.cat(found)
+
+
+#: logits of each version, soft labels, inputs, and what brings together what several processes saw
+Answered = tuple[list[Tensor], Tensor | None, Any, Callable[[list[Tensor]], list[Tensor]]]
+
+
+@torch.no_grad()
+def _answered(
+    model: nn.Module,
+    versions: Sequence[Version],
+    data: Data,
+    batch_size: int,
+    accelerator: Accelerator | None,
+    class_of: Sequence[int] | None,
+    *,
+    labelled: bool = True,
+) -> Iterator[Answered]:
+    """Go through the batches of some data, see `answers` and `judged`."""
+    # no image to evaluate on may be missing
+    config = TrainConfig(batch_size=batch_size, unreadable=0.0)
+    loader = make_loader(model, data, config, shuffle=False, class_of=class_of)
+    shared = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
+    shared = shared if isinstance(loader, DataLoader) else None
+    loader = loader if shared is None else shared.prepare_data_loader(loader)
+
+    def gather(seen: list[Tensor]) -> list[Tensor]:
+        return seen if shared is None else list(shared.gather_for_metrics(seen))
+
+    classes, empty = 0, True  # the number of classes is what the first logits say
+    with progress("evaluate", len(data) if is_table(data) else None, "images", on=is_main()) as bar:
+        for inputs, labels in batches_on(loader, home(model)[0], labelled=labelled):
+            seen = []
+            for version in versions:
+                with version() as one, _evaluating(one):
+                    logits = logits_of(run(one, inputs))
+                    classes = classes or _width(one, logits, inputs)
+                if logits is None or not classes:
+                    raise TrainingError(f"{type(one).__name__} puts out no class logits (B, C): give it a classifier")
+                seen.append(logits)
+            yield seen, None if labels is None else soft_targets(labels, classes), inputs, gather
+            bar.update(size_of(inputs) * (1 if shared is None else shared.num_processes))
+            empty = False
+    if empty:
+        raise DataError("there is no image to evaluate on")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode meanwhile."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        classes = 0  # what the first logits say
-        # no image to evaluate on may be missing
-        config = TrainConfig(batch_size=batch_size, unreadable=0.0)
-        loader = make_loader(model, data, config, shuffle=False, class_of=class_of)
-        shared: Accelerator | None = None
-        if accelerator is not None and accelerator.num_processes > 1 and isinstance(loader, DataLoader):
-            shared, loader = accelerator, accelerator.prepare_data_loader(loader)
-        drawn = batches_on(loader, home(model)[0], labelled=labelled)
-        for inputs, labels in tqdm(drawn, desc="evaluate", leave=False, disable=None):
-            logits = logits_of(run(model, inputs))
-            classes = classes or _width(model, logits, inputs)
-            if logits is None or not classes:
-                raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier")
-            seen = judge(logits, None if labels is None else soft_targets(labels, classes), inputs)
-            found.append((seen if shared is None else shared.gather_for_metrics(seen)).cpu())
+        yield
     finally:
         for module, flag in flags.items():
             module.training = flag
-    if not found:
-        raise DataError("there is no image to evaluate on")
-    return torch.cat(found)

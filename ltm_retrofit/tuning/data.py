@@ -129,14 +129,14 @@ class Images(Dataset[tuple[Tensor, int]]):
                 image = self.decode(entry["image"])
                 break
             except Exception as error:  # whatever a decoder makes of damaged bytes
-                self._count(index, error)
+                self._count(index, entry, error)
                 index = (index + 1) % len(self)
         return seeded(self.transform, image, seed), label_of(entry, self.class_of)
 
-    def _count(self, index: int, error: Exception) -> None:
+    def _count(self, index: int, entry: Mapping[str, Any], error: Exception) -> None:
         self.unreadable[index] = True
         if (found := int(self.unreadable.sum())) > self.limit * len(self) or found == len(self):
-            raise too_many(f"{found} of {len(self)} images", f"image {index}", self.limit, error) from error
+            raise too_many(f"{found} of {len(self)} images", name_of(entry, index), self.limit, error) from error
 
     def damaged(self) -> list[int]:
         """Return which images this process could not read so far."""
@@ -199,7 +199,7 @@ class Stream(IterableDataset[tuple[Tensor, int]]):
                 self.unreadable[worker] = max(found, int(self.unreadable[worker]))
                 if found > self.limit * max(index + 1, BUFFER):
                     some = f"{found} of the stream's first {index + 1} images"
-                    raise too_many(some, f"image {index}", self.limit, error) from error
+                    raise too_many(some, name_of(entry, index), self.limit, error) from error
                 continue
             seed = seed_of(self.seed, self.turn, worker, index)
             yield seeded(self.transform, image, seed), label_of(entry, self.class_of)
@@ -215,6 +215,13 @@ def too_many(some: str, last: str, limit: float, error: Exception) -> DataError:
         f"{some} cannot be read, the last one found is {last} ({type(error).__name__}: {error}); accepted is a share "
         f"of {limit:g}: remove them, or raise TrainConfig.unreadable for training"
     )
+
+
+def name_of(entry: Mapping[str, Any], index: int) -> str:
+    """Return the file that an undecoded image lies in; where nothing says, its number."""
+    image = entry["image"]
+    path = image.get("path") if isinstance(image, Mapping) else getattr(image, "filename", None)
+    return str(path or f"image {index}")
 
 
 def label_of(entry: Mapping[str, Any], class_of: ClassOf) -> int:

@@ -6,7 +6,6 @@ Over 400 lines: whatever a step changes, a checkpoint has to hold, and a bad los
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +16,12 @@ from typing import Any, cast
 import torch
 from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ltm_retrofit.converted.record import is_retrofitted, learns, load_state, mark_finetuned, masks_of
 from ltm_retrofit.errors import TrainingError
 from ltm_retrofit.merging.statistics import SAMPLES_PER_CLUSTER, Statistics
 from ltm_retrofit.merging.tokens import Mask
+from ltm_retrofit.progress import progress
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.data import Images, Passes, Stream, batches_on, size_of
 from ltm_retrofit.tuning.objective import SAMPLES, Objective, terms_of
@@ -218,18 +217,10 @@ class Run:
         return f"kept      epoch {kept}, the best one: {in_words(history.epochs[kept - 1])}"
 
     def bar(self) -> Any:
-        """Return a progress bar of the whole run: images, rate, time left. A log gets a line every half a minute."""
-        seconds = 0.1 if sys.stderr.isatty() else 30.0
-        return tqdm(
-            total=self.config.epochs * self.length * self.passes.images,
-            initial=(self.progress.epoch * self.length + self.progress.batch) * self.passes.images,
-            unit=" images",
-            delay=min(seconds, 1.0) if sys.stderr.isatty() else seconds,
-            mininterval=seconds,
-            maxinterval=max(10.0, seconds),
-            leave=False,
-            disable=not self.accelerator.is_local_main_process,
-        )
+        """Return a progress bar of the whole run: images, rate, time left."""
+        total = self.config.epochs * self.length * self.passes.images
+        done = (self.progress.epoch * self.length + self.progress.batch) * self.passes.images
+        return progress("training", total, "images", done=done, on=self.accelerator.is_local_main_process)
 
     def train_epoch(self, bar: Any, asked: Callable[[], bool]) -> None:
         """Learn from the batches of an epoch that are not done; stops between two steps where it is asked to."""

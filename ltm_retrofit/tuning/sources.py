@@ -7,6 +7,9 @@ the rest is background and fragments of other digits, so there is something to m
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -17,6 +20,7 @@ from PIL import Image
 
 from ltm_retrofit.config import Strict
 from ltm_retrofit.errors import DataError, RecipeError, check_choice
+from ltm_retrofit.hub import in_short, unreachable
 from ltm_retrofit.tuning.data import BUFFER, columns_of, is_stream
 from ltm_retrofit.tuning.settings import check_types
 
@@ -29,6 +33,8 @@ SPLITS: dict[Split, tuple[int, int]] = {"train": (0, 1257), "validation": (1257,
 #: what the split is called by which the best state of a fine-tune is chosen
 VALIDATION = ("validation", "valid", "val", "dev")
 CANVAS = 64
+#: ids on the Hub: a name, or an organisation and a name
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 #: images (1797, 8, 8) of 0 to 16, and labels: UCI's Optical Recognition of Handwritten Digits (see the README there)
 DIGITS = Path(__file__).parent.parent / "assets" / "digits.npz"
 
@@ -141,26 +147,85 @@ def _fetch(name: str, split: str, *, stream: bool) -> Any:
     Raises:
         DataError: where there is none.
     """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _in_folder(folder, split, stream=stream)
+    if folder.exists():
+        raise DataError(f"data {name!r} is a file: give the folder that holds {split}/CLASS/IMAGE or {split}*.parquet")
+    if not HUB_ID.fullmatch(name):
+        there = next(place for place in folder.absolute().parents if place.is_dir())
+        raise DataError(f"there is no folder {name}: {there} has {_some_names(there)}. Check the path")
+    return _on_hub(name, split, stream=stream)
+
+
+def _in_folder(folder: Path, split: str, *, stream: bool) -> Any:
+    """Return a split of a folder: parquet files, or class folders. Not by way of `datasets`' builders where that helps.
+
+    They guess splits from file names, copy all into a cache, and say "Downloading data" of what lies here.
+    """
     import datasets
 
-    folder = Path(name)
+    files = sorted(str(file) for file in folder.glob(f"{split}*.parquet"))
     try:
-        if not folder.is_dir():
-            return datasets.load_dataset(name, split=split, streaming=stream)
-        files = sorted(str(file) for file in folder.glob(f"{split}*.parquet"))
-        kind = "parquet" if files else "imagefolder"
-        # explicit files: `datasets` guesses splits from file names otherwise
-        files = files or sorted(str(file) for file in (folder / split).glob("*/*") if file.is_file())
-        if not files:
-            raise DataError(f"{folder} has neither {split}*.parquet nor {split}/CLASS/IMAGE files")
-        return datasets.load_dataset(kind, data_files={split: files}, split=split, streaming=stream)
+        if files:
+            with _without_bars():
+                return datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=stream)
+        Image.init()
+        known = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+        images = sorted(file for file in (folder / split).glob("*/*") if file.suffix.lower() in known)
+        if not images:
+            found = f"; it has {_some_names(folder)}" if not (folder / split).is_dir() else ""
+            raise DataError(
+                f"{folder} has neither {split}*.parquet nor {split}/CLASS/IMAGE files{found}. Put the images of each "
+                f"class into a folder of their own below {folder / split}"
+            )
+        names = sorted({file.parent.name for file in images})
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        columns = {"image": [str(file) for file in images], "label": [names.index(file.parent.name) for file in images]}
+        table = datasets.Dataset.from_dict(columns, features=features, split=datasets.NamedSplit(split))
+        return table.to_iterable_dataset() if stream else table
     except DataError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a foreign file does to a loader
+        raise DataError(f"cannot load split {split!r} of the folder {folder}: {in_short(error)}") from error
+
+
+def _on_hub(name: str, split: str, *, stream: bool) -> Any:
+    """Return a split of a data set on the Hub; where that does not answer, of its copy in the cache."""
+    import datasets
+
+    missing = unreachable(name, "dataset")
+    before = datasets.config.HF_HUB_OFFLINE
+    try:
+        # asked already, and in vain: `datasets` would ask five times more, before it looks into its cache
+        datasets.config.HF_HUB_OFFLINE = before or bool(missing)
+        return datasets.load_dataset(name, split=split, streaming=stream)
+    except Exception as error:  # httpx, huggingface_hub and the file system each have their own
         raise DataError(
-            f"cannot load split {split!r} of data {name!r} (no such folder here, so a Hub id): "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            f"cannot load split {split!r} of data {name!r}: there is no such folder here, and from the Hugging Face "
+            f"Hub it cannot be had ({missing or in_short(error)}). Check the path or the name"
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the bars of `datasets` away meanwhile, whose words are of downloads."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()
+
+
+def _some_names(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    return ", ".join(names[:6]) + " …" * (len(names) > 6) if names else "nothing in it"
 
 
 def source_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:

@@ -18,12 +18,12 @@ from ltm_retrofit.errors import CountError, DataError
 from ltm_retrofit.finding.example import prepare_example, repeat_batch
 from ltm_retrofit.macs import count_macs
 from ltm_retrofit.reporting import bench, report
-from ltm_retrofit.reporting.bench import paired_latency
+from ltm_retrofit.reporting.bench import batch_latencies, paired_latency
 from ltm_retrofit.reporting.report import ACCURACIES
 
 SOME = ["timm-vit", "hf-dinov2", "hf-clip"]
 KEYS = {"model", "hardware", "macs", "params", "latency_ms", "latency_ratio", "merging_share", "accuracy", "modules"}
-KEYS |= {"plan"}
+KEYS |= {"plan", "memory_mb", "answers", "left_out"}
 
 
 def state(model: nn.Module) -> list:
@@ -99,7 +99,9 @@ def test_a_plan_that_predicts_other_macs_is_an_error(converted) -> None:
     model = converted("timm-vit")
     model.ltm.plan = dataclasses.replace(model.ltm.plan, macs=model.ltm.plan.macs + 1)
     before = state(model)
-    with pytest.raises(CountError, match=rf"predicts {model.ltm.plan.macs:,} MACs and {model.ltm.plan.macs - 1:,}"):
+    with pytest.raises(
+        CountError, match=rf"predicts {model.ltm.plan.macs:,} MACs and {model.ltm.plan.macs - 1:,}.*images of 32×32\."
+    ):
         ltm.measure(model, batches=())
     assert_same_state(model, before)
 
@@ -108,26 +110,28 @@ def test_a_plan_that_predicts_other_macs_is_an_error(converted) -> None:
 
 
 @pytest.mark.parametrize(
-    ("convert", "finetuned", "entry"),
+    ("convert", "finetuned", "entries"),
     [
-        (None, False, "original"),
-        (None, True, "original_finetuned"),
-        ("ltm", False, "converted"),
-        ("ltm", True, "finetuned"),
-        ("tome", True, "finetuned"),
-        ("slice", False, "converted"),
-        ("slice", True, "sliced_finetuned"),
+        (None, False, ["original"]),
+        (None, True, ["original_finetuned"]),
+        ("ltm", False, ["original", "converted"]),
+        ("ltm", True, ["finetuned"]),
+        ("tome", True, ["finetuned"]),
+        ("slice", False, ["original", "converted"]),
+        ("slice", True, ["sliced_finetuned"]),
     ],
 )
-def test_accuracy_goes_into_the_one_entry_that_the_model_is(convert, finetuned, entry, build, converted, pictures):
+def test_accuracies_are_those_of_the_versions_at_hand(convert, finetuned, entries, build, converted, pictures) -> None:
     model = build("timm-vit") if convert is None else converted("timm-vit", convert)
     if finetuned:
         mark_finetuned(model)
     data = pictures(14)
     accuracy = ltm.measure(model, data=data, batches=()).accuracy
     assert set(accuracy) == set(ACCURACIES)
-    assert accuracy.pop(entry) == ltm.evaluate(model, data)
-    assert set(accuracy.values()) == {None}
+    assert [name for name, value in accuracy.items() if value is not None] == entries
+    assert accuracy[entries[-1]] == ltm.evaluate(model, data)
+    if entries[0] == "original":
+        assert accuracy["original"] == ltm.evaluate(build("timm-vit"), data)
 
 
 def test_no_data_no_accuracy_and_zero_is_a_measurement(build, pictures) -> None:
@@ -297,3 +301,38 @@ def test_examples_are_repeated_to_a_batch() -> None:
     repeated = repeat_batch({"pixel_values": image, "flag": flag}, 3)
     assert repeated["flag"] is flag and torch.equal(repeated["pixel_values"], image.expand(3, 3, 4, 4))
     assert torch.equal(repeat_batch(torch.cat([image, image + 1]), 2), image.expand(2, 3, 4, 4)), "the first image"
+
+
+# ---------------------------------------------------------------------------------------------------- how long it takes
+
+
+def test_timing_ends_when_its_seconds_are_over(build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is made to run by itself: a second for each image."""
+    clock = [0.0]
+
+    def run(timed: nn.Module, example: torch.Tensor) -> None:
+        clock[0] += len(example)
+
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    said: list[str] = []
+    found, left_out = batch_latencies(
+        build("timm-vit"), torch.zeros(1, 3, 8, 8), (32, 1, 2), rounds=50, seconds=40, say=said.append
+    )
+    assert {batch: paired.original for batch, paired in found.items()} == {1: 1000.0, 2: 2000.0} and clock[0] <= 40
+    assert [line.split(":")[0] for line in said] == ["latency, batch 1", "latency, batch 2", left_out[0].split(":")[0]]
+    assert re.search(
+        r"batches of 32 were not timed: they would take some 128 s more, and timing has \d+ s left of 40", *left_out
+    )
+
+
+def test_results_are_said_as_they_come(converted, pictures) -> None:
+    said: list[str] = []
+    found = ltm.measure(converted("timm-vit"), data=pictures(14), batches=(2, 1), rounds=1, say=said.append)
+    assert [line.split(":")[0] for line in said] == [
+        "GMACs of one image",
+        "latency, batch 1",
+        "latency, batch 2",
+        "top-1",
+    ]
+    assert found.left_out == [] and 0 < found.memory_mb["converted"] <= found.memory_mb["original"]

@@ -147,7 +147,7 @@ def test_unreachable_hub_is_one_quick_error(name: str, tmp_path: Path, monkeypat
 
 
 def test_a_hub_that_never_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ltm_retrofit.saving.hub.PATIENCE", 0.2)
+    monkeypatch.setattr("ltm_retrofit.hub.PATIENCE", 0.2)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: time.sleep(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import datasets
 import pytest
 import timm
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import AlreadyRetrofitted, DataError
 from ltm_retrofit.finding.example import logits_of, prepare_example, run
-from ltm_retrofit.tuning.classes import count_classes, set_classes
+from ltm_retrofit.tuning.classes import check_same_classes, count_classes, set_classes
 
 NAMES = ["ant", "bee", "cat"]
 HEADS = {
@@ -206,3 +207,25 @@ def test_what_else_a_classifier_holds_stays() -> None:
     assert set_classes(model, words[::-1]) == "by name"
     torch.testing.assert_close(logits(model), before.flip(1))
     assert set_classes(model, ["x", "y"]) == "new" and set_classes(model, ["x", "y"]) is None
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ([*"abcdefghijkl"[:-1], "z"], "only the training split has 'l' and only the test split has 'z'"),
+        ([*"bacdefghijkl"], "they come in another order, class 0 is 'a' in one and 'b' in the other"),
+        ([*"abcdef"], "only the training split has 'g', 'h', 'i', 'j', 'k', 'l'"),
+        (None, "test labels are numbers without names"),
+    ],
+    ids=["late", "order", "fewer", "numbers"],
+)
+def test_what_two_lists_of_classes_differ_in_is_said(second: list[str] | None, said: str) -> None:
+    """Lists that begin alike were cut to the same text."""
+
+    def table(names: list[str] | None) -> datasets.Dataset:
+        label = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
+        return datasets.Dataset.from_dict({"label": [0]}, features=datasets.Features({"label": label}))
+
+    with pytest.raises(DataError, match=f"one label would mean two things: {said}\\. Give both"):
+        check_same_classes(table([*"abcdefghijkl"]), table(second))
+    check_same_classes(table([*"ab"]), table([*"ab"]))

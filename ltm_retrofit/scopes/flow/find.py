@@ -24,6 +24,7 @@ from ltm_retrofit.finding.recording import Call, Reached, replaced
 from ltm_retrofit.finding.sites import AttentionSite, Ending, Found, Refused, TokenLayout
 from ltm_retrofit.finding.walk import Walk
 from ltm_retrofit.macs import count_macs_quick
+from ltm_retrofit.progress import progress
 from ltm_retrofit.scopes.flow.candidate import Candidate, Piece, smallest
 from ltm_retrofit.scopes.flow.site import FlowSite
 from ltm_retrofit.undisturbed import undisturbed
@@ -58,17 +59,19 @@ def _candidates(walk: Walk) -> Sifted:
     """For each attention the smallest enclosing module that can be cut."""
     taken: dict[str, Candidate] = {}
     refused: list[Refused] = []
-    for number, attended in enumerate(walk.recording.attended):
-        if taken.keys() & set(attended.around):
-            continue  # a second attention of a block that is already cut: its back was proven token-wise with it
-        if number in walk.views:
-            found: Candidate | Refused = Refused(attended.owner, f"{attended.owner}: {walk.views[number].reason}")
-        else:
-            found = smallest(walk, attended)
-        if isinstance(found, Refused):
-            refused.append(found)
-        else:
-            taken[found.name] = found
+    with progress("looking for blocks to cut", len(walk.recording.attended), "attentions") as bar:
+        for number, attended in enumerate(walk.recording.attended):
+            bar.update()
+            if taken.keys() & set(attended.around):
+                continue  # a second attention of a block that is already cut: its back was proven token-wise with it
+            if number in walk.views:
+                found: Candidate | Refused = Refused(attended.owner, f"{attended.owner}: {walk.views[number].reason}")
+            else:
+                found = smallest(walk, attended)
+            if isinstance(found, Refused):
+                refused.append(found)
+            else:
+                taken[found.name] = found
     for number, views in walk.views.items():  # a later attention of a block that is cut
         for name in taken.keys() & set(walk.recording.attended[number].around):
             refused += _refuse([taken.pop(name)], views.reason)

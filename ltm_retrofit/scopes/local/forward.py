@@ -89,8 +89,8 @@ class LocalForward(Interceptor):
         if self.bound:
             raise UnsupportedBlock(
                 f"{self.name!r} was converted for {layout.tokens} tokens, of which its attention hides some from "
-                f"others, and was called with {count}: which may be merged is known of the planned size only. Convert with an "
-                "example of this size"
+                f"others, and was called with {count}: which may be merged is known of the planned size only. "
+                "Convert with an example of this size"
             )
         patches = max(0, count - layout.prefix - layout.trail)
         side = round(patches**0.5)

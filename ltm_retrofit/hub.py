@@ -1,4 +1,4 @@
-"""What is known of the Hugging Face Hub: ids, where a model came from, and how a repository is fetched."""
+"""What is known of the Hugging Face Hub: ids, whether it answers, and how a repository is fetched."""
 
 from __future__ import annotations
 
@@ -65,8 +65,7 @@ def fetch(
     """
     from huggingface_hub import snapshot_download
 
-    # asked once and briefly: the client's own retries add up to a minute
-    reason = "local_files_only is set" if local_files_only else _unreachable(repo, revision, token)
+    reason = "local_files_only is set" if local_files_only else unreachable(repo, revision=revision, token=token)
     try:
         folder = snapshot_download(
             repo,
@@ -82,13 +81,19 @@ def fetch(
         at = "" if revision is None else f" at revision {revision!r}"
         raise CheckpointError(
             f"{repo!r}{at} cannot be fetched from the Hugging Face Hub, and the cache does not hold it: "
-            f"{reason or in_short(error)}. Give a local folder, or check the name, the connection (HF_HUB_OFFLINE, "
-            "HF_ENDPOINT) and, where it is private, the token"
+            f"{reason or in_short(error)}. There is no such folder here either: give one, or check the name, the "
+            "connection (HF_HUB_OFFLINE, HF_ENDPOINT) and, where it is private, the token"
         ) from error
 
 
-def _unreachable(repo: str, revision: str | None, token: str | bool | None) -> str | None:
-    """Ask the Hub for a repository; return why not, or None. In a thread, for name resolution has no time limit."""
+def unreachable(
+    repo: str, kind: str = "model", *, revision: str | None = None, token: str | bool | None = None
+) -> str | None:
+    """Ask the Hub for a repository of this kind, ``"model"`` or ``"dataset"``; return why it cannot be had, or None.
+
+    It is asked once and briefly: its client's own retries add up to a minute. In a thread, for name resolution has no
+    time limit.
+    """
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
@@ -97,7 +102,8 @@ def _unreachable(repo: str, revision: str | None, token: str | bool | None) -> s
 
     def ask() -> None:
         try:
-            HfApi().model_info(repo, revision=revision, token=token, timeout=PATIENCE)
+            about = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
+            about(repo, revision=revision, token=token, timeout=PATIENCE)
             answer.append(None)
         except Exception as error:
             answer.append(in_short(error))
