@@ -153,8 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{type(error).__name__}: {text}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            # a second one would end in a traceback of what some library does at the end
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if argv is None:  # this process ends here; a second one would show what some library does at the end
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             print(f"\nInterrupted. {_how_to_go_on(arguments, sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
             return 130
     return 0

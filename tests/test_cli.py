@@ -322,7 +322,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(
         assert cli.main(command) == 130
     *_, line = capsys.readouterr().err.splitlines()
     again = shlex.join(["ltm-retrofit", *command, "--resume"])
-    assert line == f"interrupted: `{again}` goes on where it was"
+    assert line == f"Interrupted. `{again}` goes on where it was."
     with monkeypatch.context() as patch:  # once the model is written, and before it is tested
         patch.setattr("ltm_retrofit.reporting.report.measure", interrupt)
         assert cli.main(shlex.split(again)[1:]) == 130
