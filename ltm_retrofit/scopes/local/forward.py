@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.errors import UnsupportedBlock
+from ltm_retrofit.errors import CountError, UnsupportedBlock
+from ltm_retrofit.finding.call import hooks_of
 from ltm_retrofit.finding.layouts import as_tokens, from_tokens, spatial_of
 from ltm_retrofit.merging.tokens import Assignment, DenseAssignment, GridAssignment
 from ltm_retrofit.scopes.base import Interceptor, unwatch, watch
@@ -22,6 +23,10 @@ class Open:
 
     def __init__(self, cells: Cells, assignment: Assignment | DenseAssignment | GridAssignment, shape: tuple[int, ...]):
         self.cells, self.assignment, self.shape = cells, assignment, shape
+
+
+#: in place of what was left, where nothing was
+MISSING = object()
 
 
 class LocalForward(Interceptor):
@@ -69,15 +74,19 @@ class LocalForward(Interceptor):
         if self.first:
             x, opened = self.merge(x)
         else:
-            opened = getattr(x, Open.NAME, None)
+            opened = getattr(x, Open.NAME, MISSING)
+            if opened is MISSING:
+                raise CountError(
+                    f"a module of {self.name!r} received tokens without what the one before it knew of their merge: "
+                    f"{' or '.join(hooks_of(self.block)) or 'something between them'} made a new tensor. Hooks that put "
+                    "tensors in others' places work on the block as a whole"
+                )
         out = self.original(x, *args, **kwargs)
-        if opened is None:
-            return out
         if not self.last:
             # on the tensor, not on the module: no state is left for threads or copies to share
             setattr(out, Open.NAME, opened)
             return out
-        return self.unmerge(out, opened)
+        return out if opened is None else self.unmerge(out, opened)
 
     def cells(self, count: int, spatial: tuple[int, ...]) -> Cells:
         """Lay tokens out in cells: those of the plan at the planned size, else those that fit the size in hand."""
