@@ -21,6 +21,8 @@ CUTTING_METHODS = ("prune_intermediate_layers",)
 WRITING_METHODS = {"save_pretrained": "save_as_host", "push_to_hub": "push_as_host"}
 #: the room of saving stands above this one: it is looked up when one of these is called
 WRITING_ROOM = "ltm_retrofit.saving.as_host"
+#: what `nn.DataParallel` calls of each module in each forward pass
+REPLICATING = "_replicate_for_data_parallel"
 #: what attributes that say how tokens are pooled have in their names
 POOLING = "pool"
 
@@ -40,6 +42,8 @@ def guard(model: nn.Module) -> None:
         for name in WRITING_METHODS if shorten else ():
             if name not in module.__dict__ and callable(getattr(type(module), name, None)):
                 module.__dict__[name] = Writing(module, path, name)
+    for forward in forwards_of(model):
+        forward.block.__dict__[REPLICATING] = Replicating(forward.name)
     if type(model).load_state_dict is not nn.Module.load_state_dict:
         model.__dict__.setdefault("load_state_dict", Loading(model))
     watch_pooling(model)
@@ -54,7 +58,7 @@ def unguard(model: nn.Module) -> None:
                 del module.__dict__[name]
                 if refusal.original is not None:
                     module.__dict__[name] = refusal.original
-            elif isinstance(refusal, Writing | Loading):
+            elif isinstance(refusal, Writing | Loading | Replicating):
                 del module.__dict__[name]
 
 
@@ -140,6 +144,30 @@ class Writing:
                 "without the whole: save the model itself, or call ltm_retrofit.restore(model) first"
             )
         return getattr(import_module(WRITING_ROOM), WRITING_METHODS[self.name])(self.module, *args, **kwargs)
+
+
+class Replicating:
+    """Stands in for the method of a block by which `nn.DataParallel` copies it for another device: refuses.
+
+    Such a copy takes all that hangs on the block, the interceptor too, which would run the original's weights.
+
+    Args:
+        name: the site that the block belongs to.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self) -> nn.Module:
+        """Refuse by name.
+
+        Raises:
+            UnsupportedBlock: always.
+        """
+        raise UnsupportedBlock(
+            f"nn.DataParallel copies converted block {self.name!r} for another device, where it would compute with the "
+            "weights of this one: use nn.parallel.DistributedDataParallel (torchrun), or one device"
+        )
 
 
 class Loading:

@@ -187,6 +187,8 @@ class Interceptor:
     keep: int | None = None
     #: leading tokens that always stay
     prefix = 0
+    #: which conversion it belongs to
+    conversion = ""
     #: whether what the host reads next has fewer tokens
     shortens = True
 
