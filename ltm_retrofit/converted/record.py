@@ -45,7 +45,8 @@ class Retrofit(Record):
         super().__init__()
         self.plan, self.readout, self.pretrained = plan, readout, pretrained or {}
         self.conversion = uuid.uuid4().hex
-        self.register_buffer("finetuned", torch.tensor(finetuned))
+        # a number, not a boolean: `torch.optim.swa_utils.AveragedModel` takes the mean of all buffers
+        self.register_buffer("finetuned", torch.tensor(float(finetuned)))
 
     def forward(self, x: Any) -> Any:
         """Hand on what comes: a model that is an `nn.Sequential` calls every child of its own, this one last."""
