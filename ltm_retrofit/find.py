@@ -73,7 +73,7 @@ def _quantized(model: nn.Module) -> str | None:
     for name, module in model.named_modules():
         kinds = [type(module), *(type(parameter) for parameter in module.parameters(recurse=False))]
         if any(kind.__module__.startswith(("torch.ao.nn.quantized", "torchao.")) for kind in kinds):
-            return name
+            return str(name)
     return None
 
 

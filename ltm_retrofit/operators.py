@@ -259,7 +259,9 @@ def dispatch_handles() -> Mapping[Any, Callable[..., int]]:
     def distances(*shapes: Sequence[int], out_shape: Sequence[int] = (), **_: object) -> int:
         return 2 * prod(out_shape) * shapes[0][-1]
 
-    handles: dict[str, Callable[..., int]] = dict.fromkeys(("_cdist_forward", "_euclidean_dist", "_pdist_forward"), distances)
+    handles: dict[str, Callable[..., int]] = dict.fromkeys(
+        ("_cdist_forward", "_euclidean_dist", "_pdist_forward"), distances
+    )
     handles |= {name: counted(formula) for names, formula in formulas.items() for name in names.split()}
     # Without these torch's counter takes each of them apart, on the meta device in Python, only to find nothing.
     handles |= {name: nothing for name in FREE_OPS.split() if name not in handles}

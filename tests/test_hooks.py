@@ -37,7 +37,11 @@ PUT = {
     "forward": (lambda block: block.register_forward_hook(detaching), "detaching"),
     "forward pre": (lambda block: block.register_forward_pre_hook(copying), "copying"),
 }
-SOME = ["full backward", "forward", *(pytest.param(n, marks=pytest.mark.slow) for n in ("full backward pre", "forward pre"))]
+SOME = [
+    "full backward",
+    "forward",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("full backward pre", "forward pre")),
+]
 
 
 def step(model: nn.Module) -> torch.Tensor:

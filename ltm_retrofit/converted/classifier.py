@@ -146,7 +146,9 @@ def _record(model: nn.Module, example: Example) -> tuple[nn.Module, Recording]:
             return model, record(model, example)
     except ExampleError as error:
         if (twin := at_planned_size(model)) is None:
-            raise UnsupportedBlock(f"with this classifier it no longer runs on its plan's inputs: {in_words(error)}") from error
+            raise UnsupportedBlock(
+                f"with this classifier it no longer runs on its plan's inputs: {in_words(error)}"
+            ) from error
     with in_mode(twin, "original"):
         return twin, record(twin, example)
 

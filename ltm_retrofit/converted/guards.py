@@ -24,6 +24,8 @@ WRITING_METHODS = {"save_pretrained": "save_as_host", "push_to_hub": "push_as_ho
 WRITING_ROOM = "ltm_retrofit.saving.as_host"
 #: what `nn.DataParallel` calls of each module in each forward pass
 REPLICATING = "_replicate_for_data_parallel"
+#: what `torch.jit.script` calls of each module, before it compiles
+SCRIPTING = "__prepare_scriptable__"
 #: what attributes that say how tokens are pooled have in their names
 POOLING = "pool"
 
@@ -45,6 +47,7 @@ def guard(model: nn.Module) -> None:
                 module.__dict__[name] = Writing(module, path, name)
     for forward in forwards_of(model):
         forward.block.__dict__[REPLICATING] = Replicating(forward.name)
+        forward.block.__dict__[SCRIPTING] = Scripting(forward.name)
     if type(model).load_state_dict is not nn.Module.load_state_dict:
         model.__dict__.setdefault("load_state_dict", Loading(model))
     watch_pooling(model)
@@ -62,7 +65,7 @@ def unguard(model: nn.Module) -> None:
                 del module.__dict__[name]
                 if refusal.original is not None:
                     module.__dict__[name] = refusal.original
-            elif isinstance(refusal, Writing | Loading | Replicating):
+            elif isinstance(refusal, Writing | Loading | Replicating | Scripting):
                 del module.__dict__[name]
 
 
@@ -174,6 +177,28 @@ class Replicating:
         )
 
 
+class Scripting:
+    """Stands in for the method of a block by which `torch.jit.script` is given another module in its place: refuses.
+
+    Args:
+        name: the site that the block belongs to.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self) -> nn.Module:
+        """Refuse by name.
+
+        Raises:
+            UnsupportedBlock: always.
+        """
+        raise UnsupportedBlock(
+            f"torch.jit.script compiles Python's source, and that of converted block {self.name!r} is not its own any "
+            "more: use torch.jit.trace(model, images), torch.export.export or torch.compile"
+        )
+
+
 class Loading:
     """Stands in for a ``load_state_dict`` of a host's own: the record's entries are loaded past it.
 
@@ -219,7 +244,7 @@ class BringingBack:
 
 
 def _whole(value: Any) -> Any:
-    """Bring back what tensors in nested mappings, tuples and lists carry; what carries nothing stays the same object."""
+    """Bring back what tensors in nested mappings, tuples and lists carry; what carries nothing stays the same."""
     if isinstance(value, Tensor):
         carried = carried_by(value)
         return value if carried is None else unmerge_all(value, carried.merges)

@@ -72,7 +72,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         elif library == "peft" and hasattr(model, "get_base_model"):
             adds_tokens = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
-            inner = None if adds_tokens else model.get_base_model()
+            inner = None if adds_tokens else model.get_base_model()  # type: ignore[operator]
         if not isinstance(inner, nn.Module):
             return model
         model = inner
@@ -96,8 +96,8 @@ def converted_part(model: nn.Module) -> nn.Module:
     if next(forwards_of(model), None) is not None:
         raise NotRetrofitted(
             f"this {kind} is a part of a converted model, and the plan belongs to the whole: pass the model that "
-            "retrofit was given. Where that is gone, ltm_retrofit.restore(part) takes the conversion away; then convert "
-            "the part itself"
+            "retrofit was given. Where that is gone, ltm_retrofit.restore(part) takes the conversion away; then "
+            "convert the part itself"
         )
     raise NotRetrofitted(
         f"this {kind} is not converted, nor is anything in it: call ltm_retrofit.retrofit(model, LTMConfig(...)) first"

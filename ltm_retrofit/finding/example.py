@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import ExampleError
-from ltm_retrofit.undisturbed import run as run
 from ltm_retrofit.undisturbed import copied, undisturbed
+from ltm_retrofit.undisturbed import run as run
 
 Example = Tensor | Mapping[str, Any]
 

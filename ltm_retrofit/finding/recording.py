@@ -201,8 +201,8 @@ def record(model: nn.Module, example: Example) -> Recording:
         shown = example if isinstance(example, Mapping) else {"example": example}
         shapes = ", ".join(f"{k}: {tuple(v.shape)} {v.dtype}" for k, v in shown.items() if isinstance(v, Tensor))
         raise ExampleError(
-            f"{type(model).__name__} cannot be run on the example ({shapes}): {type(error).__name__}: {in_words(error)}. "
-            "Pass an example of the shape and dtype that the model expects"
+            f"{type(model).__name__} cannot be run on the example ({shapes}): "
+            f"{type(error).__name__}: {in_words(error)}. Pass an example of the shape and dtype that the model expects"
         ) from error
     return recording
 

@@ -86,12 +86,11 @@ def _groups(sees: Tensor) -> Tensor:
     views = sees.transpose(0, 1).flatten(1)
     if sees.shape[1] == sees.shape[2]:
         views = torch.cat([views, sees.permute(2, 0, 1).flatten(1)], dim=1)
-    return torch.unique(views, dim=0, return_inverse=True)[1].cpu()
+    groups: Tensor = torch.unique(views, dim=0, return_inverse=True)[1]
+    return groups.cpu()
 
 
-def _behind(
-    model: nn.Module, example: Example, recording: Recording, first: int, sees: Tensor
-) -> list[int] | None:
+def _behind(model: nn.Module, example: Example, recording: Recording, first: int, sees: Tensor) -> list[int] | None:
     """Return the attentions behind which some of as many tokens know that one was changed before, and others do not.
 
     The token is one that about half of them see. It becomes, but for a little noise, the one that most of them see: a
@@ -114,8 +113,13 @@ def _behind(
         if tried:
             return None
         made = list(args)
-        for place, value in [*enumerate(args), *kwargs.items()]:
-            if isinstance(value, Tensor) and value.is_floating_point() and (dims := tokens_in(value, count)) is not None:
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, value in given:
+            if (
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and (dims := tokens_in(value, count)) is not None
+            ):
                 other = _moved(value, dims, token, popular)
                 tried.append(True)
                 if isinstance(place, int):
@@ -171,4 +175,3 @@ def _differs(call: Call, output: Any, count: int) -> Tensor | None:
     if dims is None:
         return None
     return (before != after).flatten(*dims).movedim(dims[0], 0).flatten(1).any(dim=1).cpu()
-

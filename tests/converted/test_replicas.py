@@ -32,10 +32,10 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("host", slow_but(["timm-vit-flow", "timm-swin-local", "timm-efficientvit-grid"]))
 def test_a_replica_is_refused_by_name(host, two_devices) -> None:
-    model, original, example = converted(host)
+    model, original, _ = converted(host)
     replicate(original, [0, 1], detach=True)
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(ltm.UnsupportedBlock, match="DataParallel copies converted block.*DistributedDataParallel"):
+        with pytest.raises(ltm.UnsupportedBlock, match=r"DataParallel copies converted block.*DistributedDataParallel"):
             replicate(each, [0, 1], detach=True)
     replicate(ltm.restore(model), [0, 1], detach=True)
 

@@ -9,6 +9,7 @@ from pieces import WIDE
 from zoo import ZOO, randomise
 
 import ltm_retrofit as ltm
+from ltm_retrofit.converted.guards import BringingBack
 
 torch.set_num_threads(1)
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -41,7 +42,8 @@ def test_llava_reads_the_last_but_one_state_of_its_tower(config) -> None:
         assert merged.shape == expected.shape and not torch.equal(merged, expected)
         ltm.restore(model.model.vision_tower)
         assert torch.equal(model(**given).logits, expected)
-    assert not any(module._forward_hooks for module in model.model.vision_tower.modules())
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    assert not any(isinstance(hook, BringingBack) for hook in hooks)
 
 
 @pytest.mark.parametrize("name", ["hf-clip", "hf-dinov2-registers"])
@@ -53,7 +55,9 @@ def test_every_state_is_as_long_as_the_hosts(name, as_dict) -> None:
         before = model(IMAGES, **options)
         ltm.retrofit(model, ltm.LTMConfig(flops=0.7, output_tokens="full"))
         after = model(IMAGES, **options)
-        states = [(out.hidden_states if as_dict else next(x for x in out if isinstance(x, tuple))) for out in (before, after)]
+        states = [
+            (out.hidden_states if as_dict else next(x for x in out if isinstance(x, tuple))) for out in (before, after)
+        ]
         assert type(after) is type(before)
         assert [state.shape for state in states[1]] == [state.shape for state in states[0]]
         # as many different tokens as there are after each block, each as often as it stands for

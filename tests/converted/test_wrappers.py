@@ -92,7 +92,11 @@ def test_a_part_of_a_converted_model_says_what_to_do() -> None:
     ltm.retrofit(whole, CONFIG, EXAMPLE)
     part, plan = whole[0], ltm.get_plan(whole)
     assert not ltm.is_retrofitted(part)
-    for act in (ltm.get_plan, lambda model: ltm.measure(model, EXAMPLE, batches=()), lambda m: ltm.save_pretrained(m, "no")):
+    for act in (
+        ltm.get_plan,
+        lambda model: ltm.measure(model, EXAMPLE, batches=()),
+        lambda m: ltm.save_pretrained(m, "no"),
+    ):
         with pytest.raises(ltm.NotRetrofitted, match=r"a part of a converted model.*restore\(part\)"):
             act(part)
     with pytest.raises(ltm.AlreadyRetrofitted, match="a part of one"):

@@ -202,7 +202,11 @@ def test_a_decoder_behind_an_encoder_of_images_is_left_alone() -> None:
     """What attends to the image in it sees all of it; its words are hidden from one another before."""
     vision = tr.ViTConfig(**WIDE)
     text = tr.TrOCRConfig(
-        d_model=48, decoder_layers=2, decoder_attention_heads=3, decoder_ffn_dim=96, vocab_size=99,
+        d_model=48,
+        decoder_layers=2,
+        decoder_attention_heads=3,
+        decoder_ffn_dim=96,
+        vocab_size=99,
         cross_attention_hidden_size=48,
     )
     encoder, decoder = tr.ViTModel(vision, add_pooling_layer=False), tr.TrOCRForCausalLM(text)

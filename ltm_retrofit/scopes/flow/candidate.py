@@ -70,7 +70,9 @@ class Candidate:
         if "forward" in self.module.__dict__:
             raise UnsupportedBlock("its forward was replaced on the instance (a hook or a wrapper): remove that first")
         if hooks := full_backward_hooks(self.module):
-            raise UnsupportedBlock(f"{', '.join(hooks)} on it has it called with copies, on which nothing can be carried")
+            raise UnsupportedBlock(
+                f"{', '.join(hooks)} on it has it called with copies, on which nothing can be carried"
+            )
         grids = {(height, width) for _, _, height, width in walk.recording.maps}
         below = self.attention.removeprefix(name).lstrip(".")
         (call,) = walk.recording.attending[name]
@@ -153,7 +155,9 @@ class Candidate:
             try:
                 moved, _ = self.piece.front(tokens[0][at], followers, at, count)
             except Exception as error:
-                raise UnsupportedBlock(f"{follow} cannot be gathered along with the tokens: {in_words(error)}") from error
+                raise UnsupportedBlock(
+                    f"{follow} cannot be gathered along with the tokens: {in_words(error)}"
+                ) from error
             if not close(moved, stream[0][at]):
                 raise UnsupportedBlock(f"it depends on the order of its tokens even where {follow} move with them")
         return stream, inner
@@ -165,7 +169,9 @@ class Candidate:
         try:
             part = self.piece.back(stream[:, chosen])
         except Exception as error:
-            raise UnsupportedBlock(f"proof (b): its back half does not accept fewer tokens: {in_words(error)}") from error
+            raise UnsupportedBlock(
+                f"proof (b): its back half does not accept fewer tokens: {in_words(error)}"
+            ) from error
         if not close(part, self.call.output[:, chosen]):
             raise UnsupportedBlock("proof (b): its back half mixes tokens")
 
@@ -232,7 +238,10 @@ def smallest(walk: Walk, attended: Attended) -> Candidate | Refused:
         kind = type(walk.model.get_submodule(name)).__name__
         try:
             if len(calls) != 1:
-                raise UnsupportedBlock(f"called {len(calls)} times in one forward pass")
+                raise UnsupportedBlock(
+                    f"called {len(calls)} times in one forward pass: convert the part that is called several times (a "
+                    "backbone of a Siamese model) by itself, with an example of its own"
+                )
             if calls[0].stream() is None:
                 continue  # not a block: other tokens come out than go in
             return Candidate(walk, name, attended, end)

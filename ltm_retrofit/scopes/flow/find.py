@@ -97,7 +97,7 @@ def _handed_on(walk: Walk, candidates: list[Candidate]) -> Sifted:
         for candidate in (one, other):
             if _call(walk, candidate).swapped:
                 hooks = " or ".join(hooks_of(candidate.module))
-                return f"{hooks} on {candidate.name} puts another tensor in its place, and what merged tokens carry is lost"
+                return f"{hooks} on {candidate.name} makes a new tensor, and what merged tokens carry is lost"
         why = f"something between it and {other.name} makes a new tensor, and what merged tokens carry is lost"
         return "" if _hands_on(walk, _call(walk, one), _call(walk, other)) else why
 
@@ -240,7 +240,9 @@ def _prove_rest(walk: Walk, candidates: list[Candidate], prefix: int) -> Sifted:
             kind = type(candidate.module).__name__
             refused.append(Refused(candidate.name, f"{candidate.name} ({kind}): {reasons[0]}"))
             if kept:  # it would not hand on what tokens carry
-                refused += _refuse(candidates[:place], f"tokens merged here would reach {candidate.name}, which is left out")
+                refused += _refuse(
+                    candidates[:place], f"tokens merged here would reach {candidate.name}, which is left out"
+                )
                 break
     return kept, refused
 

@@ -47,7 +47,7 @@ class FlowForward(Interceptor):
         self.expects, self.keep, self.last, self.unmerge = expects, keep, last, unmerge
         self.settings = frozen(halves.settings for halves in site.halves.values())
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block.
 
         Raises:

@@ -25,10 +25,6 @@ class Open:
         self.cells, self.assignment, self.shape = cells, assignment, shape
 
 
-#: in place of what was left, where nothing was
-MISSING = object()
-
-
 class LocalForward(Interceptor):
     """Stands in for one module of a chain: the first merges, the last brings every token back.
 
@@ -67,19 +63,19 @@ class LocalForward(Interceptor):
         """The first module of the chain, or one in it where that is a container."""
         return self.keeper
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the module on merged tokens."""
         if self.mode != "merge":
             return self.original(x, *args, **kwargs)
         if self.first:
             x, opened = self.merge(x)
         else:
-            opened = getattr(x, Open.NAME, MISSING)
-            if opened is MISSING:
+            opened = getattr(x, Open.NAME, None)
+            if opened is None and not hasattr(x, Open.NAME):
                 raise CountError(
                     f"a module of {self.name!r} received tokens without what the one before it knew of their merge: "
-                    f"{' or '.join(hooks_of(self.block)) or 'something between them'} made a new tensor. Hooks that put "
-                    "tensors in others' places work on the block as a whole"
+                    f"{' or '.join(hooks_of(self.block)) or 'something between them'} made a new tensor. Hooks that "
+                    "put tensors in others' places work on the block as a whole"
                 )
         out = self.original(x, *args, **kwargs)
         if not self.last:
@@ -97,9 +93,9 @@ class LocalForward(Interceptor):
             return Cells(count, layout.prefix, layout.trail, planned, self.cell)
         if self.bound:
             raise UnsupportedBlock(
-                f"{self.name!r} was converted for {layout.tokens} tokens, of which its attention hides some from others, "
-                f"and was called with {count}: which may be merged is known of the planned size only. Convert with an "
-                "example of this size"
+                f"{self.name!r} was converted for {layout.tokens} tokens, of which its attention hides some from "
+                f"others, and was called with {count}: which may be merged is known of the planned size only. Convert "
+                "with an example of this size"
             )
         patches = max(0, count - layout.prefix - layout.trail)
         side = round(patches**0.5)
