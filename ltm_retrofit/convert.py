@@ -15,6 +15,7 @@ from ltm_retrofit.converted.guards import guard, unguard
 from ltm_retrofit.converted.record import (
     Retrofit,
     align,
+    converted_part,
     fingerprints_of,
     forwards_of,
     get_plan,
@@ -24,6 +25,7 @@ from ltm_retrofit.converted.record import (
     is_retrofitted,
     mark_finetuned,
     masks_of,
+    unwrapped,
     was_finetuned,
 )
 from ltm_retrofit.converted.resizing import example_of
@@ -62,6 +64,8 @@ def retrofit(
 ) -> nn.Module:
     """Convert a model in place and return the same object: class, forward signature and its own keys stay.
 
+    Where it is a wrapper of `torch.compile`, of data parallel training or of PEFT, what it wraps is converted.
+
     Args:
         model: a timm or Hugging Face vision transformer, or any module whose blocks can be cut.
         config: what to merge; ``LTMConfig(flops=0.7)`` where it and ``plan`` are left out.
@@ -84,6 +88,8 @@ def retrofit(
         >>> 0.68 <= ltm.get_plan(model).share <= 0.7
         True
     """
+    given = model
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     _check(model, config, plan)
     put_back = align(model)  # first of all: the proofs compare bits
     try:
@@ -104,11 +110,13 @@ def retrofit(
     except BaseException:
         put_back()
         raise
-    return model
+    return given
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Remove all that `retrofit` added, in place; the host's weights stay as they are now.
+
+    Of a wrapper, what is converted in it is restored; so is a part of a model that was converted as a whole.
 
     Raises:
         NotRetrofitted: where there is nothing to remove.
@@ -120,14 +128,17 @@ def restore(model: nn.Module) -> nn.Module:
         >>> list(ltm.restore(ltm.retrofit(model)).state_dict()) == keys
         True
     """
-    get_plan(model)
-    finetuned = was_finetuned(model)
+    given = model
+    if is_retrofitted(model) or next(forwards_of(model), None) is None:
+        model = converted_part(model)
+    # else a part whose whole is gone: its plan is as well, but what was added to it is not
+    finetuned = is_retrofitted(model) and was_finetuned(model)
     unguard(model)
     unguard_classifier(model)
     uninstall(model, list(forwards_of(model)))
     if finetuned:
         mark_finetuned(model)
-    return model
+    return given
 
 
 def replan(model: nn.Module, config: LTMConfig, *, images: Example | None = None) -> nn.Module:
@@ -153,6 +164,7 @@ def replan(model: nn.Module, config: LTMConfig, *, images: Example | None = None
         >>> ltm.get_plan(ltm.replan(model, ltm.LTMConfig(flops=0.6))).share <= 0.6
         True
     """
+    given, model = model, converted_part(model)
     old, example = get_plan(model), example_of(get_plan(model), model)
     record, parts = get_retrofit(model), ([*forwards_of(model)], hosts_of(model))
     learned = {site: mask.state_dict() for site, mask in masks_of(model).items()}
@@ -171,7 +183,7 @@ def replan(model: nn.Module, config: LTMConfig, *, images: Example | None = None
             _keep(mask, learned.get(site, {}))
     if new.readout is not None and record.readout is not None:
         _keep(new.readout, record.readout.state_dict())
-    return model
+    return given
 
 
 def _keep(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -188,13 +200,16 @@ def _check(model: nn.Module, config: LTMConfig | None, plan: MergePlan | None) -
         raise RecipeError(f"config is a {type(config).__name__} ({config!r}): pass LTMConfig(flops=0.7)")
     if config is not None and plan is not None:
         raise RecipeError("give a config or a plan, not both: a plan holds the config that it was made from")
-    if is_retrofitted(model):
+    if is_retrofitted(model) and converted_part(model) is model:
         raise AlreadyRetrofitted(
             f"this {type(model).__name__} is converted already ({get_plan(model).share:.3f} of its MACs): "
             "call ltm_retrofit.restore(model) first"
         )
     if any(True for _ in forwards_of(model)):
-        raise AlreadyRetrofitted("a part of this model is converted already: restore that part first")
+        raise AlreadyRetrofitted(
+            "a part of this model is converted already, or it is itself a part of one: call ltm_retrofit.restore on it "
+            "first"
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UnsupportedBlock(
             "this model is on the meta device: it can be planned for, and converted once it is loaded"
@@ -245,7 +260,8 @@ def _fitting(plan: MergePlan, sites: Sites) -> MergePlan:
 def build(model: nn.Module, sites: Sites, plan: MergePlan) -> Conversion:
     """Make every interceptor and mask, and the record; touch nothing."""
     for name, module in model.named_modules():
-        if hasattr(module, CHILD):
+        left = isinstance(module._modules.get(CHILD), Retrofit)  # of a conversion that was taken away from a part
+        if hasattr(module, CHILD) and not left:
             raise UnsupportedBlock(
                 f"{name or type(model).__name__!r} of this model has an attribute {CHILD!r} of its own, which is our "
                 "name for masks"

@@ -36,7 +36,7 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
     Raises:
         NoAttentionError: where the model attends nowhere.
         ExampleError: where there is no example, or the model cannot be run on it.
-        UnsupportedBlock: under ``torch.inference_mode()``.
+        UnsupportedBlock: under ``torch.inference_mode()``, or where the model is quantized.
 
     Example:
         >>> import timm
@@ -52,6 +52,11 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
             "gradient can go through, and where keys come from is read off gradients: build and convert it outside of "
             "inference_mode; torch.no_grad() does no harm"
         )
+    if (low := _quantized(model)) is not None:
+        raise UnsupportedBlock(
+            f"{low} of this {type(model).__name__} is quantized already, which proofs and counters cannot look into: "
+            "convert first, and quantize the converted model"
+        )
     base = identify(model)
     said = sizes_said(model)
     walk = Walk.of(model, prepare_example(model, example))
@@ -61,6 +66,15 @@ def find_sites(model: nn.Module, example: Example | None = None) -> Sites:
         maps = walk.on_meta_macs < WHOLE and passes_maps(walk)
         walk = walk.whole() if maps or not walk.faithful() else walk
     return replace(_search(walk, base), sizes_said=said)
+
+
+def _quantized(model: nn.Module) -> str | None:
+    """Return the first module that computes in int8 or the like."""
+    for name, module in model.named_modules():
+        kinds = [type(module), *(type(parameter) for parameter in module.parameters(recurse=False))]
+        if any(kind.__module__.startswith(("torch.ao.nn.quantized", "torchao.")) for kind in kinds):
+            return str(name)
+    return None
 
 
 def identify(model: nn.Module) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.converted.classifier import follow_classifier
-from ltm_retrofit.converted.record import forwards_of, get_retrofit, has_step, masks_of
+from ltm_retrofit.converted.record import converted_part, forwards_of, get_retrofit, has_step, masks_of
 from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.merging.statistics import of_all_ranks
@@ -105,6 +105,7 @@ def trace(model: nn.Module) -> Iterator[MergeTrace]:
         >>> len(traced.merges) == len(traced.sites)
         True
     """
+    model = converted_part(model)
     follow_classifier(model)
     plan = get_retrofit(model).plan
     rows = [row for row in plan.rows if not row.slices]

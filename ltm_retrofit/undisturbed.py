@@ -124,8 +124,8 @@ def without_autocast() -> Iterator[None]:
     puts in a model's place: meanwhile autocast begins for nobody. Rounding to three digits is as large as what proofs
     look for.
     """
-    devices = {kind for kind in ("cpu", torch.accelerator.current_accelerator()) if kind is not None}
-    kinds = [getattr(kind, "type", kind) for kind in devices]
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ["cpu", *([] if accelerator is None else [accelerator.type])]
     with ExitStack() as stack:
         for kind in kinds:
             if torch.is_autocast_enabled(kind):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ltm_retrofit.converted.record import forwards_of
 from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.finding.call import Settings, settings_of
+from ltm_retrofit.merging.tokens import carried_by, unmerge_all
 from ltm_retrofit.scopes.base import CHILD, check_settings, unwatch, watch
 
 #: methods of host models that lay every block's tokens out on the full grid
@@ -21,6 +22,10 @@ CUTTING_METHODS = ("prune_intermediate_layers",)
 WRITING_METHODS = {"save_pretrained": "save_as_host", "push_to_hub": "push_as_host"}
 #: the room of saving stands above this one: it is looked up when one of these is called
 WRITING_ROOM = "ltm_retrofit.saving.as_host"
+#: what `nn.DataParallel` calls of each module in each forward pass
+REPLICATING = "_replicate_for_data_parallel"
+#: what `torch.jit.script` calls of each module, before it compiles
+SCRIPTING = "__prepare_scriptable__"
 #: what attributes that say how tokens are pooled have in their names
 POOLING = "pool"
 
@@ -40,21 +45,27 @@ def guard(model: nn.Module) -> None:
         for name in WRITING_METHODS if shorten else ():
             if name not in module.__dict__ and callable(getattr(type(module), name, None)):
                 module.__dict__[name] = Writing(module, path, name)
+    for forward in forwards_of(model):
+        forward.block.__dict__[REPLICATING] = Replicating(forward.name)
+        forward.block.__dict__[SCRIPTING] = Scripting(forward.name)
     if type(model).load_state_dict is not nn.Module.load_state_dict:
         model.__dict__.setdefault("load_state_dict", Loading(model))
     watch_pooling(model)
+    bring_back(model)
 
 
 def unguard(model: nn.Module) -> None:
     """Undo `guard`."""
     for module in model.modules():
         unwatch(module, PoolingWatch)
+        for number in [number for number, kept in module._forward_hooks.items() if isinstance(kept, BringingBack)]:
+            del module._forward_hooks[number]
         for name, refusal in list(module.__dict__.items()):
             if isinstance(refusal, Refusal):
                 del module.__dict__[name]
                 if refusal.original is not None:
                     module.__dict__[name] = refusal.original
-            elif isinstance(refusal, Writing | Loading):
+            elif isinstance(refusal, Writing | Loading | Replicating | Scripting):
                 del module.__dict__[name]
 
 
@@ -142,6 +153,52 @@ class Writing:
         return getattr(import_module(WRITING_ROOM), WRITING_METHODS[self.name])(self.module, *args, **kwargs)
 
 
+class Replicating:
+    """Stands in for the method of a block by which `nn.DataParallel` copies it for another device: refuses.
+
+    Such a copy takes all that hangs on the block, the interceptor too, which would run the original's weights.
+
+    Args:
+        name: the site that the block belongs to.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self) -> nn.Module:
+        """Refuse by name.
+
+        Raises:
+            UnsupportedBlock: always.
+        """
+        raise UnsupportedBlock(
+            f"nn.DataParallel copies converted block {self.name!r} for another device, where it would compute with the "
+            "weights of this one: use nn.parallel.DistributedDataParallel (torchrun), or one device"
+        )
+
+
+class Scripting:
+    """Stands in for the method of a block by which `torch.jit.script` is given another module in its place: refuses.
+
+    Args:
+        name: the site that the block belongs to.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self) -> nn.Module:
+        """Refuse by name.
+
+        Raises:
+            UnsupportedBlock: always.
+        """
+        raise UnsupportedBlock(
+            f"torch.jit.script compiles Python's source, and that of converted block {self.name!r} is not its own any "
+            "more: use torch.jit.trace(model, images), torch.export.export or torch.compile"
+        )
+
+
 class Loading:
     """Stands in for a ``load_state_dict`` of a host's own: the record's entries are loaded past it.
 
@@ -172,6 +229,45 @@ class Loading:
         if strict and (missing or unexpected):
             raise RuntimeError(f"{type(self.module).__name__}: missing keys {missing}, unexpected keys {unexpected}")
         return found._replace(missing_keys=missing, unexpected_keys=unexpected)
+
+
+class BringingBack:
+    """A forward hook of a module around all blocks: the states of inner blocks that it puts out get every token back.
+
+    transformers collects what each layer puts out (``output_hidden_states``), and others read one of those: LLaVA the
+    last but one of its tower. Merged tokens carry where each original one went.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Return the output with states as long as the host's."""
+        return _whole(output)
+
+
+def _whole(value: Any) -> Any:
+    """Bring back what tensors in nested mappings, tuples and lists carry; what carries nothing stays the same."""
+    if isinstance(value, Tensor):
+        carried = carried_by(value)
+        return value if carried is None else unmerge_all(value, carried.merges)
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            if (whole := _whole(entry)) is not entry:
+                value[key] = whole  # type: ignore[index]  # a dict, or what transformers makes of one
+        return value
+    if type(value) in (tuple, list):
+        every = [_whole(entry) for entry in value]
+        return value if all(a is b for a, b in zip(every, value, strict=True)) else type(value)(every)
+    return value
+
+
+def bring_back(model: nn.Module) -> None:
+    """Have inner states brought back where the plan says that all tokens are, after the last block."""
+    blocks = [forward for forward in forwards_of(model) if forward.shortens]
+    if not any(getattr(forward, "unmerge", False) for forward in blocks):
+        return
+    for module in model.modules():
+        own = {forward.block for forward in forwards_of(module)} - {module}
+        if own.issuperset(forward.block for forward in blocks):
+            module.register_forward_hook(BringingBack())
 
 
 class PoolingWatch:

@@ -46,7 +46,8 @@ class Retrofit(Record):
     ) -> None:
         super().__init__()
         self.plan, self.readout, self.pretrained = plan, readout, pretrained or {}
-        self.register_buffer("finetuned", torch.tensor(finetuned))
+        # a number, not a boolean: `torch.optim.swa_utils.AveragedModel` takes the mean of all buffers
+        self.register_buffer("finetuned", torch.tensor(float(finetuned)))
 
     def forward(self, x: Any) -> Any:
         """Hand on what comes: a model that is an `nn.Sequential` calls every child of its own, this one last."""
@@ -60,23 +61,69 @@ class Retrofit(Record):
 # ------------------------------------------------------------------------------------------------- who is converted
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return what lies in wrappers that hand calls on as they are: `torch.compile`, data parallel ones, and PEFT's.
+
+    What is converted is the model in them. So it stays converted when it is taken out.
+    """
+    while True:
+        library, kind = type(model).__module__.partition(".")[0], type(model).__name__
+        inner = None
+        if kind in ("OptimizedModule", "DistributedDataParallel", "DataParallel") and library == "torch":
+            inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        elif library == "peft" and hasattr(model, "get_base_model"):
+            adds_tokens = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+            inner = None if adds_tokens else model.get_base_model()  # type: ignore[operator]
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def converted_part(model: nn.Module) -> nn.Module:
+    """Return the converted model: this one, or the one that lies in it where it is a wrapper.
+
+    Raises:
+        NotRetrofitted: where there is none, or several, or where it is this one that lies in a converted one.
+    """
+    if _holds(model):
+        return model
+    holders = list(filter(_holds, model.modules()))
+    if len(holders) == 1:
+        return holders[0]
+    kind = type(model).__name__
+    if holders:
+        names = [name or "itself" for name, module in model.named_modules() if module in holders]
+        raise NotRetrofitted(f"several parts of this {kind} are converted, {', '.join(names)}: pass one of them")
+    if next(forwards_of(model), None) is not None:
+        raise NotRetrofitted(
+            f"this {kind} is a part of a converted model, and the plan belongs to the whole: pass the model that "
+            "retrofit was given. Where that is gone, ltm_retrofit.restore(part) takes the conversion away; then "
+            "convert the part itself"
+        )
+    raise NotRetrofitted(
+        f"this {kind} is not converted, nor is anything in it: call ltm_retrofit.retrofit(model, LTMConfig(...)) first"
+    )
+
+
+def _holds(module: nn.Module) -> bool:
+    """Say whether a module has a record, and blocks that it is of: as a part, they may have been restored since."""
+    record = module._modules.get(CHILD)
+    return isinstance(record, Retrofit) and any(f.conversion == record.conversion for f in forwards_of(module))
+
+
 def get_retrofit(model: nn.Module) -> Retrofit:
     """Return what a converted model keeps of its conversion.
 
     Raises:
         NotRetrofitted: where it is not converted.
     """
-    record = model._modules.get(CHILD)
-    if not isinstance(record, Retrofit):
-        raise NotRetrofitted(
-            f"this {type(model).__name__} is not converted: call ltm_retrofit.retrofit(model, LTMConfig(...)) first, "
-            "and pass the model itself, not a wrapper around it"
-        )
+    record = converted_part(model)._modules[CHILD]
+    assert isinstance(record, Retrofit)
     return record
 
 
 def is_retrofitted(model: nn.Module) -> bool:
-    """Say whether a model is converted.
+    """Say whether a model, or the one model in a wrapper, is converted.
 
     Example:
         >>> import timm, ltm_retrofit as ltm
@@ -84,7 +131,11 @@ def is_retrofitted(model: nn.Module) -> bool:
         >>> ltm.is_retrofitted(model), ltm.is_retrofitted(ltm.retrofit(model))
         (False, True)
     """
-    return isinstance(model._modules.get(CHILD), Retrofit)
+    try:
+        converted_part(model)
+    except NotRetrofitted:
+        return False
+    return True
 
 
 def get_plan(model: nn.Module) -> MergePlan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -203,6 +204,27 @@ def gather_entries(value: Any, count: int, positions: Tensor, by_image: bool = F
         return value[:, at].transpose(0, 1)
     index = at[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[-1])
     return value.expand(len(at), -1, -1, -1).gather(2, index)
+
+
+def full_backward_hooks(module: nn.Module) -> list[str]:
+    """Name the hooks because of which a module is given a copy of its tokens whenever there are gradients."""
+    full = module._backward_hooks if module._is_full_backward_hook else {}
+    return [f"the full backward hook {_name(hook)}" for hook in (*full.values(), *module._backward_pre_hooks.values())]
+
+
+def hooks_of(module: nn.Module) -> list[str]:
+    """Name the hooks that may hand a module, or the next one, other tensors than they were given."""
+    hooks = {**module._forward_pre_hooks, **module._forward_hooks}.values()
+    ours = __name__.partition(".")[0]
+    named = [f"the hook {_name(hook)}" for hook in hooks if not _name(hook).startswith(f"{ours}.")]
+    return [*full_backward_hooks(module), *named]
+
+
+def _name(hook: Any) -> str:
+    """Return where a hook was written, and under which name."""
+    function = hook.func if isinstance(hook, partial) else hook
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 # ------------------------------------------------------------------------------------------------------------ settings

@@ -126,7 +126,7 @@ class _Traced(fx.Proxy):
     """Stands for a tensor, and says so: ``isinstance(x, torch.Tensor)`` in a forward holds for it."""
 
     _is_param = False  # of which `nn.Parameter` makes sure where it is asked whether a tensor is one
-    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
+    __class__ = property(lambda self: Tensor)
 
 
 class _Opaque(fx.Tracer):

@@ -43,6 +43,7 @@ class Call:
     output: Any = None
     result: int | None = None
     shape_out: tuple[int, ...] = ()
+    swapped: bool = False  # whether a hook of the module itself put another tensor in its first one's or output's place
 
     def stream(self) -> Tensor | None:
         """Return the token tensor ``(B, N, D)`` that goes in, where one of the same shape comes out."""
@@ -117,11 +118,21 @@ class _Stack:
         # a tensor's id is given to another one once it is gone; a serial number is not
         self.serials: Any = WeakIdKeyDictionary()
         self.time, self.issued = count(1), count(1)
+        self.hooked, self.unhooked = set[str](), list[Any]()
 
     def serial(self, tensor: Tensor) -> int:
         if tensor not in self.serials:
             self.serials[tensor] = next(self.issued)
         return int(self.serials[tensor])
+
+    def before_hooks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See what a module with hooks of its own is given, before they do."""
+        self.unhooked.append(first_tensor(args, kwargs))
+
+    def before_more_hooks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """See what it puts out."""
+        self.open[-1][0].swapped |= self.unhooked.pop() is not first_tensor(args, kwargs)
+        self.unhooked.append(output)
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = first_tensor(args, kwargs)
@@ -135,6 +146,8 @@ class _Stack:
         call, seen = self.open.pop()
         assert call.name == name, "hooks of a forward pass nest"
         call.end, attended = next(self.time), len(self.recording.attended)
+        if name in self.hooked:
+            call.swapped |= self.unhooked.pop() is not output
         if attended > seen:
             call.output = output
             self.recording.attending.setdefault(name, []).append(call)
@@ -171,6 +184,12 @@ def record(model: nn.Module, example: Example) -> Recording:
     try:
         with ExitStack() as hooks, undisturbed(model), torch.no_grad(), counting() as counter, mode:
             for name, module in model.named_modules():
+                if module._forward_pre_hooks or module._forward_hooks:
+                    stack.hooked.add(name)
+                    first = partial(module.register_forward_pre_hook, with_kwargs=True, prepend=True)
+                    hooks.enter_context(first(stack.before_hooks))
+                    last = partial(module.register_forward_hook, with_kwargs=True, prepend=True)
+                    hooks.enter_context(last(stack.before_more_hooks))
                 hooks.enter_context(module.register_forward_pre_hook(partial(stack.enter, name), with_kwargs=True))
                 hooks.enter_context(module.register_forward_hook(partial(stack.leave, name), with_kwargs=True))
             recording.output = run(model, example)
@@ -182,8 +201,8 @@ def record(model: nn.Module, example: Example) -> Recording:
         shown = example if isinstance(example, Mapping) else {"example": example}
         shapes = ", ".join(f"{k}: {tuple(v.shape)} {v.dtype}" for k, v in shown.items() if isinstance(v, Tensor))
         raise ExampleError(
-            f"{type(model).__name__} cannot be run on the example ({shapes}): {type(error).__name__}: "
-            f"{in_words(error)}. Pass an example of the shape and dtype that the model expects"
+            f"{type(model).__name__} cannot be run on the example ({shapes}): "
+            f"{type(error).__name__}: {in_words(error)}. Pass an example of the shape and dtype that the model expects"
         ) from error
     return recording
 

@@ -86,7 +86,8 @@ def _groups(sees: Tensor) -> Tensor:
     views = sees.transpose(0, 1).flatten(1)
     if sees.shape[1] == sees.shape[2]:
         views = torch.cat([views, sees.permute(2, 0, 1).flatten(1)], dim=1)
-    return torch.unique(views, dim=0, return_inverse=True)[1].cpu()
+    groups: Tensor = torch.unique(views, dim=0, return_inverse=True)[1]
+    return groups.cpu()
 
 
 def _behind(model: nn.Module, example: Example, recording: Recording, first: int, sees: Tensor) -> list[int] | None:
@@ -112,7 +113,8 @@ def _behind(model: nn.Module, example: Example, recording: Recording, first: int
         if tried:
             return None
         made = list(args)
-        for place, value in [*enumerate(args), *kwargs.items()]:
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, value in given:
             if (
                 isinstance(value, Tensor)
                 and value.is_floating_point()

@@ -214,7 +214,7 @@ class GridMask(PoolGrid):
         with full_precision(tokens):
             # Select and spread: the boxes say who may meet, α how much tokens unlike the middle of their box lose.
             z = lifted(tokens)
-            near = lifted(self.key(tokens.to(self.key.weight.dtype)))[:, index]  # (B, P, k, d)
+            near = lifted(self.key(tokens.to(self.alpha.dtype)))[:, index]  # (B, P, k, d)
             share = share.to(z.dtype)
             centre = torch.matmul(share.unsqueeze(1), near)  # (B, P, 1, d)
             # the cosine, written out: not every runtime knows torch's operator (OpenVINO 2026.4)

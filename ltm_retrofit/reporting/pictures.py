@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from ltm_retrofit.converted.record import forwards_of, get_plan
+from ltm_retrofit.converted.record import converted_part, forwards_of, get_plan
 from ltm_retrofit.errors import CountError, DataError, ExampleError
 from ltm_retrofit.finding.example import home, run
 from ltm_retrofit.plan import MergePlan
@@ -72,6 +72,7 @@ def show_merges(model: nn.Module, image: Image.Image | Tensor, *, index: int = 0
         >>> [ax.get_title() for ax in figure.axes][1:]
         ['blocks.1 · 17 → 12 tokens', 'blocks.2 · 12 → 9 tokens']
     """
+    model = converted_part(model)
     plan = get_plan(model)
     name, (_, *shape) = next((key, size) for key, size in plan.input_size.items() if len(size) == 4)
     wanted = _preprocessing(model, (shape[0], shape[1], shape[2]))

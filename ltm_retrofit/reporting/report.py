@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ltm_retrofit.converted.record import disabled, get_plan, is_retrofitted
+from ltm_retrofit.converted.record import converted_part, disabled, forwards_of, get_plan, is_retrofitted
 from ltm_retrofit.converted.resizing import present_example
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.finding.example import Example, home, prepare_example, shapes_in_words
@@ -270,6 +270,9 @@ def measure(
         >>> 0.78 <= report.macs["converted"] / report.macs["original"] <= 0.8
         True
     """
+    # of a wrapper, what is converted in it; of a part of a converted model it would be said that it is the original
+    if next(forwards_of(model), None) is not None:
+        model = converted_part(model)
     versions = {} if data is None else versions_of(model, original)
     example = present_example(model) if example is None else prepare_example(model, example)
     converted = is_retrofitted(model)

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from ltm_retrofit.converted.classifier import follow_classifier
-from ltm_retrofit.converted.record import LOADED, get_plan, was_finetuned
+from ltm_retrofit.converted.record import LOADED, converted_part, get_plan, was_finetuned
 from ltm_retrofit.converted.resizing import resized
 from ltm_retrofit.errors import CheckpointError
 from ltm_retrofit.finding.example import processors_of, shapes_in_words
@@ -76,7 +76,7 @@ def save_pretrained(
         >>> sorted(file.name for file in pathlib.Path("saved").iterdir())
         ['README.md', 'config.json', 'model.safetensors']
     """
-    get_plan(model)
+    model = converted_part(model)
     target = Path(path).expanduser()
     check_ours(target, CONFIG, overwrite=overwrite)
     contents = contents_of(model, adapter, allow_unloadable)
@@ -182,7 +182,7 @@ def contents_of(
     model: nn.Module, adapter: bool, allow_unloadable: bool, given: Mapping[str, Tensor] | None = None
 ) -> Contents:
     """Check that a model can be saved, and say what will be written."""
-    get_plan(model)
+    model = converted_part(model)
     follow_classifier(model, thorough=True)
     plan, size = get_plan(model), resized(model)
     extra: dict[str, Any] = {} if size is None else {"resized": list(size)}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
 
 from ltm_retrofit.config import LTMConfig, Strict
 from ltm_retrofit.errors import CountError, UnsupportedBlock
@@ -192,6 +194,7 @@ class Record(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.mask: nn.Module | None = None
+        self.conversion = uuid.uuid4().hex  # by which interceptors know that they belong to it
 
 
 class Interceptor:
@@ -212,6 +215,8 @@ class Interceptor:
     keep: int | None = None
     #: leading tokens that always stay
     prefix = 0
+    #: which conversion it belongs to
+    conversion = ""
     #: whether what the host reads next has fewer tokens
     shortens = True
 
@@ -221,6 +226,39 @@ class Interceptor:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what holds for a while: nobody would end it for a copy or a pickle."""
         return {key: value for key, value in vars(self).items() if key not in ("listener", "mode")}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module; to a tracer that follows modules (`torch.fx`) it is one operation, as torch's own are.
+
+        Raises:
+            UnsupportedBlock: where it is exported for any number of tokens, of which merging needs to know one.
+        """
+        given = [*args, *kwargs.values()]
+        if (proxy := next((value for value in given if isinstance(value, fx.Proxy)), None)) is not None:
+            tracer = proxy.tracer
+            assert isinstance(tracer, fx.Tracer), "what follows modules knows their paths"
+            return tracer.create_proxy("call_module", tracer.path_of_module(self.block), args, kwargs)
+        if torch.compiler.is_exporting():
+            self.check_sizes(next((value for value in given if isinstance(value, Tensor)), None))
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module on numbers."""
+        raise NotImplementedError
+
+    def check_sizes(self, x: Tensor | None) -> None:
+        """Check that how many tokens there are is a number, and not left open by an export.
+
+        Raises:
+            UnsupportedBlock: where it is.
+        """
+        sizes = () if x is None else x.shape[1:]
+        if self.mode == "merge" and any(isinstance(s, torch.SymInt) and s.node.maybe_as_int() is None for s in sizes):
+            raise UnsupportedBlock(
+                f"block {self.name!r} is exported for images of any height and width: how many tokens merge is written "
+                "into the graph, which would be wrong for every other size. Leave the batch alone open, and export "
+                "once for each size"
+            )
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -308,6 +346,7 @@ def install(model: nn.Module, record: Record, parts: Parts) -> None:
     forwards, masks = parts
     model._modules[CHILD] = record
     for forward in forwards:
+        forward.conversion = record.conversion
         forward.put_in_place()
     for host, mask in masks.items():
         if host is model:

@@ -1,4 +1,4 @@
-"""What a block's own forward asks of its input is answered as when it runs; where it cannot be, it says why."""
+"""What a block's own forward asks of its input is answered as when it runs; what cannot be followed says why."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
         block, last = model.get_submodule(site.block), site is sites.of(Scope.FLOW)[-1]
         keep = row.tokens_out if row is not None and row.slices else None
         unmerge = last and plan.unmerge
-        forwards.append(FlowForward(block, site, expects=bool(masks), keep=keep, last=last, unmerge=unmerge))
+        before = forwards[-1].block if forwards else None
+        forwards.append(FlowForward(block, site, before, expects=bool(masks), keep=keep, last=last, unmerge=unmerge))
         if row is not None and keep is None:
             place = place_of(site, row, plan, home(block)[1])
             # tokens are alike where the block's own attention finds their keys alike, on average over its heads

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import UnsupportedBlock, in_words
-from ltm_retrofit.finding.call import MOST_PREFIX, Signature
+from ltm_retrofit.finding.call import MOST_PREFIX, Signature, full_backward_hooks
 from ltm_retrofit.finding.example import tensors_of
 from ltm_retrofit.finding.proofs import close, polynomial
 from ltm_retrofit.finding.recording import Attended, Call
@@ -69,6 +69,10 @@ class Candidate:
         self.module = walk.model.get_submodule(name)
         if "forward" in self.module.__dict__:
             raise UnsupportedBlock("its forward was replaced on the instance (a hook or a wrapper): remove that first")
+        if hooks := full_backward_hooks(self.module):
+            raise UnsupportedBlock(
+                f"{', '.join(hooks)} on it has it called with copies, on which nothing can be carried"
+            )
         grids = {(height, width) for _, _, height, width in walk.recording.maps}
         below = self.attention.removeprefix(name).lstrip(".")
         (call,) = walk.recording.attending[name]
@@ -234,7 +238,10 @@ def smallest(walk: Walk, attended: Attended) -> Candidate | Refused:
         kind = type(walk.model.get_submodule(name)).__name__
         try:
             if len(calls) != 1:
-                raise UnsupportedBlock(f"called {len(calls)} times in one forward pass")
+                raise UnsupportedBlock(
+                    f"called {len(calls)} times in one forward pass: convert the part that is called several times (a "
+                    "backbone of a Siamese model) by itself, with an example of its own"
+                )
             if calls[0].stream() is None:
                 continue  # not a block: other tokens come out than go in
             return Candidate(walk, name, attended, end)

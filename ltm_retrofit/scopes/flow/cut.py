@@ -188,6 +188,8 @@ def find_keys(block: nn.Module, call: Call, inner: Tensor) -> tuple[KeySource, i
     heads = keys.shape[1]
     # random weights: a plain sum has no gradient where keys are normalised
     weights = torch.randn(keys.shape[0], *keys.shape[2:], generator=torch.Generator().manual_seed(0)).to(keys)
+    if not leaves:
+        raise UnsupportedBlock("its keys come from no linear map that torch's own function computes")
     features: dict[int, list[Tensor]] = {}
     for head in range(heads):
         with torch.enable_grad():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import in_words
+from ltm_retrofit.finding.call import hooks_of
 from ltm_retrofit.finding.example import first_tensor, run, tensors_of
 from ltm_retrofit.finding.layouts import same_tokens
 from ltm_retrofit.finding.proofs import all_close, all_equal, close
@@ -96,6 +97,10 @@ def _handed_on(walk: Walk, candidates: list[Candidate]) -> Sifted:
     """Keep the last run of candidates of which each gives the next its very output: what tokens carry lies on it."""
 
     def loses(one: Candidate, other: Candidate) -> str:
+        for candidate in (one, other):
+            if _call(walk, candidate).swapped:
+                hooks = " or ".join(hooks_of(candidate.module))
+                return f"{hooks} on {candidate.name} makes a new tensor, and what merged tokens carry is lost"
         why = f"something between it and {other.name} makes a new tensor, and what merged tokens carry is lost"
         return "" if _hands_on(walk, _call(walk, one), _call(walk, other)) else why
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ltm_retrofit.errors import CountError, UnsupportedBlock
-from ltm_retrofit.finding.call import frozen, hides_or_shows, seen_by
+from ltm_retrofit.finding.call import frozen, hides_or_shows, hooks_of, seen_by
 from ltm_retrofit.merging.tokens import Carried, carried_by, carry, positions, unmerge_all
 from ltm_retrofit.scopes.base import Interceptor, check_settings
 from ltm_retrofit.scopes.flow.site import FlowSite
@@ -22,6 +22,7 @@ class FlowForward(Interceptor):
     Args:
         block: the block it belongs to.
         site: what was found of it.
+        before: the block that hands it its tokens, if one is intercepted.
         expects: whether an earlier site has merged, so that tokens must arrive with their sizes.
         keep: token count to slice to after the attention, or None.
         last: whether this is the last block that tokens pass through.
@@ -29,15 +30,24 @@ class FlowForward(Interceptor):
     """
 
     def __init__(
-        self, block: nn.Module, site: FlowSite, *, expects: bool, keep: int | None, last: bool, unmerge: bool
+        self,
+        block: nn.Module,
+        site: FlowSite,
+        before: nn.Module | None = None,
+        *,
+        expects: bool,
+        keep: int | None,
+        last: bool,
+        unmerge: bool,
     ) -> None:
         super().__init__(block, site.block)
+        self.before = before
         self.signature, self.halves, self.key, self.bias = site.signature, site.halves, site.key, site.bias
         self.prefix = site.layout.prefix
         self.expects, self.keep, self.last, self.unmerge = expects, keep, last, unmerge
         self.settings = frozen(halves.settings for halves in site.halves.values())
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block.
 
         Raises:
@@ -82,6 +92,13 @@ class FlowForward(Interceptor):
         carried = carried_by(tokens)
         if carried is None:
             if self.expects:
+                hooks = [*(hooks_of(self.before) if self.before is not None else ()), *hooks_of(self.block)]
+                if hooks:
+                    raise CountError(
+                        f"block {self.name!r} received tokens without the sizes that earlier merges gave them: "
+                        f"{' or '.join(hooks)}, on it or on the block before it, made a new tensor. Take the hook off, "
+                        "or convert with scope='LOCAL', where blocks hand on tokens that nothing was merged into"
+                    )
                 raise CountError(
                     f"block {self.name!r} received tokens without the sizes that earlier merges gave them: something "
                     "between the blocks made a new tensor (reentrant gradient checkpointing, an FSDP wrapper that "

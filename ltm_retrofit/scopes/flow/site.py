@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ltm_retrofit.errors import UnsupportedBlock
 from ltm_retrofit.finding.call import Settings, Signature
 from ltm_retrofit.finding.sites import AttentionSite
 
@@ -63,6 +64,13 @@ class Halves:
     settings: Settings = field(default=(), compare=False)
 
 
+def _plain(value: Any) -> Any:
+    """Return a weight as numbers: modules in int8 give theirs when called, and torchao's lie in a tensor of its own."""
+    value = value() if callable(value) else value
+    quantized = isinstance(value, Tensor) and (value.is_quantized or type(value).__module__.startswith("torchao."))
+    return value.dequantize() if quantized else value
+
+
 @dataclass(frozen=True)
 class KeySource:
     """Where a block's keys come from, read off the gradient of the keys: features of one affine map of ``h``.
@@ -76,9 +84,20 @@ class KeySource:
     features: Tensor  # (heads, d) int64
 
     def mean_map(self, block: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """Return ``(W_m (d, D), b_m (d,) or None)``: the mean over heads of the block's present key map."""
-        weight: Tensor = attrgetter(self.weight)(block)  # a parameter, or made of some (pruned, normalised)
-        bias = attrgetter(self.bias)(block) if isinstance(self.bias, str) else self.bias
+        """Return ``(W_m (d, D), b_m (d,) or None)``: the mean over heads of the block's present key map.
+
+        Raises:
+            UnsupportedBlock: where the module that the map belongs to was replaced by one without a weight.
+        """
+        try:
+            weight = _plain(attrgetter(self.weight)(block))  # a parameter, or made of some (pruned, normalised)
+            bias = _plain(attrgetter(self.bias)(block)) if isinstance(self.bias, str) else self.bias
+        except AttributeError as error:
+            raise UnsupportedBlock(
+                f"a mask of this model compares tokens by the keys of their block, whose {self.weight} is gone "
+                f"({error}): a module was replaced. Call ltm_retrofit.restore(model) and retrofit the model that you "
+                "have, or convert with method='ltm', which compares the tokens themselves"
+            ) from error
         features = self.features.to(weight.device)
         mean = weight[features].mean(dim=0)
         return mean, None if bias is None else bias.to(weight)[features].mean(dim=0)

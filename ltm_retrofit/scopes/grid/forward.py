@@ -24,7 +24,7 @@ class GridForward(Interceptor):
         super().__init__(block, site.block)
         self.order, self.where, self.grid = site.layout.order, site.where, grid
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the module."""
         if self.mode != "merge":
             return self.original(x, *args, **kwargs)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.errors import UnsupportedBlock
+from ltm_retrofit.errors import CountError, UnsupportedBlock
+from ltm_retrofit.finding.call import hooks_of
 from ltm_retrofit.finding.layouts import as_tokens, from_tokens, spatial_of
 from ltm_retrofit.merging.tokens import Assignment, DenseAssignment, GridAssignment
 from ltm_retrofit.scopes.base import Interceptor, unwatch, watch
@@ -62,7 +63,7 @@ class LocalForward(Interceptor):
         """The first module of the chain, or one in it where that is a container."""
         return self.keeper
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the module on merged tokens."""
         if self.mode != "merge":
             return self.original(x, *args, **kwargs)
@@ -70,14 +71,18 @@ class LocalForward(Interceptor):
             x, opened = self.merge(x)
         else:
             opened = getattr(x, Open.NAME, None)
+            if opened is None and not hasattr(x, Open.NAME):
+                raise CountError(
+                    f"a module of {self.name!r} received tokens without what the one before it knew of their merge: "
+                    f"{' or '.join(hooks_of(self.block)) or 'something between them'} made a new tensor. Hooks that "
+                    "put tensors in others' places work on the block as a whole"
+                )
         out = self.original(x, *args, **kwargs)
-        if opened is None:
-            return out
         if not self.last:
             # on the tensor, not on the module: no state is left for threads or copies to share
             setattr(out, Open.NAME, opened)
             return out
-        return self.unmerge(out, opened)
+        return out if opened is None else self.unmerge(out, opened)
 
     def cells(self, count: int, spatial: tuple[int, ...]) -> Cells:
         """Lay tokens out in cells: those of the plan at the planned size, else those that fit the size in hand."""
@@ -89,8 +94,8 @@ class LocalForward(Interceptor):
         if self.bound:
             raise UnsupportedBlock(
                 f"{self.name!r} was converted for {layout.tokens} tokens, of which its attention hides some from "
-                f"others, and was called with {count}: which may be merged is known of the planned size only. "
-                "Convert with an example of this size"
+                f"others, and was called with {count}: which may be merged is known of the planned size only. Convert "
+                "with an example of this size"
             )
         patches = max(0, count - layout.prefix - layout.trail)
         side = round(patches**0.5)
