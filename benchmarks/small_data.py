@@ -45,14 +45,14 @@ TEACHER = {"distill": 1.0, "distill_token": 1.0, "bound": "none"}
 #: name → settings of the fine-tune, and ``labels``: whether the labels of the training images are read
 SETTINGS: dict[str, dict[str, Any]] = {
     "before": {"lr": 3e-4, "batch_size": 64, "epochs": 1},  # the defaults until now
-    **{f"all {rate:g}": {"lr": rate, "labels": False, **TEACHER} for rate in (1e-5, 3e-5, 1e-4)},
+    **{f"all {rate:g}": {"lr": rate, "labels": False, **TEACHER} for rate in (1e-6, 3e-6, 1e-5, 3e-5)},
     **{
         f"masks+norms {rate:g}": {"train": "masks+norms", "lr": rate, "labels": False, **TEACHER}
-        for rate in (3e-4, 1e-3)
+        for rate in (3e-5, 1e-4, 3e-4, 1e-3)
     },
-    "all 1e-05, labels": {"lr": 1e-5, **TEACHER},
-    "all 3e-05, labels": {"lr": 3e-5, **TEACHER},
-    "masks+norms 0.0003, labels": {"train": "masks+norms", "lr": 3e-4, **TEACHER},
+    **{f"masks {rate:g}": {"train": "masks", "lr": rate, "labels": False, **TEACHER} for rate in (3e-3, 1e-2)},
+    "all 3e-06, labels": {"lr": 3e-6, **TEACHER},
+    "masks+norms 0.0001, labels": {"train": "masks+norms", "lr": 1e-4, **TEACHER},
 }
 
 

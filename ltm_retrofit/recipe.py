@@ -32,7 +32,7 @@ from ltm_retrofit.tuning.classes import check_same_classes, classes_in, evaluate
 from ltm_retrofit.tuning.processes import is_main
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.tuning.sources import DataSection, load_split, load_validation
-from ltm_retrofit.tuning.train import finetune
+from ltm_retrofit.tuning.train import decide, finetune
 from ltm_retrofit.undisturbed import undisturbed
 
 #: lists the files of a run; marks a folder as ours
@@ -137,7 +137,8 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     plan = get_plan(model)
     say(f"plan     {len(plan.rows)} sites, {plan.macs / plan.macs_original:.1%} of the MACs\n{plan}")
     arms = {"original": original, "converted": copy.deepcopy(model), "finetuned": model}
-    others = not recipe.train.train.startswith("masks")  # what has no mask cannot be tuned in the same way
+    recipe = replace(recipe, train=decide(model, recipe.train, say))  # what is written says it, too
+    others = not str(recipe.train.train).startswith("masks")  # what has no mask cannot be tuned in the same way
     say("tuning   the converted model" + "; then the original and a sliced one, each in the same way" * others)
     # resume: where there is something to
     tune = partial(finetune, train=train, val=val, config=recipe.train, resume=True, say=indented(say))
@@ -208,7 +209,7 @@ def _write(model: nn.Module, recipe: Recipe, report: Report, pictures: list[Any]
     """Write a run's folder whole; return the report, which now says whether the saved model gives the same logits."""
     with written_whole(out, MARK) as folder:
         save_pretrained(model, folder / "model", report=report, recipe=recipe.to_dict())
-        if recipe.train.train.startswith("masks"):
+        if str(recipe.train.train).startswith("masks"):
             save_pretrained(model, folder / "adapter", adapter=True, report=report, recipe=recipe.to_dict())
         example = present_example(model)
         with undisturbed(model):

@@ -26,7 +26,7 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 #: commit 2c5b39d, had 8,598 lines in 80 files. The Hub, Auto classes, input sizes and rounds came since: whoever adds a
 #: room raises the limit by what it needs, and no further.
 LIMITS = {
-    "code lines": 9360,
+    "code lines": 9600,
     "files": 84,
     "modules in a circle of imports": 0,
     "comparisons with a method's name outside the registry": 4,

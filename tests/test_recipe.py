@@ -249,7 +249,7 @@ def test_a_run_over_a_stream(folder_of, tmp_path: Path, class_folders: Path) -> 
     recipe = dataclasses.replace(
         tiny(folder_of("timm-vit", 10)),
         data=DataSection(str(class_folders), streaming=True),
-        train=TrainConfig(batch_size=6, steps=4),
+        train=TrainConfig(**PLAIN, batch_size=6, steps=4),
     )
     found = run_recipe(recipe, tmp_path / "run", say=said.append)
     assert len(found.extra["history"]["losses"]) == 4
@@ -329,12 +329,16 @@ def test_shipped_recipes_run_and_bring_the_accuracy_back(path: Path, tmp_path: P
     assert accuracy["finetuned"] >= accuracy["converted"] - 0.6
 
 
+#: all weights, on labels: what is recommended is tested by its name
+PLAIN = {"train": "all", "lr": 3e-4, "distill": 0.0, "distill_token": 0.0}
+
+
 def tiny(path: Path, **train: object) -> Recipe:
     return Recipe(
         ModelSection(str(path)),
         LTMConfig(flops=0.7),
         DataSection(train_per_digit=1, test_per_digit=1),
-        TrainConfig(batch_size=20, **train),
+        TrainConfig(**{**PLAIN, "batch_size": 20, **train}),
     )
 
 
@@ -442,11 +446,11 @@ def test_a_run_with_a_new_classifier_is_repeatable(folder_of, tmp_path: Path, mo
     class Enough(Exception):
         pass
 
-    def stop(model: nn.Module, data: object) -> float:
+    def stop(model: nn.Module, **_: object) -> float:
         heads.append(model.head.weight.detach().clone())
         raise Enough
 
-    monkeypatch.setattr(recipes, "evaluate", stop)
+    monkeypatch.setattr(recipes, "finetune", stop)
     path = folder_of("timm-vit", 7)
     for seed in (1, 2):
         torch.manual_seed(seed)

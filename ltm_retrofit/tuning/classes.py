@@ -1,4 +1,7 @@
-"""Which classes a model has, which the data have, whether the two agree, and how many are recognised."""
+"""Which classes a model has, which the data have, whether the two agree, and how many are recognised.
+
+Over 400 lines: names and numbers of classes have to be read in one way, wherever they are.
+"""
 
 from __future__ import annotations
 
@@ -349,7 +352,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 128, accelerator: A
         TrainingError: where the model puts out no logits.
     """
     guesses, truths = predictions(model, data, batch_size, accelerator)
-    return 100 * float((guesses == truths).float().mean())
+    return 100 * float((guesses == truths).double().mean())
 
 
 @torch.no_grad()
@@ -370,7 +373,8 @@ def predictions(
         assert targets is not None
         return torch.stack([logits.argmax(dim=-1), targets.argmax(dim=-1)], dim=1)
 
-    guesses, truths = judged(model, data, judge, batch_size, accelerator, class_of).unbind(dim=1)
+    config = TrainConfig(batch_size=batch_size, unreadable=0.0)  # no image to evaluate on may be missing
+    guesses, truths = judged(model, data, judge, config, accelerator, class_of).unbind(dim=1)
     return guesses, truths
 
 
@@ -379,7 +383,7 @@ def judged(
     model: nn.Module,
     data: Data,
     judge: Callable[[Tensor, Tensor | None, Any], Tensor],
-    batch_size: int = 128,
+    config: TrainConfig,
     accelerator: Accelerator | None = None,
     class_of: Sequence[int] | None = None,
     *,
@@ -391,7 +395,7 @@ def judged(
         model: any classifier.
         data: a data set whose labels were checked, or a loader.
         judge: from logits ``(b, C)``, soft labels ``(b, C)`` or None, and the inputs of a batch, to ``(b, …)``.
-        batch_size: images at once, of a data set.
+        config: of a data set, how many images at once, and the share of them that may be unreadable.
         accelerator: of several processes, which share the data and all return the whole.
         class_of: the model's class of each label, where they differ.
         labelled: whether there have to be labels.
@@ -405,8 +409,6 @@ def judged(
     model.eval()
     try:
         classes = 0  # what the first logits say
-        # no image to evaluate on may be missing
-        config = TrainConfig(batch_size=batch_size, unreadable=0.0)
         loader = make_loader(model, data, config, shuffle=False, class_of=class_of)
         shared: Accelerator | None = None
         if accelerator is not None and accelerator.num_processes > 1 and isinstance(loader, DataLoader):

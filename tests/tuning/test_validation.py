@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import time
 from collections import Counter
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from pieces import batches, equal, interrupt, nth, weights
+from pieces import batches, encoded, equal, interrupt, nth, weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -152,6 +154,7 @@ def test_an_interrupted_run_knows_its_best_state(converted, tmp_path, monkeypatc
 def press(times: int = 1) -> None:
     for _ in range(times):
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # Python hears the first one before the second comes
 
 
 def test_ctrl_c_stops_behind_a_checkpoint_and_the_run_goes_on(converted, tmp_path, monkeypatch) -> None:
@@ -213,6 +216,14 @@ def test_the_last_image_of_a_class_is_never_held_out(pictures) -> None:
     assert held_out(pictures(4), 0.1, 0) is None
     unlabelled = data.select_columns(["image"])
     assert [len(part) for part in held_out(unlabelled, 0.1, 0)] == [13, 1]
+
+
+def test_damaged_images_among_those_held_out_are_accepted_as_in_training(converted) -> None:
+    data = encoded(28, damaged=range(0, 28, 14))
+    config = ltm.TrainConfig(batch_size=7, unreadable=0.1, held_out=0.5)
+    _, val = held_out(data, 0.5, seed=0)
+    assert any(len(row["image"]["bytes"]) < 1000 for row in val.cast_column("image", datasets.Image(decode=False)))
+    assert ltm.finetune(converted("timm-vit", "slice"), data, config=config).before["val_images"] == 14
 
 
 def test_without_validation_data_a_tenth_is_held_out_and_it_is_said(converted, pictures) -> None:
