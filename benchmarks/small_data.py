@@ -41,18 +41,21 @@ CACHE = HERE.parent / "runs" / "small_data"
 
 #: for about as many steps at each size: a few hundred images are gone through several times
 LENGTHS = {200: {"epochs": 4, "batch_size": 16}, 800: {"epochs": 2, "batch_size": 16}, 3068: {"batch_size": 32}}
+ALL = {"train": "all", "distill": 0.0, "distill_token": 0.0}
 TEACHER = {"distill": 1.0, "distill_token": 1.0, "bound": "none"}
 #: name → settings of the fine-tune, and ``labels``: whether the labels of the training images are read
 SETTINGS: dict[str, dict[str, Any]] = {
     "before": {"lr": 3e-4, "batch_size": 64, "epochs": 1},  # the defaults until now
-    **{f"all {rate:g}": {"lr": rate, "labels": False, **TEACHER} for rate in (1e-5, 3e-5, 1e-4)},
+    **{f"all {rate:g}": {"lr": rate, "labels": False, **TEACHER} for rate in (1e-6, 3e-6, 1e-5, 3e-5)},
     **{
         f"masks+norms {rate:g}": {"train": "masks+norms", "lr": rate, "labels": False, **TEACHER}
-        for rate in (3e-4, 1e-3)
+        for rate in (3e-5, 1e-4, 3e-4, 1e-3)
     },
-    "all 1e-05, labels": {"lr": 1e-5, **TEACHER},
-    "all 3e-05, labels": {"lr": 3e-5, **TEACHER},
-    "masks+norms 0.0003, labels": {"train": "masks+norms", "lr": 3e-4, **TEACHER},
+    **{f"masks {rate:g}": {"train": "masks", "lr": rate, "labels": False, **TEACHER} for rate in (3e-3, 1e-2)},
+    **{f"all {rate:g}, labels": {"lr": rate, **TEACHER} for rate in (3e-6, 1e-5, 3e-5)},
+    "all 1e-05, layers, labels": {"lr": 1e-5, "layer_decay": 0.75, **TEACHER},
+    "all 1e-05, labels alone": {"lr": 1e-5, "bound": "none"},
+    "masks+norms 0.001, labels": {"train": "masks+norms", "lr": 1e-3, "mask_lr": 3e-3, **TEACHER},
 }
 
 
@@ -186,7 +189,7 @@ def one(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Make one fine-tune; return its line, with the model."""
-    settings: dict[str, Any] = {**LENGTHS[size], **SETTINGS[name], "seed": seed, **json.loads(args.change)}
+    settings: dict[str, Any] = {**ALL, **LENGTHS[size], **SETTINGS[name], "seed": seed, **json.loads(args.change)}
     labelled = settings.pop("labels", True)
     config = ltm.TrainConfig(**settings)
     chosen = draw(train[1], size, seed)

@@ -33,7 +33,7 @@ from ltm_retrofit.tuning.classes import check_same_classes, classes_in, evaluate
 from ltm_retrofit.tuning.processes import is_main
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.tuning.sources import DataSection, load_split, load_validation
-from ltm_retrofit.tuning.train import finetune
+from ltm_retrofit.tuning.train import decide, finetune
 from ltm_retrofit.undisturbed import undisturbed
 
 #: lists the files of a run; marks a folder as ours
@@ -141,7 +141,8 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     retrofit(model, recipe.ltm)
     plan, converted = get_plan(model), copy.deepcopy(model)
     say(f"plan     {len(plan.rows)} sites, {plan.macs / plan.macs_original:.1%} of the MACs\n{plan}")
-    others = not recipe.train.train.startswith("masks")  # what has no mask cannot be tuned in the same way
+    recipe = replace(recipe, train=decide(model, recipe.train, say))  # what is written says it, too
+    others = not str(recipe.train.train).startswith("masks")  # what has no mask cannot be tuned in the same way
     say("tuning   the converted model")
     # resume: where there is something to
     tune = partial(finetune, train=train, val=val, config=recipe.train, resume=True, say=indented(say))
@@ -216,7 +217,7 @@ def _write_model(model: nn.Module, recipe: Recipe, out: Path) -> bool:
     """Write a run's folder with its model; return whether that gives the same logits when it is loaded again."""
     with written_whole(out, MARK) as folder:
         save_pretrained(model, folder / "model", recipe=recipe.to_dict())
-        if recipe.train.train.startswith("masks"):
+        if str(recipe.train.train).startswith("masks"):
             save_pretrained(model, folder / "adapter", adapter=True, recipe=recipe.to_dict())
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False), encoding="utf-8")
         _list_files(folder)

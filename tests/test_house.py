@@ -27,8 +27,8 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 #: of all versions side by side (640 lines: answers, memory, a page, progress, and messages in options): whoever adds a
 #: room raises the limit by what it needs, and no further.
 LIMITS = {
-    "code lines": 10000,
-    "files": 87,
+    "code lines": 11000,
+    "files": 92,
     "modules in a circle of imports": 0,
     "comparisons with a method's name outside the registry": 4,
     "public names without an example": 0,

@@ -250,7 +250,7 @@ def test_a_run_over_a_stream(folder_of, tmp_path: Path, class_folders: Path) -> 
     recipe = dataclasses.replace(
         tiny(folder_of("timm-vit", 10)),
         data=DataSection(str(class_folders), streaming=True),
-        train=TrainConfig(batch_size=6, steps=4),
+        train=TrainConfig(**PLAIN, batch_size=6, steps=4),
     )
     found = run_recipe(recipe, tmp_path / "run", say=said.append)
     assert len(found.extra["history"]["losses"]) == 4
@@ -381,12 +381,16 @@ def test_shipped_recipes_run_and_bring_the_accuracy_back(path: Path, tmp_path: P
     assert accuracy["finetuned"] >= accuracy["converted"] - 0.6
 
 
+#: all weights, on labels: what is recommended is tested by its name
+PLAIN = {"train": "all", "lr": 3e-4, "distill": 0.0, "distill_token": 0.0}
+
+
 def tiny(path: Path, **train: object) -> Recipe:
     return Recipe(
         ModelSection(str(path)),
         LTMConfig(flops=0.7),
         DataSection(train_per_digit=1, test_per_digit=1),
-        TrainConfig(batch_size=20, **train),
+        TrainConfig(**{**PLAIN, "batch_size": 20, **train}),
     )
 
 

@@ -371,7 +371,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 128, accelerator: A
         TrainingError: where the model puts out no logits.
     """
     guesses, truths = predictions(model, data, batch_size, accelerator)
-    return 100 * int((guesses == truths).sum()) / len(truths)
+    return 100 * float((guesses == truths).double().mean())
 
 
 def predictions(
@@ -417,7 +417,8 @@ def answers(
         DataError, TrainingError: as from `predictions`.
     """
     class_of = check_data(model, data, "evaluation", count_classes(model)) if is_table(data) else None
-    for logits, targets, _, gather in _answered(model, versions, data, batch_size, accelerator, class_of):
+    config = TrainConfig(batch_size=batch_size, unreadable=0.0)  # no image to evaluate on may be missing
+    for logits, targets, _, gather in _answered(model, versions, data, config, accelerator, class_of):
         assert targets is not None
         *every, truths = gather([*logits, targets.argmax(dim=-1)])
         yield every, truths
@@ -427,7 +428,7 @@ def judged(
     model: nn.Module,
     data: Data,
     judge: Callable[[Tensor, Tensor | None, Any], Tensor],
-    batch_size: int = 128,
+    config: TrainConfig,
     accelerator: Accelerator | None = None,
     class_of: Sequence[int] | None = None,
     *,
@@ -439,7 +440,7 @@ def judged(
         model: any classifier.
         data: a data set whose labels were checked, or a loader.
         judge: from logits ``(b, C)``, soft labels ``(b, C)`` or None, and the inputs of a batch, to ``(b, …)``.
-        batch_size: images at once, of a data set.
+        config: of a data set, how many images at once, and the share of them that may be unreadable.
         accelerator: of several processes, which share the data and all return the whole.
         class_of: the model's class of each label, where they differ.
         labelled: whether there have to be labels.
@@ -449,7 +450,7 @@ def judged(
         TrainingError: where the model puts out no logits.
     """
     found: list[Tensor] = []
-    passes = _answered(model, [itself(model)], data, batch_size, accelerator, class_of, labelled=labelled)
+    passes = _answered(model, [itself(model)], data, config, accelerator, class_of, labelled=labelled)
     for (logits,), targets, inputs, gather in passes:
         found += [each.cpu() for each in gather([judge(logits, targets, inputs)])]
     return torch.cat(found)
@@ -464,15 +465,13 @@ def _answered(
     model: nn.Module,
     versions: Sequence[Version],
     data: Data,
-    batch_size: int,
+    config: TrainConfig,
     accelerator: Accelerator | None,
     class_of: Sequence[int] | None,
     *,
     labelled: bool = True,
 ) -> Iterator[Answered]:
     """Go through the batches of some data, see `answers` and `judged`."""
-    # no image to evaluate on may be missing
-    config = TrainConfig(batch_size=batch_size, unreadable=0.0)
     loader = make_loader(model, data, config, shuffle=False, class_of=class_of)
     shared = accelerator if accelerator is not None and accelerator.num_processes > 1 else None
     shared = shared if isinstance(loader, DataLoader) else None

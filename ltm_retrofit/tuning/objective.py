@@ -95,7 +95,7 @@ def terms_of(config: TrainConfig) -> list[Term]:
         Term("bound", partial(bound, kind=config.bound, gamma=config.gamma), config.bound_weight, config.bound_warmup),
     ]
     if config.distill or config.distill_token:
-        value = partial(distillation, weight=config.distill, feature_weight=config.distill_token)
+        value = partial(distillation, weight=config.distill or 0.0, feature_weight=config.distill_token or 0.0)
         terms.append(Term("distill", partial(value, temperature=config.distill_temperature)))
     return terms
 

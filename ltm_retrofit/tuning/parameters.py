@@ -117,6 +117,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         TrainingError: where nothing trains.
         RecipeError: where timm has no such optimizer.
     """
+    assert config.lr is not None, "what was left open is decided"
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise TrainingError("no parameter of this model requires a gradient: call model.requires_grad_() first")

@@ -10,16 +10,16 @@ from pathlib import Path
 
 from torch import nn
 
-from ltm_retrofit.converted.record import FINETUNED, load_state
+from ltm_retrofit.converted.record import FINETUNED, is_retrofitted, load_state
 from ltm_retrofit.errors import CheckpointError, DataError, TrainingError
 from ltm_retrofit.finding.example import home
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints
-from ltm_retrofit.tuning.classes import check_data, count_classes
+from ltm_retrofit.tuning.classes import check_data, count_classes, new_classifier
 from ltm_retrofit.tuning.data import Data, Passes, columns_of, is_stream, is_table, make_loader
 from ltm_retrofit.tuning.loop import History, Run
-from ltm_retrofit.tuning.parameters import checkpointed, choose, low_rank
-from ltm_retrofit.tuning.processes import own_accelerator, with_memory_for
+from ltm_retrofit.tuning.parameters import checkpointed, choose, low_rank, masks_in
+from ltm_retrofit.tuning.processes import is_main, own_accelerator, with_memory_for
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.tuning.validation import Validation, held_out
 
@@ -64,7 +64,7 @@ def finetune(
         val: likewise, not streamed, and not the images that the model is tested on. Left out, a tenth of ``train`` is
             held out (``config.held_out``), of each class its share; of a loader or a stream nothing can be, and the
             model then holds the last state.
-        config: see `TrainConfig`.
+        config: see `TrainConfig`; what it leaves open is said.
         checkpoints_to: folder for a checkpoint every ``config.checkpoint_every`` steps and after each epoch.
         resume: go on from that folder's checkpoint where it has one, with the model as it was given at first. On a CPU
             losses and weights are those of a run that was never interrupted, bit for bit. A loader of one's own is
@@ -81,7 +81,8 @@ def finetune(
             then as it was), or one of ``val``; a loss that is not finite (the model then holds weights of at most
             twenty steps before, which the error names).
     """
-    config = config or TrainConfig()
+    tell = say if is_main() else (lambda line: None)
+    config = decide(model, config or TrainConfig(), tell)
     folder = None if checkpoints_to is None else Path(checkpoints_to)
     if resume and folder is None:
         raise CheckpointError("resume needs the folder that the checkpoints were written to: set checkpoints_to")
@@ -89,13 +90,14 @@ def finetune(
         classes = count_classes(model)
         class_of, val_class_of = _check_data(model, train, val, classes, config, accelerator.num_processes)
         validation = None if val is None else Validation(val, config.batch_size, val_class_of)
-        tell = say if accelerator.is_main_process else (lambda line: None)
         if val is None and config.held_out and (parts := _parted(train, config)) is not None:
             tell(
                 f"no validation data: {len(parts[1])} of the {len(train)} training images are held out for it, of each "
                 "class its share"
             )
-            train, validation = parts[0], Validation(parts[1], config.batch_size, class_of)
+            # as many as may be unreadable of all, for all of these may be among the ones held out
+            unreadable = min(1.0, config.unreadable / config.held_out)
+            train, validation = parts[0], Validation(parts[1], config.batch_size, class_of, unreadable)
         state = None if folder is None else checkpoints.read(folder)
         if state is not None and not resume:
             raise CheckpointError(
@@ -117,7 +119,7 @@ def finetune(
                 low_rank(model, config),
                 checkpointed(model, config.checkpointing),
             ):
-                choose(model, config.train)
+                choose(model, str(config.train))
                 run = Run(model, accelerator, config, classes, passes, folder, validation, tell)
                 if state is not None:
                     run.load_state(state)
@@ -133,6 +135,19 @@ def finetune(
             return _halved(images, train, config, accelerator.num_processes, resumed=state is not None)
 
         return with_memory_for(images, train_with, fewer)
+
+
+def decide(model: nn.Module, config: TrainConfig, say: Callable[[str], None]) -> TrainConfig:
+    """Return the settings with all that they leave open, and say what was chosen.
+
+    That depends on whether the model has an unconverted self that knows the classes, and masks that learn from it.
+    """
+    taught = is_retrofitted(model) and bool(masks_in(model)) and not new_classifier(model)
+    decided = config.decided(taught=taught)
+    now, before = decided.to_dict(), config.to_dict()
+    if chosen := [f"{name} {value}" for name, value in now.items() if before[name] is None and value is not None]:
+        say(f"settings  {', '.join(chosen)}: what was not asked for, by measurement (docs/small_data.md)")
+    return decided
 
 
 def _check_data(

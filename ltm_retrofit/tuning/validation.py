@@ -15,6 +15,7 @@ from ltm_retrofit.errors import DataError, TrainingError
 from ltm_retrofit.tuning.classes import judged
 from ltm_retrofit.tuning.data import ClassOf, Data, Images, columns_of, is_table
 from ltm_retrofit.tuning.processes import Accelerator, with_memory_for
+from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.undisturbed import random_numbers_kept
 
 #: what one validation found: see `Validation.measure`
@@ -29,11 +30,13 @@ class Validation:
         data: a `datasets` data set, or a loader that can be read again.
         images: at once, of a data set; fewer where memory ends.
         class_of: the model's class of each label, where they differ.
+        unreadable: share of a data set's images that may be: none, unless training accepts some of the same data.
     """
 
     data: Data
     images: int
     class_of: ClassOf = None
+    unreadable: float = 0.0
 
     def digest(self) -> str:
         """Tell validation data apart, as far as that takes no reading of all of them."""
@@ -71,7 +74,8 @@ class Validation:
             return torch.stack([(ours.argmax(dim=-1) == theirs.argmax(dim=-1)).float(), away], dim=1)
 
         def measured(images: int) -> Tensor:
-            return judged(model, self.data, judge, images, accelerator, self.class_of, labelled=teach is None)
+            config = TrainConfig(batch_size=images, unreadable=self.unreadable)
+            return judged(model, self.data, judge, config, accelerator, self.class_of, labelled=teach is None)
 
         def fewer(images: int) -> int:
             if not is_table(self.data):

@@ -230,7 +230,7 @@ def test_a_model_planned_at_another_size_than_its_configs_is_tuned_and_measured(
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.add(tuple((*args, *kwargs.values())[0].shape[2:])), with_kwargs=True
     )
-    ltm.finetune(model, photographs(), config=ltm.TrainConfig(batch_size=4))
+    ltm.finetune(model, photographs(), config=ltm.TrainConfig(batch_size=4, held_out=0.0))
     handle.remove()
     assert sizes == {(28, 28)}
     assert ltm.measure(model, data=photographs(), batches=()).accuracy["finetuned"] is not None

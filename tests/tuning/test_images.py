@@ -87,10 +87,10 @@ def test_seeds_differ_in_every_number() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_images_are_counted_and_replaced_by_the_next(workers: int, converted) -> None:
     model = converted("timm-vit")
-    config = ltm.TrainConfig(batch_size=8, unreadable=0.1, workers=workers)
+    config = ltm.TrainConfig(batch_size=8, unreadable=0.1, workers=workers, held_out=0.0)
     history = ltm.finetune(model, encoded(40, damaged=(3, 4)), config=config)
     assert history.epochs[-1]["unreadable"] == 2 and len(history.losses) == 5
-    config = ltm.TrainConfig(batch_size=8, unreadable=0.04, workers=workers)
+    config = ltm.TrainConfig(batch_size=8, unreadable=0.04, workers=workers, held_out=0.0)
     with pytest.raises(DataError, match=r"2 of 40 images cannot be read, the last one found is image [34] \(OSError"):
         ltm.finetune(model, encoded(40, damaged=(3, 4)), config=config)
 

@@ -53,7 +53,8 @@ SCRIPT = textwrap.dedent(
         step = Run.step
         Run.step = lambda run: os.kill(os.getpid(), 9) if run.progress.step == stop else step(run)
     history = ltm.finetune(model, loader, val, checkpoints_to=kept, resume=kept is not None, config=ltm.TrainConfig(
-        epochs=2, batch_size=16, lr=1e-3, bound_weight=0.2, bound_warmup=0.3, checkpoint_every=4))
+        epochs=2, batch_size=16, lr=1e-3, bound_weight=0.2, bound_warmup=0.3, checkpoint_every=4,
+        train="all", distill=0.0, distill_token=0.0))
     rank = os.environ.get("RANK", "0")
     torch.save(model.state_dict(), f"{sys.argv[1]}/state{rank}.pt")
     with open(f"{sys.argv[1]}/history{rank}.json", "w") as file:

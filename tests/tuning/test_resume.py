@@ -38,6 +38,7 @@ CONFIG = ltm.TrainConfig(
     **{"epochs": 2, "batch_size": 8, "accumulate": 2, "lr": 1e-3, "ema": 0.9, "mixup": 0.4, "cutmix": 0.4},
     **{"distill": 0.5, "distill_token": 0.1, "augment": "crop", "workers": 2, "bound_warmup": 0.3},
     checkpoint_every=2,
+    held_out=0.0,  # test_validation.py goes on with a run that is validated
 )
 STEPS = 2 * 3  # six batches an epoch
 TIMES = ("seconds", "waiting", "images_per_second")
@@ -163,7 +164,7 @@ def test_persistent_workers_keep_what_no_checkpoint_holds(keeps: bool, model, tm
 def test_whatever_trains_by_whatever_optimizer(settings, model, pictures, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("timm.optim.kron.has_dynamo", False)  # compiles every shape
     data, fresh = pictures(24), copy.deepcopy(model)
-    config = ltm.TrainConfig(epochs=2, batch_size=8, mask_lr=1e-2, checkpoint_every=1, **settings)
+    config = ltm.TrainConfig(epochs=2, batch_size=8, mask_lr=1e-2, checkpoint_every=1, held_out=0.0, **settings)
     expected = outcome(model, ltm.finetune(model, data, config=config))
     broken = copy.deepcopy(fresh)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -205,7 +206,7 @@ def test_images_that_a_transform_makes_anew_are_the_same_images(model, pictures,
         arrays = [np.asarray(image).astype(int) + np.random.randint(0, 9) for image in rows["image"]]
         return {**rows, "image": [Image.fromarray(array.clip(0, 255).astype(np.uint8)) for array in arrays]}
 
-    data, fresh, config = pictures(16), copy.deepcopy(model), ltm.TrainConfig(batch_size=8)
+    data, fresh, config = pictures(16), copy.deepcopy(model), ltm.TrainConfig(batch_size=8, held_out=0.0)
     data.set_transform(noisy)
     ltm.finetune(model, data, config=config, checkpoints_to=tmp_path)
     assert len(ltm.finetune(fresh, data, config=config, checkpoints_to=tmp_path, resume=True).losses) == 2
@@ -367,7 +368,10 @@ def test_many_losses_take_no_room_in_the_header() -> None:
 def test_damaged_images_stay_counted(model, tmp_path, monkeypatch) -> None:
     damaged = sorted(index for index, _ in islice(Order(24, shuffle=True, seed=0), 2))  # seen in the first batch only
     data = encoded(24, damaged)
-    fresh, config = copy.deepcopy(model), ltm.TrainConfig(batch_size=8, unreadable=0.1, checkpoint_every=1)
+    fresh, config = (
+        copy.deepcopy(model),
+        ltm.TrainConfig(batch_size=8, unreadable=0.1, checkpoint_every=1, held_out=0.0),
+    )
     with monkeypatch.context() as patch:
         patch.setattr(Run, "step", nth(Run.step, 3, interrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -401,7 +405,7 @@ class Hungry(nn.Module):
 def test_a_batch_too_large_is_halved_and_learns_the_same(model, pictures) -> None:
     data, fresh = pictures(48), copy.deepcopy(model)
     fresh.pos_drop.p = model.pos_drop.p = 0.0
-    config = ltm.TrainConfig(batch_size=16, bound="none")
+    config = ltm.TrainConfig(batch_size=16, bound="none", held_out=0.0)
     whole = ltm.finetune(model, data, config=config)
     fresh.patch_embed.norm = Hungry(4)
     with pytest.warns(UserWarning, match="starting over with 4 images at once, 4 times a step"):
@@ -444,7 +448,7 @@ def test_a_batch_that_cannot_be_halved_is_named(case: str, calls: int, model, pi
 
 def test_a_checkpoint_is_not_thrown_away_where_memory_is_short(model, pictures, tmp_path, monkeypatch) -> None:
     data, fresh = pictures(48), copy.deepcopy(model)
-    config = ltm.TrainConfig(batch_size=16, bound="none", checkpoint_every=1)
+    config = ltm.TrainConfig(batch_size=16, bound="none", checkpoint_every=1, held_out=0.0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "step", nth(Run.step, 3, interrupt))
         ltm.finetune(copy.deepcopy(model), data, config=config, checkpoints_to=tmp_path)
@@ -485,12 +489,12 @@ def test_a_validation_batch_that_cannot_be_halved_is_named(model, pictures) -> N
 
 @pytest.mark.parametrize("ends", [False, True], ids=["restarted", "given up"])
 def test_what_was_known_before_memory_ended_is_still_known(ends: bool, model, pictures) -> None:
-    ltm.finetune(model, pictures(21), config=ltm.TrainConfig(batch_size=7, perplexity=4.0))
+    ltm.finetune(model, pictures(21), config=ltm.TrainConfig(batch_size=7, perplexity=4.0, held_out=0.0))
     whole, parts = copy.deepcopy(model), copy.deepcopy(model)
     memories = [module for module in parts.modules() if isinstance(module, Statistics)]
     before = [(len(module.memory), module.target_perplexity) for module in memories]
     parts.patch_embed.norm = Hungry(0 if ends else 4)
-    config = ltm.TrainConfig(batch_size=7 if ends else 8)
+    config = ltm.TrainConfig(batch_size=7 if ends else 8, held_out=0.0)
     if ends:
         with pytest.raises(TrainingError, match="cannot be halved"):
             ltm.finetune(parts, pictures(28), config=config)

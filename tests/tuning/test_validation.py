@@ -5,24 +5,30 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import time
 from collections import Counter
 from typing import Any
 
+import datasets
 import pytest
 import torch
-from pieces import batches, equal, interrupt, nth, weights
+from pieces import batches, encoded, equal, interrupt, nth, weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ltm_retrofit as ltm
 from ltm_retrofit.converted.record import was_finetuned
 from ltm_retrofit.errors import CheckpointError, DataError
-from ltm_retrofit.tuning import checkpoints
-from ltm_retrofit.tuning.classes import evaluate
+from ltm_retrofit.tuning import checkpoints, settings
+from ltm_retrofit.tuning.classes import evaluate, set_classes
 from ltm_retrofit.tuning.loop import Run
+from ltm_retrofit.tuning.train import decide
 from ltm_retrofit.tuning.validation import Validation, held_out, rank
 
-CONFIG = ltm.TrainConfig(epochs=3, batch_size=7, lr=1e-3, bound="none")
+#: what is in its place while a test runs: see conftest.py
+RECOMMENDED = settings.TAUGHT
+PLAIN: dict[str, Any] = {"train": "all", "distill": 0.0, "distill_token": 0.0, "bound": "none"}
+CONFIG = ltm.TrainConfig(epochs=3, batch_size=7, lr=1e-3, **PLAIN)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *accuracies: float) -> list[dict[str, torch.Tensor]]:
@@ -40,15 +46,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch, *accuracies: float) -> list[dict[s
 # ------------------------------------------------------------------------------------------------ the best is kept
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema": 0.5}, {"train": "masks"}, {"train": "lora"}], ids=str)
-def test_the_best_state_is_what_the_model_holds(settings, converted, monkeypatch) -> None:
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.5}, {"train": "masks"}, {"train": "lora"}], ids=str)
+def test_the_best_state_is_what_the_model_holds(changes, converted, monkeypatch) -> None:
     model, said = converted("timm-vit"), list[str]()
     seen = scripted(monkeypatch, 50.0, 60.0, 70.0, 65.0)
-    config = ltm.TrainConfig(**{**CONFIG.to_dict(), **settings})
+    config = ltm.TrainConfig(**{**CONFIG.to_dict(), **changes})
     history = ltm.finetune(model, batches(1), batches(1), config=config, say=said.append)
     assert history.kept == 2 and history.before["val_accuracy"] == 50.0
     assert [entry["val_accuracy"] for entry in history.epochs] == [60.0, 70.0, 65.0]
-    if settings != {"train": "lora"}:  # whose matrices are merged into the weights
+    if changes != {"train": "lora"}:  # whose matrices are merged into the weights
         assert equal(weights(model), seen[2])
     assert not equal(seen[2], seen[3]) and was_finetuned(model)
     assert said[0] == "before    50.00 % of 1 validation images"
@@ -56,17 +62,17 @@ def test_the_best_state_is_what_the_model_holds(settings, converted, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("case", "settings"),
+    ("case", "changes"),
     [("converted", {}), ("converted", {"train": "lora"}), ("original", {"ema": 0.5})],
     ids=str,
 )
 def test_where_no_epoch_is_better_the_model_is_as_it_was_given(
-    case: str, settings, converted, build, monkeypatch
+    case: str, changes, converted, build, monkeypatch
 ) -> None:
     model, said = converted("timm-vit") if case == "converted" else build("timm-vit"), list[str]()
     before = weights(model)
     scripted(monkeypatch, 50.0, 49.0, 50.0, 10.0)
-    config = ltm.TrainConfig(**{**CONFIG.to_dict(), **settings})
+    config = ltm.TrainConfig(**{**CONFIG.to_dict(), **changes})
     history = ltm.finetune(model, batches(1), batches(1), config=config, say=said.append)
     assert history.kept == 0 and equal(weights(model), before) and not was_finetuned(model)
     name = "the converted model" if case == "converted" else "the model as it was given"
@@ -107,6 +113,30 @@ def test_without_labels_the_answers_of_the_unconverted_model_decide(converted) -
         ltm.finetune(model, images, mixed, config=config)
 
 
+# ------------------------------------------------------------------------------------------------ what is left open
+
+
+def test_what_settings_leave_open_is_decided_by_who_knows_the_classes_and_said(converted, build, monkeypatch) -> None:
+    monkeypatch.setattr(settings, "TAUGHT", RECOMMENDED)
+    new = build("timm-vit")
+    set_classes(new, 5)
+    cases = (
+        (converted("timm-vit"), RECOMMENDED),
+        (converted("timm-vit", "tome"), settings.UNTAUGHT),  # whose masks learn nothing
+        (build("timm-vit"), settings.UNTAUGHT),
+        (ltm.retrofit(new, ltm.LTMConfig(flops=0.7)), settings.UNTAUGHT),  # a classifier that nobody trained
+    )
+    for model, expected in cases:
+        said: list[str] = []
+        found = decide(model, ltm.TrainConfig(lr=1e-3, epochs=5), said.append).to_dict()
+        assert found == {**ltm.TrainConfig().to_dict(), **expected, "lr": 1e-3, "epochs": 5}
+        (line,) = said
+        assert all(f"{name} {value}" in line for name, value in expected.items() if name not in ("lr", "epochs"))
+        assert "lr " not in line
+    whole = ltm.TrainConfig(**{**RECOMMENDED, "lr": 1e-3})
+    assert decide(cases[0][0], whole, said.append) == whole and len(said) == 1
+
+
 # ------------------------------------------------------------------------------------------- training is not disturbed
 
 
@@ -117,8 +147,8 @@ def test_training_is_the_same_to_the_bit_with_and_without_validation(kind: str, 
     model = ltm.retrofit(host, ltm.LTMConfig(flops=0.7))
     shuffled = DataLoader(TensorDataset(*batches(1, 14)[0]), batch_size=7, shuffle=True)  # draws of everyone's numbers
     val = pictures(14, seed=1) if kind == "table" else shuffled
-    settings = {"mixup": 0.4, "cutmix": 0.4, "augment": "crop", "distill": 0.5, "held_out": 0.0}
-    config = ltm.TrainConfig(**{**CONFIG.to_dict(), "epochs": 2, **settings})
+    drawn = {"mixup": 0.4, "cutmix": 0.4, "augment": "crop", "distill": 0.5, "held_out": 0.0}
+    config = ltm.TrainConfig(**{**CONFIG.to_dict(), "epochs": 2, **drawn})
     losses, states = [], []
     for name, given in (("with", val), ("without", None)):
         train = pictures(21) if kind == "table" else DataLoader(shuffled.dataset, batch_size=7, shuffle=True)
@@ -152,6 +182,7 @@ def test_an_interrupted_run_knows_its_best_state(converted, tmp_path, monkeypatc
 def press(times: int = 1) -> None:
     for _ in range(times):
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # Python hears the first one before the second comes
 
 
 def test_ctrl_c_stops_behind_a_checkpoint_and_the_run_goes_on(converted, tmp_path, monkeypatch) -> None:
@@ -213,6 +244,15 @@ def test_the_last_image_of_a_class_is_never_held_out(pictures) -> None:
     assert held_out(pictures(4), 0.1, 0) is None
     unlabelled = data.select_columns(["image"])
     assert [len(part) for part in held_out(unlabelled, 0.1, 0)] == [13, 1]
+
+
+def test_damaged_images_among_those_held_out_are_accepted_as_in_training(converted) -> None:
+    data = encoded(28, damaged=range(0, 28, 14))
+    config = ltm.TrainConfig(batch_size=7, unreadable=0.1, held_out=0.5)
+    _, val = held_out(data, 0.5, seed=0)
+    stored = [len(row["image"]["bytes"]) for row in val.cast_column("image", datasets.Image(decode=False))]
+    assert min(stored) < 0.7 * max(stored), "none of the damaged ones is held out"
+    assert ltm.finetune(converted("timm-vit", "slice"), data, config=config).before["val_images"] == 14
 
 
 def test_without_validation_data_a_tenth_is_held_out_and_it_is_said(converted, pictures) -> None:

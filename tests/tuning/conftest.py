@@ -1,0 +1,13 @@
+"""Here what settings leave open is that of a plain run on labels; what is recommended is tested by its name."""
+
+from __future__ import annotations
+
+import pytest
+
+from ltm_retrofit.tuning import settings
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train all weights on labels, whatever is recommended."""
+    monkeypatch.setattr(settings, "TAUGHT", settings.UNTAUGHT)
