@@ -112,7 +112,7 @@ class MergePlan(Strict):
             config.tokens: (12, 9) | (12, 8)
             blocks.2: 12 → 9 | 12 → 8
             blocks.3: 9 → 1 | 8 → 1
-            MACs: 0.021 G (×0.661) | 0.020 G (×0.649)
+            MACs: 0.021 G (×0.661) | 0.020 G (×0.646)
         """
         ours, theirs = ({row.site: row for row in plan.rows} for plan in (self, other))
         pairs = [

@@ -71,7 +71,7 @@ def written(path: Path, text: str) -> Path:
         ("train: {lr: 1e-4}", r"section 'train': lr must be a number from 0 to inf, got '1e-4'"),
         ("train: {epochs: 1.0}", r"epochs must be a whole number"),
         ("train: {augment: [crop]}", r"augment must be one of"),
-        ("ltm: {flops: 0.7, tokens: [3, 2, 1]}", r"exactly one of flops and tokens"),
+        ("ltm: {flops: 0.7, tokens: [3, 2, 1]}", r"exactly one of flops, latency and tokens"),
         ("ltm: {flops: 1.5}", r"between 0 and 1, got 1.5"),
         ("ltm: {flops: '0.7'}", r"between 0 and 1, got '0.7'"),
         ("ltm: {tokens: 50}", r"tokens must be a sequence with something in it, got 50"),
@@ -473,7 +473,7 @@ def test_a_whole_run_and_a_second_over_it(family: str, classes: int, folder_of, 
 @pytest.mark.usefixtures("few_digits")
 def test_test_images_are_read_when_all_is_tuned_and_each_tuning_is_validated(folder_of, tmp_path, monkeypatch) -> None:
     called: list[str] = []
-    judge, tune = recipes.evaluate, recipes.finetune
+    judge, tune, look = recipes.evaluate, recipes.finetune, recipes.measure
 
     def evaluate(model, data):
         called.append(f"tested on {len(data)}")
@@ -483,12 +483,17 @@ def test_test_images_are_read_when_all_is_tuned_and_each_tuning_is_validated(fol
         called.append(f"tuned by {len(val)}")
         return tune(model, train, val, **settings)
 
+    def measure(model, *, data, **settings):
+        called.append(f"measured on {len(data)}")
+        return look(model, data=data, **settings)
+
     monkeypatch.setattr(recipes, "evaluate", evaluate)
     monkeypatch.setattr(recipes, "finetune", finetune)
+    monkeypatch.setattr(recipes, "measure", measure)
     said: list[str] = []
     recipe = tiny(folder_of("timm-vit", 10))
     run_recipe(recipe, tmp_path / "run", say=said.append)
-    assert called == ["tuned by 40"] * 3 + ["tested on 30"] * 5
+    assert called == ["tuned by 40"] * 3 + ["measured on 30"] + ["tested on 30"] * 2
     assert any("40 training, 40 validation and 30 test images" in line for line in said)
     assert sum("before    " in line for line in said) == sum("kept      " in line for line in said) == 3
 

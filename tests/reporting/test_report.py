@@ -322,7 +322,7 @@ def test_timing_ends_when_its_seconds_are_over(build, monkeypatch: pytest.Monkey
     assert {batch: paired.original for batch, paired in found.items()} == {1: 1000.0, 2: 2000.0} and clock[0] <= 40
     assert [line.split(":")[0] for line in said] == ["latency, batch 1", "latency, batch 2", left_out[0].split(":")[0]]
     assert re.search(
-        r"batches of 32 were not timed: they would take some 128 s more, and timing has \d+ s left of 40", *left_out
+        r"batches of 32 were not timed: it would take some 128 s more, and timing has \d+ s left of 40", *left_out
     )
 
 
