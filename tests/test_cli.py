@@ -329,6 +329,7 @@ def test_ctrl_c_ends_in_one_line_that_says_how_to_go_on(
     assert capsys.readouterr().err.splitlines()[-1] == line and tuned.is_dir()
     assert cli.main(shlex.split(again)[1:]) == 0
     assert not (tmp_path / ".a model.checkpoints").exists()
+    capsys.readouterr()
     monkeypatch.setitem(cli.COMMANDS, "inspect", interrupt)
     assert cli.main(["inspect", "anything"]) == 130
     assert capsys.readouterr().err.strip() == "Interrupted. Nothing was written: give the same command again."
@@ -534,12 +535,12 @@ def interrupted(*_: object, **__: object) -> None:
         (
             ["finetune", "x", "--out", "{}/out"],
             True,
-            "`ltm-retrofit finetune x --out {}/out --resume` goes on where it was.",
+            "`ltm-retrofit finetune x --out {}/out --resume` goes on",
         ),
         (
             ["run", "x.yaml", "--out", "{}/out"],
             True,
-            "`ltm-retrofit run x.yaml --out {}/out --resume` goes on where it was.",
+            "`ltm-retrofit run x.yaml --out {}/out --resume` goes on",
         ),
         (["finetune", "x", "--out", "{}/out"], False, "There is no checkpoint to go on from yet"),
         (["convert", "x", "--out", "{}/out"], False, "Nothing was written: give the same command again."),

@@ -182,7 +182,7 @@ def test_an_interrupted_run_knows_its_best_state(converted, tmp_path, monkeypatc
 def press(times: int = 1) -> None:
     for _ in range(times):
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)  # Python hears the first one before the second comes
+        time.sleep(0.1)  # Python hears the first one before the second comes
 
 
 def test_ctrl_c_stops_behind_a_checkpoint_and_the_run_goes_on(converted, tmp_path, monkeypatch) -> None:
