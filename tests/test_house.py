@@ -24,10 +24,11 @@ HOUSE = runpy.run_path(str(ROOT / "benchmarks" / "house.py"))
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 #: What `benchmarks/house.py` measures, and the most that it may be; of lists, how many entries. The rebuilt house,
 #: commit 2c5b39d, had 8,598 lines in 80 files. The Hub, Auto classes, input sizes and rounds came since: whoever adds a
-#: room raises the limit by what it needs, and no further.
+#: room raises the limit by what it needs, and no further. What people report of such tools (docs/reports.md) brought
+#: `finding/views.py` and 440 lines: which tokens may know of one another, wrappers, hooks, replicas, tracers, int8.
 LIMITS = {
-    "code lines": 9360,
-    "files": 84,
+    "code lines": 9810,
+    "files": 85,
     "modules in a circle of imports": 0,
     "comparisons with a method's name outside the registry": 4,
     "public names without an example": 0,
