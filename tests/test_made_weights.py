@@ -1,4 +1,4 @@
-"""Hosts whose weights are made of others before each call: pruned, or normalised."""
+"""Hosts whose weights are made of others before each call, replaced, averaged, or in int8."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import pytest
 import timm
 import torch
+from conversions import call, converted
 from pieces import snapshot
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -61,3 +62,68 @@ def test_weights_that_are_made_before_each_call(make, method) -> None:
     assert snapshot(model).keys() == held.keys()
     with torch.no_grad():
         assert torch.equal(model(IMAGES), expected)
+
+
+class Other(nn.Module):
+    """A linear layer of a user's own, without a weight of that name."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.matrix, self.shift = nn.Parameter(layer.weight.detach().clone()), layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.matrix.T + self.shift
+
+
+def int8(model: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization")
+@pytest.mark.parametrize(
+    ("host", "options"),
+    [
+        ("timm-vit-flow", {"method": "tome"}),
+        ("timm-efficientvit-grid", {}),
+        pytest.param("timm-vit-flow", {"ib_step": True}, marks=pytest.mark.slow),
+        pytest.param("timm-vit-local", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_converted_model_runs_in_int8(host, options) -> None:
+    model, original, example = converted(host, **options)
+    low = int8(copy.deepcopy(model))
+    with torch.no_grad():
+        given, expected = call(low, example)[0], call(model, example)[0]
+        loss = (call(int8(original), example)[0] - call(original, example)[0]).abs().max()
+    assert given.shape == expected.shape and (given - expected).abs().max() < 20 * loss + 0.1
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization")
+def test_a_model_in_int8_is_refused_by_name() -> None:
+    _, original, example = converted("timm-vit-flow")
+    with pytest.raises(ltm.UnsupportedBlock, match=r"blocks.0.attn.qkv .* quantized already.*convert first"):
+        ltm.retrofit(int8(original), example=example)
+
+
+@pytest.mark.parametrize("method", ["ltm", "tome"])
+def test_replaced_layers_run_or_are_refused_by_name(method) -> None:
+    model, original, example = converted("timm-vit-flow", method=method)
+    for each in (model, original):
+        for block in each.blocks:
+            block.attn.qkv, block.mlp.fc1 = Other(block.attn.qkv), Other(block.mlp.fc1)
+    with torch.no_grad():
+        if method == "ltm":
+            assert call(model, example)[0].shape == call(original, example)[0].shape
+            return
+        with pytest.raises(ltm.UnsupportedBlock, match=r"attn.qkv.weight is gone"):
+            call(model, example)
+    assert {site.scope for site in ltm.find_sites(original, example)} == {"LOCAL"}
+
+
+def test_a_moving_average_takes_all_buffers() -> None:
+    model, _, example = converted("timm-vit-flow", ib_step=True)
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    average.update_parameters(model)
+    average.update_parameters(model)
+    with torch.no_grad():
+        torch.testing.assert_close(call(average, example), call(model, example))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -122,24 +123,36 @@ class _Bound(nn.Module):
         return self.block.forward(*args, **given)
 
 
-class _Traced(fx.Proxy):
-    """Stands for a tensor, and says so: ``isinstance(x, torch.Tensor)`` in a forward holds for it."""
-
-    _is_param = False  # of which `nn.Parameter` makes sure where it is asked whether a tensor is one
-    __class__ = property(lambda self: Tensor)
-
-
 class _Opaque(fx.Tracer):
     """Follows one forward only: the children of its module stay calls."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return super().proxy(node) if node.target in SIZING else _Traced(node, self)
 
-    def create_arg(self, a: Any) -> Any:
-        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
+@contextmanager
+def _asked(block: nn.Module) -> Iterator[None]:
+    """Answer ``isinstance(x, torch.Tensor)``, asked in a block's own forward of what stands for a tensor, with yes.
+
+    In the modules that its class and those above it were written in, ``isinstance`` is another function meanwhile. A
+    stand-in that gave itself out for a tensor would be taken for one by torch's C code, too, which reads its memory.
+    """
+
+    def answer(value: Any, kind: Any) -> bool:
+        kinds = kind if type(kind) is tuple else (kind,)
+        stands = isinstance(value, fx.Proxy) and value.node.target not in SIZING
+        return (stands and Tensor in kinds) or isinstance(value, kind)
+
+    written = {cls.__module__ for cls in type(block).__mro__} - {"builtins"}
+    names = [vars(sys.modules[name]) for name in written if name in sys.modules and not name.startswith("torch.")]
+    changed = [each for each in names if "isinstance" not in each]
+    try:
+        for each in changed:
+            each["isinstance"] = answer
+        yield
+    finally:
+        for each in changed:
+            del each["isinstance"]
 
 
 def block_graph(
@@ -154,7 +167,7 @@ def block_graph(
     object.__setattr__(block, "training", training)  # not .train(): the children stay as they are
     try:
         stand_in, read = watched(block)
-        with bystander(block):
+        with bystander(block), _asked(block):
             graph = _Opaque().trace(_Bound(stand_in, signature, bias))
     except Exception as error:
         raise UnsupportedBlock(f"its forward has no FX graph: {type(error).__name__}: {in_words(error)}") from error

@@ -1,6 +1,6 @@
 """What every scope answers, and what the answers are made of: rows and budgets, interceptors and masks, panels.
 
-Over 400 lines: the protocol of the three scopes stands in one place, so that none of them looks into another.
+Over 400 lines: these are the few words that the scopes and the rooms above them share, and each needs the others.
 """
 
 from __future__ import annotations

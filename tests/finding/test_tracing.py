@@ -68,3 +68,16 @@ def test_an_error_without_a_message_says_where_it_was_raised() -> None:
     except AssertionError as error:
         assert in_words(error).startswith("raise AssertionError (line ")
     assert in_words(ValueError("too few")) == "too few" and in_words(KeyError()) == "KeyError"
+
+
+class Counting(Block):
+    """Makes tensors of numbers that a tracer stands for: torch's C code is not told that they are tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.linspace(0, 1, x.shape[-1] // 2)
+        return super().forward(x) if isinstance(x, Tensor) else x
+
+
+def test_what_stands_for_a_number_is_not_taken_for_a_tensor() -> None:
+    assert scopes(drawn(Net(Counting))) == {"FLOW"}
+    assert "isinstance" not in globals() and isinstance(EXAMPLE, Tensor)
