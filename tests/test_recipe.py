@@ -560,6 +560,7 @@ def test_the_model_is_written_before_it_is_measured(where: str, folder_of, tmp_p
     assert set(json.loads((out / MARK).read_text())["files"]) == files, "and it can be written over"
 
 
+@pytest.mark.slow  # a killed fine-tune goes on in tests/tuning/test_resume.py
 @pytest.mark.usefixtures("few_digits")
 def test_an_interrupted_run_goes_on_where_it_was(folder_of, tmp_path: Path, monkeypatch) -> None:
     recipe = tiny(folder_of("timm-vit", 10))
