@@ -27,7 +27,7 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 #: room raises the limit by what it needs, and no further. What people report of such tools (docs/reports.md) brought
 #: `finding/views.py` and 440 lines: which tokens may know of one another, wrappers, hooks, replicas, tracers, int8.
 LIMITS = {
-    "code lines": 9810,
+    "code lines": 9815,
     "files": 85,
     "modules in a circle of imports": 0,
     "comparisons with a method's name outside the registry": 4,
