@@ -98,8 +98,8 @@ class FlowForward(Interceptor):
                     f"block {self.name!r} received tokens without the sizes that earlier merges gave them: something "
                     f"between the blocks made a new tensor ({named}reentrant gradient checkpointing, an FSDP wrapper "
                     "that copies inputs, an operation between blocks), or the block was called by itself. Take hooks "
-                    "off or convert with scope='LOCAL', use non-reentrant checkpointing (use_reentrant=False), or `with "
-                    "ltm_retrofit.disabled(model):`"
+                    "off or convert with scope='LOCAL', use non-reentrant checkpointing (use_reentrant=False), or "
+                    "`with ltm_retrofit.disabled(model):`"
                 )
             if padding is None:
                 return None
