@@ -218,6 +218,8 @@ class Interceptor:
     keep: int | None = None
     #: leading tokens that always stay
     prefix = 0
+    #: the intercepted block that hands it its tokens, for messages only: a block does not carry others with it
+    before: nn.Module | None = None
     #: which conversion it belongs to
     conversion = ""
     #: whether what the host reads next has fewer tokens
@@ -227,8 +229,8 @@ class Interceptor:
         self.block, self.name = block, name
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what holds for a while: nobody would end it for a copy or a pickle."""
-        return {key: value for key, value in vars(self).items() if key not in ("listener", "mode")}
+        """Leave out what holds for a while, which nobody would end for a copy or a pickle, and the block before."""
+        return {key: value for key, value in vars(self).items() if key not in ("listener", "mode", "before")}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module; to a tracer that follows modules (`torch.fx`) it is one operation, as torch's own are.

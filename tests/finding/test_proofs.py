@@ -87,5 +87,7 @@ def test_blocks_before_one_that_drops_out_would_lose_what_they_carry(monkeypatch
     monkeypatch.setattr(flow, "_refuse_rest", refusing)
     sites = ltm.find_sites(model, EXAMPLE)
     assert [site.block for site in sites if site.scope == "FLOW"] == ["blocks.2", "blocks.3"]
-    assert sites.narrowed["blocks.0"] == "blocks.0: tokens merged here would reach blocks.1, which is left out"
+    assert (
+        sites.narrowed["blocks.0"] == "blocks.0: proof (c): tokens merged here would reach blocks.1, which is left out"
+    )
     ltm.retrofit(model, ltm.LTMConfig(flops=0.9), EXAMPLE)

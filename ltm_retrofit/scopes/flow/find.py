@@ -243,9 +243,8 @@ def _prove_rest(walk: Walk, candidates: list[Candidate], prefix: int) -> Sifted:
             kind = type(candidate.module).__name__
             refused.append(Refused(candidate.name, f"{candidate.name} ({kind}): {reasons[0]}"))
             if kept:  # it would not hand on what tokens carry
-                refused += _refuse(
-                    candidates[:place], f"tokens merged here would reach {candidate.name}, which is left out"
-                )
+                why = f"proof (c): tokens merged here would reach {candidate.name}, which is left out"
+                refused += _refuse(candidates[:place], why)
                 break
     return kept, refused
 

@@ -22,7 +22,7 @@ class FlowForward(Interceptor):
     Args:
         block: the block it belongs to.
         site: what was found of it.
-        before: the block that hands it its tokens, if one is intercepted.
+        before: the intercepted block that hands it its tokens, if there is one.
         expects: whether an earlier site has merged, so that tokens must arrive with their sizes.
         keep: token count to slice to after the attention, or None.
         last: whether this is the last block that tokens pass through.
@@ -93,17 +93,13 @@ class FlowForward(Interceptor):
         if carried is None:
             if self.expects:
                 hooks = [*(hooks_of(self.before) if self.before is not None else ()), *hooks_of(self.block)]
-                if hooks:
-                    raise CountError(
-                        f"block {self.name!r} received tokens without the sizes that earlier merges gave them: "
-                        f"{' or '.join(hooks)}, on it or on the block before it, made a new tensor. Take the hook off, "
-                        "or convert with scope='LOCAL', where blocks hand on tokens that nothing was merged into"
-                    )
+                named = "".join(f"{hook} on it or on the block before it, " for hook in dict.fromkeys(hooks))
                 raise CountError(
                     f"block {self.name!r} received tokens without the sizes that earlier merges gave them: something "
-                    "between the blocks made a new tensor (reentrant gradient checkpointing, an FSDP wrapper that "
-                    "copies inputs, an operation between blocks), or the block was called by itself. Use "
-                    "non-reentrant checkpointing (use_reentrant=False), or `with ltm_retrofit.disabled(model):`"
+                    f"between the blocks made a new tensor ({named}reentrant gradient checkpointing, an FSDP wrapper "
+                    "that copies inputs, an operation between blocks), or the block was called by itself. Take hooks "
+                    "off or convert with scope='LOCAL', use non-reentrant checkpointing (use_reentrant=False), or "
+                    "`with ltm_retrofit.disabled(model):`"
                 )
             if padding is None:
                 return None
