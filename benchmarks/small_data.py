@@ -221,6 +221,17 @@ def one(
 def table(args: argparse.Namespace) -> None:
     """Print what each setting changed on the test photographs, from the converted model, mean of all seeds."""
     found = [line for line in lines() if not line["explored"]]
+    print(
+        "| photographs | settings, seed | validation before, % | after each epoch | epoch kept |\n|---|---|---|---|---|"
+    )
+    for line in lines():
+        if line["explored"]:
+            after = ", ".join(f"{epoch['val_accuracy']:.2f}" for epoch in line["epochs"])
+            cells = (line["size"], f"{line['setting']}, {line['seed']}", f"{line['before']['val_accuracy']:.2f}", after)
+            print(f"| {' | '.join(map(str, cells))} | {line['kept']} of {len(line['epochs'])} |")
+    if not found:
+        print("\nNothing was measured on test photographs yet.")
+        return
     base = next(line for line in found if line["setting"] == "converted")
     start = bits(base)
     print(f"Converted, not tuned: {base['test']:.2f} % of {len(start)} test photographs; ", end="")

@@ -29,8 +29,8 @@ SHARES = (
     "unreadable",
 )  # of the numbers, at most 1
 
-#: What stands for None where the unconverted model knows the classes, and can say what is in an image: measured on 200
-#: to 3,068 photographs (docs/small_data.md). All weights at the rates that a network is trained with do harm there.
+#: What stands for None where the unconverted model knows the classes, and can say what is in an image: little moves.
+#: docs/small_data.md has the few runs that there are; more are wanted.
 TAUGHT: dict[str, Any] = {"train": "masks+norms", "lr": 1e-4, "distill": 1.0, "distill_token": 1.0}
 #: where it does not, or nothing is converted: classes have to be learned from labels
 UNTAUGHT: dict[str, Any] = {"train": "all", "lr": 3e-4, "distill": 0.0, "distill_token": 0.0}
@@ -40,7 +40,7 @@ UNTAUGHT: dict[str, Any] = {"train": "all", "lr": 3e-4, "distill": 0.0, "distill
 class TrainConfig(Strict):
     """How to fine-tune. Every default is what the measurements recommend; nothing is corrected silently.
 
-    None leaves a setting to the measurements: `decided` says what stands for it, and `finetune` says it aloud.
+    None leaves a setting to what the model is: `decided` says what stands for it, and `finetune` says it aloud.
 
     Example:
         >>> import ltm_retrofit as ltm

@@ -147,7 +147,7 @@ def decide(model: nn.Module, config: TrainConfig, say: Callable[[str], None]) ->
     decided = config.decided(taught=taught)
     now, before = decided.to_dict(), config.to_dict()
     if chosen := [f"{name} {value}" for name, value in now.items() if before[name] is None and value is not None]:
-        say(f"settings  {', '.join(chosen)}: what was not asked for, by measurement (docs/small_data.md)")
+        say(f"settings  {', '.join(chosen)}: what was not asked for (docs/small_data.md)")
     return decided
 
 
