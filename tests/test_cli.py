@@ -194,7 +194,9 @@ def test_every_command_takes_images_of_the_size_that_was_planned_for(
 
 
 def test_a_run_is_of_the_size_that_was_asked_for(dinov2: Path, colours: Path, tmp_path: Path, capsys) -> None:
-    (tmp_path / "mine.yaml").write_text("ltm: {flops: 0.8}\ntrain: {epochs: 1, batch_size: 8, bound: none}")
+    (tmp_path / "mine.yaml").write_text(
+        "ltm: {flops: 0.8}\ntrain: {epochs: 1, batch_size: 8, bound: none, train: all, lr: 3.0e-4}"
+    )
     given = ["--model", str(dinov2), "--data", str(colours), "--image-size", "42", "42", "--out", str(tmp_path / "run")]
     assert cli.main(["run", str(tmp_path / "mine.yaml"), *given]) == 0
     assert "input 42×42 by the request, 10 tokens; the image processor says 28; the config says 70" in (
@@ -202,7 +204,7 @@ def test_a_run_is_of_the_size_that_was_asked_for(dinov2: Path, colours: Path, tm
     )
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["plan"]["input_size"] == {"pixel_values": [1, 3, 42, 42]} and report["reloaded_equal"]
-    assert report["recipe"]["model"]["image_size"] == [42, 42] and None not in report["accuracy"].values()
+    assert report["recipe"]["model"]["image_size"] == [42, 42] and report["accuracy"]["converted"] is not None
 
 
 def test_report_of_an_original_is_of_its_image_processors_size(dinov2: Path, colours: Path, capsys) -> None:
@@ -279,7 +281,22 @@ def test_convert_finetune_report(folder: Path, colours: Path, tmp_path: Path, ca
     plan = ltm.get_plan(model)
     assert 0.73 <= plan.share <= 0.75 and not was_finetuned(model)
 
-    options = ["--data", str(colours), "--epochs", "4", "--batch-size", "10", "--lr", "3e-3", "--seed", "1"]
+    options = [
+        "--data",
+        str(colours),
+        "--epochs",
+        "4",
+        "--batch-size",
+        "10",
+        "--lr",
+        "3e-3",
+        "--seed",
+        "1",
+        "--train",
+        "all",
+        "--distill",
+        "0",
+    ]
     assert cli.main(["finetune", str(made), *options, "--out", str(tuned), "--json"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert len(values["history"]["losses"]) == 12 and values["history"]["losses"][-1] < values["history"]["losses"][0]

@@ -126,7 +126,7 @@ def test_masks_are_faster_than_weights_that_are_trained_already(train, mask_rate
 @pytest.mark.parametrize("name", ["timm-vit", "hf-vit"])
 def test_earlier_blocks_learn_more_slowly(name, converted) -> None:
     model = converted(name)
-    given = rates(model, lr=1.0, layer_decay=0.5)
+    given = rates(model, lr=1.0, layer_decay=0.5, train="all")
     keys = sorted(key for key in given if key.endswith(("norm1.weight", "layernorm_before.weight")))
     several = [given[key][0] for key in keys]
     assert len(several) == 6 and all(early == 0.5 * late for early, late in itertools.pairwise(several))

@@ -199,6 +199,7 @@ def test_half_precision_that_the_cpu_has_not_is_refused():
 
 
 def test_the_callers_accelerator_stays_as_it_was(build):
+    AcceleratorState._reset_state()  # another test may have had one
     theirs = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4)
     ltm.finetune(build("timm-vit"), batches(1), config=TrainConfig(batch_size=7))
     assert theirs.mixed_precision == AcceleratorState().mixed_precision == "bf16"

@@ -1,6 +1,6 @@
 """Interrupted at any step, or while it is writing: a run goes on to the same losses and the same bits."""
 
-from __future__ import annotations
+from __future__ import argparse
 
 import copy
 import errno
@@ -37,6 +37,7 @@ from ltm_retrofit.tuning.loop import Run
 CONFIG = ltm.TrainConfig(
     **{"epochs": 2, "batch_size": 8, "accumulate": 2, "lr": 1e-3, "ema": 0.9, "mixup": 0.4, "cutmix": 0.4},
     **{"distill": 0.5, "distill_token": 0.1, "augment": "crop", "workers": 2, "bound_warmup": 0.3},
+    train="all",  # what other processes are told, too
     checkpoint_every=2,
     held_out=0.0,  # test_validation.py goes on with a run that is validated
 )
@@ -466,7 +467,7 @@ def test_starting_over_is_said_on_the_command_line_too(model, pictures) -> None:
     model.patch_embed.norm = Hungry(4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        _be_quiet()
+        _be_quiet(argparse.Namespace())
         ltm.finetune(model, pictures(16), config=ltm.TrainConfig(batch_size=8))
     assert any("starting over with 4 images at once" in str(warning.message) for warning in caught)
 

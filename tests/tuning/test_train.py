@@ -47,7 +47,6 @@ METHODS = ("ltm", "tome", "pool", "slice")
         ({"lr": -1e-4}, "lr must be a number from 0"),
         ({"lr": "1e-4"}, "lr must be a number from 0 to inf, got '1e-4'"),
         ({"lr": math.nan}, "lr must be a number"),
-        ({"lr": None}, "lr must be a number"),
         ({"warmup": 1.5}, "warmup must be a number from 0 to 1, got 1.5"),
         ({"bound_warmup": -0.1}, "bound_warmup must be a number from 0 to 1"),
         ({"label_smoothing": 2}, "label_smoothing must be a number from 0 to 1"),
