@@ -1,7 +1,8 @@
 """Interrupted at any step, or while it is writing: a run goes on to the same losses and the same bits."""
 
-from __future__ import argparse
+from __future__ import annotations
 
+import argparse
 import copy
 import errno
 import json
