@@ -80,7 +80,7 @@ class TestNothingChanges:
         last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
         last.register_forward_hook(lambda module, args, output: seen.append("called"))
         if fails:
-            last.register_forward_hook(lambda module, args, output: torch.kron(output, output))
+            last.register_forward_hook(lambda module, args, output: output + torch.linalg.svdvals(output)[..., :1])
         before, kept = snapshot(model), TOKENS.clone() if name == "restless" else None
         torch.manual_seed(3)
         random = torch.get_rng_state()
