@@ -28,7 +28,7 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 #: planner that measures (400), and what public reports asked for (650: views, wrappers, hooks): whoever adds a room
 #: raises the limit by what it needs, and no further.
 LIMITS = {
-    "code lines": 11330,
+    "code lines": 11345,
     "files": 94,
     "modules in a circle of imports": 0,
     "comparisons with a method's name outside the registry": 4,
