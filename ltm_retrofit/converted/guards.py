@@ -22,10 +22,19 @@ CUTTING_METHODS = ("prune_intermediate_layers",)
 WRITING_METHODS = {"save_pretrained": "save_as_host", "push_to_hub": "push_as_host"}
 #: the room of saving stands above this one: it is looked up when one of these is called
 WRITING_ROOM = "ltm_retrofit.saving.as_host"
-#: what `nn.DataParallel` calls of each module in each forward pass
-REPLICATING = "_replicate_for_data_parallel"
-#: what `torch.jit.script` calls of each module, before it compiles
-SCRIPTING = "__prepare_scriptable__"
+#: what torch calls of each module to make something else of it, and why it cannot be made of a converted block
+REFUSED_OF_BLOCKS = {
+    # by `nn.DataParallel`, in each forward pass; the copy takes all that hangs on a block, the interceptor too
+    "_replicate_for_data_parallel": (
+        "nn.DataParallel copies converted block {} for another device, where it would compute with the weights of this "
+        "one: use nn.parallel.DistributedDataParallel (torchrun), or one device"
+    ),
+    # by `torch.jit.script`, before it compiles
+    "__prepare_scriptable__": (
+        "torch.jit.script compiles Python's source, and that of converted block {} is not its own any more: use "
+        "torch.jit.trace(model, images), torch.export.export or torch.compile"
+    ),
+}
 #: what attributes that say how tokens are pooled have in their names
 POOLING = "pool"
 
@@ -46,8 +55,8 @@ def guard(model: nn.Module) -> None:
             if name not in module.__dict__ and callable(getattr(type(module), name, None)):
                 module.__dict__[name] = Writing(module, path, name)
     for forward in forwards_of(model):
-        forward.block.__dict__[REPLICATING] = Replicating(forward.name)
-        forward.block.__dict__[SCRIPTING] = Scripting(forward.name)
+        for name, why in REFUSED_OF_BLOCKS.items():
+            forward.block.__dict__[name] = Refusing(forward.name, why)
     if type(model).load_state_dict is not nn.Module.load_state_dict:
         model.__dict__.setdefault("load_state_dict", Loading(model))
     watch_pooling(model)
@@ -65,7 +74,7 @@ def unguard(model: nn.Module) -> None:
                 del module.__dict__[name]
                 if refusal.original is not None:
                     module.__dict__[name] = refusal.original
-            elif isinstance(refusal, Writing | Loading | Replicating | Scripting):
+            elif isinstance(refusal, Writing | Loading | Refusing):
                 del module.__dict__[name]
 
 
@@ -153,50 +162,24 @@ class Writing:
         return getattr(import_module(WRITING_ROOM), WRITING_METHODS[self.name])(self.module, *args, **kwargs)
 
 
-class Replicating:
-    """Stands in for the method of a block by which `nn.DataParallel` copies it for another device: refuses.
-
-    Such a copy takes all that hangs on the block, the interceptor too, which would run the original's weights.
+class Refusing:
+    """Stands in for a method of a block that torch calls to make something else of it: refuses by name.
 
     Args:
         name: the site that the block belongs to.
+        why: said of it, with what to do instead; ``{}`` stands for the name.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, why: str) -> None:
+        self.name, self.why = name, why
 
     def __call__(self) -> nn.Module:
-        """Refuse by name.
+        """Refuse.
 
         Raises:
             UnsupportedBlock: always.
         """
-        raise UnsupportedBlock(
-            f"nn.DataParallel copies converted block {self.name!r} for another device, where it would compute with the "
-            "weights of this one: use nn.parallel.DistributedDataParallel (torchrun), or one device"
-        )
-
-
-class Scripting:
-    """Stands in for the method of a block by which `torch.jit.script` is given another module in its place: refuses.
-
-    Args:
-        name: the site that the block belongs to.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self) -> nn.Module:
-        """Refuse by name.
-
-        Raises:
-            UnsupportedBlock: always.
-        """
-        raise UnsupportedBlock(
-            f"torch.jit.script compiles Python's source, and that of converted block {self.name!r} is not its own any "
-            "more: use torch.jit.trace(model, images), torch.export.export or torch.compile"
-        )
+        raise UnsupportedBlock(self.why.format(repr(self.name)))
 
 
 class Loading:
