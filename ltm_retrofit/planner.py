@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from itertools import islice
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -15,11 +16,11 @@ from torch import nn
 from ltm_retrofit.calibrate import calibrate
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import BudgetError, CountError, RecipeError, UnsupportedBlock
-from ltm_retrofit.finding.example import Example, home, make_example, repeat_batch, run
+from ltm_retrofit.finding.example import Example, home, make_example, repeat_batch
 from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.merging.methods import get_method, method_names
 from ltm_retrofit.plan import MergePlan, plan_of
-from ltm_retrofit.scopes import SCOPES, build_all, tried
+from ltm_retrofit.scopes import SCOPES, both_ways, build_all, tried
 from ltm_retrofit.scopes.base import Budget, Option, Row
 from ltm_retrofit.scopes.flow import FLOW
 from ltm_retrofit.scopes.local import LOCAL
@@ -32,6 +33,8 @@ TOLERANCE = 0.02  # how far below its target a plan's share may lie
 _ROUNDING = 1 + 1e-12  # a share that was computed from MACs and comes back as a target still meets itself
 #: pairs of passes of one timing; and how uncertain the median of their ratios may be
 PAIRS, NOISE = 12, 0.03
+#: pairs before these, which warm up
+WARMUP = 2
 #: timings after which the search for a latency ends
 TIMINGS = 6
 
@@ -291,17 +294,9 @@ def timed(model: nn.Module, sites: Sites, plan: MergePlan, example: Example) -> 
     """
     parts = build_all(model, sites, plan)
 
-    def way(mode: str) -> Callable[[], object]:
-        def go() -> object:
-            for forward in parts[0]:
-                forward.mode = mode
-            return run(model, example)
-
-        return go
-
-    with undisturbed(model), torch.inference_mode(), tried(model, parts):
+    with undisturbed(model), torch.inference_mode(), tried(model, parts), both_ways(model, parts[0], example) as ways:
         for pairs in (PAIRS, 3 * PAIRS):
-            taken = alternated([way("original"), way("merge")], home(model)[0], pairs)
+            taken = islice(alternated(ways, home(model)[0]), WARMUP, WARMUP + pairs)
             ratios = [after / before for before, after in taken]
             low, _, high = quartiles(ratios)
             noise = 0.93 * (high - low) / pairs**0.5  # of a median, from the quartiles of a normal distribution

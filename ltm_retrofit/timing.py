@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import quantiles
 
 import torch
 
 
-def alternated(
-    ways: Sequence[Callable[[], object]], device: torch.device, rounds: int, warmup: int = 2
-) -> list[list[float]]:
+def alternated(ways: Sequence[Callable[[], object]], device: torch.device) -> Iterator[list[float]]:
     """Time several ways in alternation: a shared machine drifts by more from minute to minute than merging saves.
 
-    Returns:
-        the milliseconds of each way in each round.
+    Yields:
+        the milliseconds of each way, round by round without an end; the first ones warm up.
     """
-    taken: list[list[float]] = []
-    for _ in range(warmup + rounds):
-        taken.append([])
-        for way in ways:
-            if device.type == "cuda":  # its kernels run on after the call has come back
-                torch.cuda.synchronize(device)
-            began = time.perf_counter()
-            way()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            taken[-1].append(1000 * (time.perf_counter() - began))
-    return taken[warmup:]
+
+    def timed(way: Callable[[], object]) -> float:
+        if device.type == "cuda":  # its kernels run on after the call has come back
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        way()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 1000 * (time.perf_counter() - began)
+
+    while True:
+        yield [timed(way) for way in ways]
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

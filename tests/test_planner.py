@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,8 +183,8 @@ def test_noise_that_hides_the_time_is_refused_with_the_noise(
 ) -> None:
     rounds = iter(range(10**6))
 
-    def alternated(ways: object, device: object, count: int) -> list[list[float]]:
-        return [[1.0, 0.4 + 0.3 * (next(rounds) % 5)] for _ in range(count)]
+    def alternated(ways: object, device: object) -> Iterator[list[float]]:
+        return ([1.0, 0.4 + 0.3 * (number % 5)] for number in rounds)
 
     monkeypatch.setattr(planner, "alternated", alternated)
     model = build("timm-vit")

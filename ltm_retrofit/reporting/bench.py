@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from statistics import median, quantiles
+from itertools import islice
+from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
-from ltm_retrofit.converted.record import disabled, is_retrofitted, masks_of
+from ltm_retrofit.converted.record import forwards_of, is_retrofitted, masks_of
 from ltm_retrofit.finding.example import Example, home, repeat_batch, run, tensors_of
 from ltm_retrofit.progress import progress
 from ltm_retrofit.reporting.memory import free_bytes
+from ltm_retrofit.scopes import both_ways
+from ltm_retrofit.timing import alternated, quartiles
 from ltm_retrofit.tuning.processes import is_main
 from ltm_retrofit.undisturbed import undisturbed
 
@@ -49,40 +51,26 @@ def paired_latency(
 
     After ``seconds`` it ends with the rounds that it has, `FEWEST` or more of them.
     """
-    device = home(model)[0]
-
-    def timed() -> float:
-        if device.type == "cuda":  # its kernels run on after the call has come back
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        run(model, example)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return 1000 * (time.perf_counter() - began)
-
     converted = is_retrofitted(model)
-    pairs: list[tuple[float, float]] = []
+    taken: list[list[float]] = []
     images, start = len(tensors_of(example)[0]), time.perf_counter()
     bar = progress(f"timing batches of {images}", warmup + rounds, "rounds", on=is_main())
-    with undisturbed(model), torch.inference_mode(), bar:
-        # in alternation, because a shared machine drifts by more from minute to minute than merging saves
-        for index in range(warmup + rounds):
-            with disabled(model) if converted else nullcontext():
-                before = timed()
-            after = timed() if converted else before
+    both = both_ways(model, list(forwards_of(model)), example)
+    with undisturbed(model), torch.inference_mode(), both as ways, bar:
+        passes = alternated(ways if converted else ways[1:], home(model)[0])
+        for index, times in enumerate(islice(passes, warmup + rounds)):
             if index >= warmup:
-                pairs.append((before, after))
+                taken.append(times)
             bar.update()
-            if len(pairs) >= FEWEST and time.perf_counter() - start > seconds:
+            if len(taken) >= FEWEST and time.perf_counter() - start > seconds:
                 break
-        merging = _merging_share(model, example, max(3, len(pairs) // 3)) if converted else None
-    original = median(before for before, _ in pairs)
+        merging = _merging_share(model, example, max(3, len(taken) // 3)) if converted else None
+    before = median(times[0] for times in taken)
     if not converted:
-        return Paired(original)
+        return Paired(before)
     # of ratios, not of times: both passes of a pair saw the same machine
-    ratios = [after / before for before, after in pairs]
-    low, middle, high = quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return Paired(original, median(after for _, after in pairs), (middle, low, high), merging)
+    low, middle, high = quartiles([after / before for before, after in taken])
+    return Paired(before, median(after for _, after in taken), (middle, low, high), merging)
 
 
 def _merging_share(model: nn.Module, example: Example, rounds: int) -> float:

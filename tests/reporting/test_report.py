@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import ltm_retrofit as ltm
+from ltm_retrofit import scopes
 from ltm_retrofit.converted.record import mark_finetuned
 from ltm_retrofit.errors import CountError, DataError
 from ltm_retrofit.finding.example import prepare_example, repeat_batch
@@ -257,7 +258,8 @@ def test_the_two_paths_are_timed_each_with_its_own_clock(converted, monkeypatch:
         first = next(ltm.convert.forwards_of(timed))
         clock[0] += 3.0 if first.mode == "original" else 6.0
 
-    monkeypatch.setattr(bench, "run", run)
+    for room in (scopes, bench):
+        monkeypatch.setattr(room, "run", run)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
     paired = paired_latency(model, torch.zeros(1), rounds=4)
     assert (paired.original, paired.converted) == (3000.0, 6000.0)
@@ -313,7 +315,7 @@ def test_timing_ends_when_its_seconds_are_over(build, monkeypatch: pytest.Monkey
     def run(timed: nn.Module, example: torch.Tensor) -> None:
         clock[0] += len(example)
 
-    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(scopes, "run", run)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
     said: list[str] = []
     found, left_out = batch_latencies(
