@@ -53,32 +53,45 @@ class Passes:
     probabilities, in nats; of others the squared difference of the outputs in units of their squares.
 
     Args:
-        model: not converted, and within `undisturbed`.
+        model: not converted.
         sites: what `find_sites` found in it.
         config: what is asked for.
         images: ``(n, C, H, W)``, or keyword arguments that hold such a tensor.
+
+    Raises:
+        RecipeError: where the images do not fit the model, or are too few.
+        UnsupportedBlock: where the model is converted already.
     """
 
     def __init__(self, model: nn.Module, sites: Sites, config: LTMConfig, images: Example) -> None:
+        if any(hasattr(module, CHILD) for module in model.modules()):
+            raise UnsupportedBlock("plans are calibrated on the model before its conversion: restore it first")
         self.model, self.sites, self.config = model, sites, config
+        self.known: dict[Rows, Differ] = {}
         self.batches = list(_batches(images, len(_images_of(images, sites))))
         self.blocks = [site.block for site in sites.of(FLOW.name)]
         self.original: list[list[Tensor]] = []
         self.outputs: list[dict[str, Any]] = []  # of each block, by batch
-        for batch in self.batches:
-            kept: dict[str, Any] = {}
-            with _told(model, self.blocks, kept.__setitem__):
-                self.original.append(self._answers(batch))
-            self.outputs.append(kept)
+        with undisturbed(model), torch.no_grad():
+            for batch in self.batches:
+                kept: dict[str, Any] = {}
+                with _told(model, self.blocks, kept.__setitem__):
+                    self.original.append(self._answers(batch))
+                self.outputs.append(kept)
 
     def differ(self, rows: Rows) -> Differ:
-        """Return how much the answers with these rows in place differ.
+        """Return how much the answers with these rows in place differ; what was asked once is known. In `undisturbed`.
 
         Blocks before the first site are not run again: they would return what they returned before.
         """
+        if rows not in self.known:
+            self.known[rows] = self._measured(rows)
+        return self.known[rows]
+
+    def _measured(self, rows: Rows) -> Differ:
         parts = build_all(self.model, self.sites, plan_of(self.sites, self.config, rows))
-        names = {row.site for row in rows}
-        first = next((place for place, name in enumerate(self.blocks) if name in names), 0)
+        places = [self.blocks.index(row.site) if row.site in self.blocks else 0 for row in rows]
+        first = min(places)  # what merges elsewhere may lie before all of these blocks
         found = []
         with tried(self.model, parts):
             for batch, outputs, original in zip(self.batches, self.outputs, self.original, strict=True):
@@ -93,14 +106,7 @@ class Passes:
 
 
 def calibrate(
-    model: nn.Module,
-    sites: Sites,
-    config: LTMConfig,
-    images: Example,
-    budget: Budget[Any],
-    change: int,
-    found: Sequence[Option],
-    fits: Callable[[int], bool],
+    passes: Passes, budget: Budget[Any], change: int, found: Sequence[Option], fits: Callable[[int], bool]
 ) -> tuple[Rows, dict[str, float]]:
     """Return the rows that change the answers least among all that were tried, and what was measured of them.
 
@@ -109,28 +115,15 @@ def calibrate(
     the plan of the schedule takes part: nothing worse than it comes out.
 
     Args:
-        model: not converted.
-        sites: what `find_sites` found in it.
-        config: what is asked for.
-        images: see `Passes`.
+        passes: of the model over a few images.
         budget: of the scope that merges.
         change: by how many MACs rows have to change the model, negative.
         found: plans that meet the budget, that of the schedule ``"auto"`` first.
         fits: says of a change of MACs whether it meets the budget.
-
-    Raises:
-        RecipeError: where the images do not fit the model, or are too few.
-        UnsupportedBlock: where the model is converted already.
     """
-    if any(hasattr(module, CHILD) for module in model.modules()):
-        raise UnsupportedBlock("plans are calibrated on the model before its conversion: restore it first")
     probes = budget.probes()
-    with (
-        undisturbed(model),
-        torch.no_grad(),
-        progress("calibrating", len(probes) + COMPARED, "plans") as bar,
-    ):
-        passes = Passes(model, sites, config, images)
+    bar = progress("calibrating", len(probes) + COMPARED, "plans")
+    with undisturbed(passes.model), torch.no_grad(), bar:
 
         def measured(rows: Rows) -> Differ:
             bar.update()

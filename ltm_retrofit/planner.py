@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from itertools import islice
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from ltm_retrofit.calibrate import calibrate
+from ltm_retrofit.calibrate import Passes, calibrate
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.errors import BudgetError, CountError, RecipeError, UnsupportedBlock
 from ltm_retrofit.finding.example import Example, home, make_example, repeat_batch
@@ -79,19 +80,17 @@ def make_plan(
     """
     _check(sites, config)
     _check_needs(config, model, images)
-    budgets = _budgets(sites, config)
     if config.tokens is not None:
-        rows = next(iter(budgets.values())).from_tokens(config.tokens)
+        rows = next(iter(_budgets(sites, config).values())).from_tokens(config.tokens)
         if not rows:
             raise CountError(f"tokens={config.tokens} merges nothing: no count is below that of the tokens there are")
         plan = plan_of(sites, config, rows)
     elif config.latency is not None:
         assert model is not None
-        search = Search(sites, config, budgets, model, images)
-        plan = _by_latency(search, model, config.latency, config.latency_batch)
+        plan = _by_latency(Search(sites, config, model, images), model, config.latency, config.latency_batch)
     else:
         assert config.flops is not None
-        plan = Search(sites, config, budgets, model, images).by_macs(config.flops)
+        plan = Search(sites, config, model, images).by_macs(config.flops)
     if not plan.measured and (warning := _too_few(plan.rows)):  # else it was said what the images showed
         warnings.warn(warning, stacklevel=2)
     return plan
@@ -182,19 +181,20 @@ def _too_few(rows: Sequence[Row]) -> str:
     )
 
 
-class Search(NamedTuple):
+@dataclass(frozen=True)
+class Search:
     """All that a search for a plan looks at."""
 
     sites: Sites
     config: LTMConfig
-    budgets: Mapping[str, Budget[Any]]
     model: nn.Module | None
     images: Example | None
 
-    def at(self, share: float) -> Search:
-        """Return the same search for a share of the MACs."""
-        config = replace(self.config, latency=None, flops=share)
-        return self._replace(config=config, budgets=_budgets(self.sites, config))
+    @cached_property
+    def passes(self) -> Passes:
+        """The passes by which plans are calibrated, for whatever share of the MACs."""
+        assert self.model is not None and self.images is not None
+        return Passes(self.model, self.sites, self.config, self.images)
 
     def by_macs(self, target: float) -> MergePlan:
         """Return a plan whose share of the MACs lies in [target − 0.02, target].
@@ -202,6 +202,7 @@ class Search(NamedTuple):
         Raises:
             BudgetError: where there is none.
         """
+        config = replace(self.config, latency=None, flops=target)
         total = self.sites.total_macs
         change = int((target - 1) * total * _ROUNDING)
 
@@ -209,11 +210,11 @@ class Search(NamedTuple):
             return (target - TOLERANCE) * total <= total + macs <= target * total * _ROUNDING
 
         reached: dict[tuple[Row, ...], int] = {}
-        for budget, batch in self.batches(change):
+        for budget, batch in self.batches(config, change):
             reached.update(batch)
             # the first batch with a plan that fits ends the search: each merges at more sites than those before it
             if found := [option for option in reached.items() if fits(option[1])]:
-                return self.best_of(budget, found, change, fits)
+                return self.best_of(config, budget, found, change, fits)
         below = [macs for macs in reached.values() if macs <= change]
         nearest = total + (max(below) if below else min(reached.values(), default=0))
         least, most = (total + pick(reached.values(), default=0) for pick in (min, max))
@@ -224,26 +225,27 @@ class Search(NamedTuple):
             nearest / total,
         )
 
-    def best_of(self, budget: Budget[Any], found: list[Option], change: int, fits: Callable[[int], bool]) -> MergePlan:
+    def best_of(
+        self, config: LTMConfig, budget: Budget[Any], found: list[Option], change: int, fits: Callable[[int], bool]
+    ) -> MergePlan:
         """Return the plan of the schedule, or one that is better by what the images show."""
-        if self.config.schedule != "calibrated":
-            return plan_of(self.sites, self.config, max(found, key=budget.rank)[0])
-        assert self.model is not None and self.images is not None
+        if config.schedule != "calibrated":
+            return plan_of(self.sites, config, max(found, key=budget.rank)[0])
         found = sorted(found, key=budget.rank, reverse=True)
-        rows, measured = calibrate(self.model, self.sites, self.config, self.images, budget, change, found, fits)
-        return replace(plan_of(self.sites, self.config, rows), measured=measured)
+        rows, measured = calibrate(self.passes, budget, change, found, fits)
+        return replace(plan_of(self.sites, config, rows), measured=measured)
 
-    def batches(self, change: int) -> Iterator[tuple[Budget[Any], list[Option]]]:
+    def batches(self, config: LTMConfig, change: int) -> Iterator[tuple[Budget[Any], list[Option]]]:
         """Go through the plans of each scope, then through those of two scopes together."""
         cheapest: Option = ((), 0)
-        for name, budget in self.budgets.items():
+        for name, budget in _budgets(self.sites, config).items():
             for batch in budget.search(change):
                 yield budget, batch
                 if name == FLOW.name:
                     cheapest = min([cheapest, *batch], key=lambda option: option[1])
         # Where FLOW at its cheapest is too dear, blocks that it cannot cut merge beside it: their costs add up.
-        rest = LOCAL.budget_of(replace(self.sites, alternatives=()), self.config)
-        if self.config.scope is None and cheapest[0] and rest is not None:
+        rest = LOCAL.budget_of(replace(self.sites, alternatives=()), config)
+        if config.scope is None and cheapest[0] and rest is not None:
             for batch in rest.search(change - cheapest[1]):
                 yield rest, [((*rows, *cheapest[0]), macs + cheapest[1]) for rows, macs in batch]
 
@@ -260,11 +262,11 @@ def _by_latency(search: Search, model: nn.Module, target: float, batch: int) -> 
     plan, fastest = None, float("inf")
     for _ in range(TIMINGS):
         try:
-            candidate = search.at(share).by_macs(share)
+            candidate = search.by_macs(share)
         except BudgetError as error:
             if plan is not None or error.nearest >= slow:
                 break
-            candidate = search.at(error.nearest).by_macs(error.nearest)
+            candidate = search.by_macs(error.nearest)
         ratio, noise = timed(model, search.sites, candidate, example)
         fastest = min(fastest, ratio)
         if ratio <= target:

@@ -98,6 +98,22 @@ def test_answers_are_those_of_the_converted_model(build: Callable[..., nn.Module
     assert torch.equal(differ.other, before.argmax(1) != after.argmax(1))
 
 
+def test_what_merges_before_a_site_in_another_scope_counts_too(build: Callable[..., nn.Module], many: Tensor) -> None:
+    """Blocks that scope FLOW cannot cut merge in LOCAL, also before its first site."""
+    model, sites = build("timm-vit"), sites_of("timm-vit")
+    sites = replace(sites, found=sites.found[1:])  # as if FLOW could not cut the first one
+    config = ltm.LTMConfig(flops=0.9, scope="LOCAL")
+    local = ltm.make_plan(sites, config).rows[:1]
+    flow = ltm.make_plan(sites, ltm.LTMConfig(tokens=(40,), sites=("blocks.3",))).rows
+    plan = plan_of(sites, replace(config, scope=None), (*local, *flow))
+    assert [row.scope for row in plan.rows][:2] == ["LOCAL", "FLOW"]
+    with undisturbed(model), torch.no_grad():
+        differ = Passes(model, sites, plan.config, many).differ(plan.rows)
+        before = model(many).log_softmax(1)
+    after = ltm.retrofit(model, plan=plan)(many).log_softmax(1).detach()
+    torch.testing.assert_close(differ.by, (before.exp() * (before - after)).sum(1), rtol=1e-4, atol=1e-7)
+
+
 def test_images_that_say_nothing_are_refused(build: Callable[..., nn.Module]) -> None:
     model, given = build("timm-vit"), torch.zeros
     for images, message in (
