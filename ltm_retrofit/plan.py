@@ -30,6 +30,8 @@ class MergePlan(Strict):
     ``fixed_inputs`` are the inputs beside the image that it was made with: identifiers, masks, settings. ``sizes_said``
     is who said how high and wide an image is, the one that was followed first: ``"example"``, ``"request"``, ``"image
     processor"``, ``"patch embedding"``, ``"config"``, ``"pretrained_cfg"``. It is empty where nobody noted it.
+    ``measured`` is what calibration saw of these rows, a name and a number each; empty where nothing was measured.
+    ``size_aware`` says whether attentions weigh tokens that stay merged by how many they stand for.
 
     Example:
         >>> import timm, ltm_retrofit as ltm
@@ -53,7 +55,7 @@ class MergePlan(Strict):
     method_version: int = 1
     sizes_said: dict[str, tuple[int, int]] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
-    size_aware: bool = True  # whether attentions weigh tokens that stay merged by how many they stand for
+    size_aware: bool = True
 
     @property
     def share(self) -> float:
@@ -194,7 +196,6 @@ def recounted(plan: MergePlan, sites: Sites) -> MergePlan:
         own = [row for row in plan.rows if row.scope == scope.name]
         budget = scope.budget_of(sites, plan.config) if own else None
         rows += own if budget is None else budget.chained(own)
-    same = sorted(rows, key=str) == sorted(plan.rows, key=str)
     order = {row.site: place for place, row in enumerate(plan.rows)}
     rows.sort(key=lambda row: order[row.site])
     counted = replace(
@@ -204,7 +205,7 @@ def recounted(plan: MergePlan, sites: Sites) -> MergePlan:
         unmerge=_unmerges(rows),
         size_aware=_weighs(sites, rows),
     )
-    return counted if same and counted.macs == plan.macs else replace(counted, measured={})
+    return plan if counted == plan else replace(counted, measured={})
 
 
 def _weighs(sites: Sites, rows: Sequence[Row]) -> bool:

@@ -166,7 +166,7 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     say(f"testing  all on {len(test)} test images, which nothing was chosen by; original and converted in alternation")
     called = f"{recipe.data.test_split} of {recipe.data.name}"
     before = converted if was_finetuned(model) else None  # an untouched model is the converted one
-    report = measure(model, data=test, original=before, split=called, say=lambda text: say(f"         {text}"))
+    report = measure(model, data=test, original=before, split=called, say=indented(say))
     report = report.with_accuracy(**{name: evaluate(arm, test) for name, arm in arms.items()})
     extra = {"recipe": recipe.to_dict(), "history": history.to_dict(), "test_images": len(test), "reloaded_equal": True}
     report = replace(report, extra=extra)

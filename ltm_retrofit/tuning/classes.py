@@ -86,19 +86,19 @@ def check_same_classes(train: Data, test: Data, split: str = "training") -> None
     if len(said) == 2 and said[0] != said[1]:
         raise DataError(
             f"the {split} split and the test split have different classes, and one label would mean two things: "
-            f"{_difference(*said)}. Give both splits the same class folders"
+            f"{_difference(said[0], said[1], split)}. Give both splits the same class folders"
         )
 
 
-def _difference(first: list[str] | None, other: list[str] | None) -> str:
-    """Say how two lists of classes differ."""
+def _difference(first: list[str] | None, other: list[str] | None, split: str) -> str:
+    """Say how the classes of a split differ from those of the test split."""
     if first is None or other is None:
-        return f"{'training' if first is None else 'test'} labels are numbers without names"
-    only = {"training": [one for one in first if one not in other], "test": [one for one in other if one not in first]}
+        return f"{split if first is None else 'test'} labels are numbers without names"
+    only = {split: [one for one in first if one not in other], "test": [one for one in other if one not in first]}
     if not any(only.values()):
         place = next(place for place, (one, two) in enumerate(zip(first, other, strict=False)) if one != two)
         return f"they come in another order, class {place} is {first[place]!r} in one and {other[place]!r} in the other"
-    return " and ".join(f"only the {split} split has {listed(names)}" for split, names in only.items() if names)
+    return " and ".join(f"only the {name} split has {listed(names)}" for name, names in only.items() if names)
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:

@@ -41,18 +41,15 @@ def load_images(model: nn.Module, source: str | os.PathLike[str] | Sequence[Any]
     elif source == "digits":
         found = list(load_digits("train")["image"])
     else:
-        found = sorted(file for file in Path(source).expanduser().rglob("*") if file.suffix.lower() in _suffixes())
+        Image.init()  # else few suffixes are known
+        files = Path(source).expanduser().rglob("*")
+        found = sorted(file for file in files if file.suffix.lower() in Image.EXTENSION)
     if not found:
         raise DataError(f"no image in {source!r}: give a folder with images in it, at any depth")
     if len(found) > count:
         found = [found[place] for place in sorted(Random(0).sample(range(len(found)), count))]
     prepared, (device, dtype) = preprocessing_of(model), home(model)
     return torch.stack([prepared(_opened(image)) for image in found]).to(device, dtype)
-
-
-def _suffixes() -> set[str]:
-    Image.init()
-    return set(Image.EXTENSION)
 
 
 def _opened(image: Any) -> Any:

@@ -38,7 +38,7 @@ UNTAUGHT: dict[str, Any] = {"train": "all", "lr": 3e-4, "distill": 0.0, "distill
 
 @dataclass(frozen=True)
 class TrainConfig(Strict):
-    """How to fine-tune. Every default is what the measurements recommend; nothing is corrected silently.
+    """How to fine-tune. Nothing is corrected silently.
 
     None leaves a setting to what the model is: `decided` says what stands for it, and `finetune` says it aloud.
 

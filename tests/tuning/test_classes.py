@@ -226,6 +226,8 @@ def test_what_two_lists_of_classes_differ_in_is_said(second: list[str] | None, s
         label = datasets.Value("int64") if names is None else datasets.ClassLabel(names=names)
         return datasets.Dataset.from_dict({"label": [0]}, features=datasets.Features({"label": label}))
 
-    with pytest.raises(DataError, match=f"one label would mean two things: {said}\\. Give both"):
-        check_same_classes(table([*"abcdefghijkl"]), table(second))
+    for split in ("training", "validation"):
+        named = said.replace("training", split)
+        with pytest.raises(DataError, match=f"one label would mean two things: {named}\\. Give both"):
+            check_same_classes(table([*"abcdefghijkl"]), table(second), split)
     check_same_classes(table([*"ab"]), table([*"ab"]))

@@ -11,8 +11,8 @@ from ltm_retrofit.scopes.flow.site import FlowSite
 #: token counts that are looked at; and steps into which the MACs that must go are divided
 COUNTS, STEPS = 48, 800
 
-#: MACs of a site that turns n tokens into p, its mask included; None where its mask cannot
-Price = Callable[[FlowSite, int, int], int | None]
+#: MACs of a site that turns n tokens into p, its mask included
+Price = Callable[[FlowSite, int, int], int]
 
 
 def levels(tokens: int, prefix: int, count: int = COUNTS) -> list[int]:
@@ -75,7 +75,7 @@ def allocate(
                 continue
             for b in range(a, len(counts) if curve is not None else a + 1):
                 macs = price(site, n, counts[b])
-                if macs is None or macs > 0:
+                if macs > 0:
                     continue
                 lost = max(0.0, curve[b] - curve[a]) if curve is not None and b > a else 0.0
                 merges = int(b > a)

@@ -138,7 +138,7 @@ class FlowBudget(Budget[FlowSite]):
         found = allocate(self.blocks, curves, self._price, levels(self.tokens, self.prefix), saving, most)
         return [(rows, self.change(rows)) for rows in map(self.rows, found)]
 
-    def _price(self, site: FlowSite, before: int, after: int) -> int | None:
+    def _price(self, site: FlowSite, before: int, after: int) -> int:
         """Return what a block costs with ``before`` tokens and ``after``, less what it costs in the original."""
         last = self.slices and site is self.blocks[-1]
         macs = site.cost(before, self.prefix if last else after) - site.cost(self.tokens, self.tokens)
