@@ -36,6 +36,8 @@ EXAMPLES = {
     "  ltm-retrofit finetune runs/converted --data digits --epochs 1 --out runs/tuned --resume",
     "report": "ltm-retrofit report runs/tuned --data digits\n"
     "  ltm-retrofit report runs/tuned --data ./photos --original ./my_checkpoint --batches 1 8",
+    "compare": "ltm-retrofit compare ./my_checkpoint --data ./photos --budgets 0.8 0.65 0.5 --methods ltm tome\n"
+    "  ltm-retrofit compare ./my_checkpoint --data ./photos --budgets 0.5 --calibrate ./unlabelled",
     "run": "ltm-retrofit run recipes/quickstart.yaml\n"
     "  ltm-retrofit run recipes/quickstart.yaml --model ./my_checkpoint --out runs/mine",
 }
@@ -64,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
     def sized(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--image-size", type=int, nargs="+", metavar="N", help=IMAGE_SIZE)
 
+    uncalibrated = [name for name in SCHEDULES if name != "calibrated"]
+
+    def calibrated(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--calibrate", metavar="FOLDER", help="choose by what merging does to images in this folder")
+        sub.add_argument("--images", type=int, default=32, help="how many of them (default 32; 16 to 64 are usual)")
+
     def written(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--out", type=Path, required=True, help="folder to write")
         sub.add_argument("--overwrite", action="store_true", help="replace a folder that this tool wrote")
@@ -81,11 +89,9 @@ def parser() -> argparse.ArgumentParser:
         budget.add_argument("--tokens", type=int, nargs="+", help="token counts after each site, prefix included")
         budget.add_argument("--plan", type=Path, help="a plan, edited or not: what `plan --out` or --json wrote")
         sub.add_argument("--latency-batch", type=int, metavar="N", help="images at once for --latency (default 8)")
-        sub.add_argument("--calibrate", metavar="FOLDER", help="choose by what merging does to images in this folder")
-        sub.add_argument("--images", type=int, default=32, help="how many of them (default 32; 16 to 64 are usual)")
+        calibrated(sub)
         sub.add_argument("--method", choices=method_names(), help=f"default {LTMConfig.method}")
-        schedules = [name for name in SCHEDULES if name != "calibrated"]
-        sub.add_argument("--schedule", choices=schedules, help=f"default {LTMConfig.schedule}")
+        sub.add_argument("--schedule", choices=uncalibrated, help=f"default {LTMConfig.schedule}")
         sub.add_argument("--sites", nargs="+", help="blocks to choose from, instead of the schedule")
         sub.add_argument("--scope", choices=[scope.value for scope in Scope], help="default: the best that is proven")
         sub.add_argument("--output-tokens", choices=OUTPUT_TOKENS, help=f"default {LTMConfig.output_tokens}")
@@ -128,6 +134,19 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="batch sizes to time (default 1 8 32)")
     sub.add_argument("--seconds", type=float, default=60.0, help="the most that timing may take (default 60)")
     sub.add_argument("--out", type=Path, help="folder for report.html, .json and .md (default: the model's, -report)")
+
+    sub = command("compare", "Convert in several ways and measure each: accuracy against MACs and time. Tunes nothing.")
+    sub.add_argument("model", help=MODEL)
+    sized(sub)
+    sub.add_argument("--data", required=True, help=DATA)
+    sub.add_argument("--split", default="test", help="of the data (default test)")
+    sub.add_argument("--limit", type=int, help="look at so many images of it (default: all)")
+    sub.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.65, 0.5], help="shares of the MACs to keep")
+    sub.add_argument("--methods", nargs="+", choices=method_names(), default=["ltm", "tome"], help="default: ltm tome")
+    sub.add_argument("--schedules", nargs="+", choices=uncalibrated, default=[LTMConfig.schedule], help="default: auto")
+    calibrated(sub)
+    sub.add_argument("--batch", type=int, default=8, help="images in a timed pass (default 8)")
+    sub.add_argument("--out", type=Path, help="folder for compare.png, .json and .md (default: runs/MODEL-compare)")
 
     sub = command("run", "Carry out a recipe: convert, fine-tune, compare, measure, save.")
     sub.add_argument("recipe", type=Path, help="a YAML file, such as recipes/quickstart.yaml")
@@ -187,6 +206,8 @@ def _in_options(text: str, arguments: argparse.Namespace) -> str:
 
 def _how_to_go_on(arguments: argparse.Namespace, given: Sequence[str]) -> str:
     """Say after an interruption what there is to go on from."""
+    if arguments.command == "compare":
+        return "What was measured is kept: the same command goes on from there."
     if arguments.command not in ("finetune", "run"):
         return "Nothing was written: give the same command again."
     out = _out_of_run(arguments) if arguments.command == "run" else arguments.out
@@ -443,6 +464,49 @@ def _report(arguments: argparse.Namespace) -> None:
     _show(arguments, f"\n{report}\n\nwritten to {out}/ (see report.html)", report.to_dict())
 
 
+def _compare(arguments: argparse.Namespace) -> None:
+    from ltm_retrofit.reporting.frontier import Point, frontier
+    from ltm_retrofit.tuning.images import load_images
+    from ltm_retrofit.tuning.sources import DataSection, load_split
+
+    out = arguments.out or Path("runs") / f"{Path(arguments.model).resolve().name}-compare"
+    mark = "compare.json"
+    check_ours(out, mark)
+    names = ("model", "image_size", "data", "split", "limit", "calibrate", "images", "batch")
+    asked = {"written_by": OURS, "asked": {name: getattr(arguments, name) for name in names}}
+    known = json.loads((out / mark).read_text()) if (out / mark).is_file() else {**asked, "points": []}
+    if known["asked"] != asked["asked"]:
+        raise RecipeError(f"--out {out} holds another comparison, {known['asked']}: name another folder, or remove it")
+    for name in ("limit", "batch"):
+        if (given := getattr(arguments, name)) is not None and given < 1:
+            raise RecipeError(f"--{name} is a whole number from 1 on, got {given}")
+    other = "validation" if arguments.split == "train" else "train"  # of which nothing is read
+    data = load_split(DataSection(name=arguments.data, train_split=other, test_split=arguments.split), arguments.split)
+    if arguments.limit is not None and len(data) > arguments.limit:
+        data = data.shuffle(seed=0).select(range(arguments.limit))
+    model = _load_original(arguments)
+    _say_input(arguments, model)
+    images = None if arguments.calibrate is None else load_images(model, arguments.calibrate, arguments.images)
+    found = None
+    for found in frontier(
+        model,
+        data,
+        budgets=arguments.budgets,
+        methods=arguments.methods,
+        schedules=[*arguments.schedules, *(["calibrated"] if images is not None else [])],
+        images=images,
+        split=f"{arguments.split} of {arguments.data}",
+        batch=arguments.batch,
+        known=map(Point.from_dict, known["points"]),
+        say=lambda text: _say(arguments, text),
+    ):
+        with written_whole(out, mark) as folder:
+            found.write(folder, asked)
+    if found is None:
+        raise RecipeError("none of these conversions was possible, for the reasons above")
+    _show(arguments, f"\n{found}\n\nwritten to {out}/ (see compare.png)", found.to_dict())
+
+
 def _original(arguments: argparse.Namespace, model: Any, data: Any) -> Any:
     """Return what a tuned model was before: by --original, else by what its folder says; None where nobody knows."""
     from ltm_retrofit.converted.record import get_plan, is_retrofitted, was_finetuned
@@ -499,5 +563,6 @@ COMMANDS = {
     "convert": _convert,
     "finetune": _finetune,
     "report": _report,
+    "compare": _compare,
     "run": _run,
 }

@@ -80,15 +80,15 @@ class Report:
 
     def __str__(self) -> str:
         """Return the tables as text."""
-        parts = [self._title(), *map(_columns, self._tables()), "\n".join(self._notes()), self.in_short()]
+        parts = [self._title(), *map(columns, self._tables()), "\n".join(self._notes()), self.in_short()]
         return "\n\n".join(filter(None, parts))
 
     def to_markdown(self) -> str:
         """Return the tables in Markdown, that of the plan included; of the images whose answer changed, the first."""
         tables = [*self._tables(), self._plan_rows(), self._classes()]
         changed = self._changed()
-        parts = [self._title(), self.in_short(), *(_markdown(table) for table in tables if table)]
-        parts += ["\n".join(f"- {note}" for note in self._notes()), _markdown(changed[: SHOWN + 1]) if changed else ""]
+        parts = [self._title(), self.in_short(), *(markdown(table) for table in tables if table)]
+        parts += ["\n".join(f"- {note}" for note in self._notes()), markdown(changed[: SHOWN + 1]) if changed else ""]
         if len(changed) > SHOWN + 1:
             parts.append(f"{len(changed) - 1 - SHOWN} more stand in report.json.")
         return "\n\n".join(filter(None, parts)) + "\n"
@@ -308,8 +308,8 @@ def measure(
     ours = sum(size for name, size in sizes.items() if converted and CHILD in name.split("."))
     megabytes = {"original": bytes_before / 1e6, "converted": None if bytes_after is None else bytes_after / 1e6}
     return Report(
-        model=_describe(model),
-        hardware=_hardware(model),
+        model=describe(model),
+        hardware=hardware(model),
         macs={"original": before.total, "converted": after.total if after else None},
         params={"original": every - ours, "converted": every if converted else None},
         latency_ms={
@@ -331,12 +331,14 @@ def _by_module(count: MacCount) -> dict[str, int]:
     return {name: macs for name, macs in count.by_module.items() if macs}
 
 
-def _describe(model: nn.Module) -> str:
+def describe(model: nn.Module) -> str:
+    """Return the architecture that timm says, else the class."""
     declared = getattr(model, "pretrained_cfg", None) or {}
     return str(declared.get("architecture") or type(model).__name__)
 
 
-def _hardware(model: nn.Module) -> str:
+def hardware(model: nn.Module) -> str:
+    """Say on what a model runs."""
     device = home(model)[0]
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -347,7 +349,7 @@ def _shown(value: float | None, unit: float) -> str:
     return "—" if value is None else f"{value / unit:.4g}"
 
 
-def _columns(table: list[list[str]]) -> str:
+def columns(table: list[list[str]]) -> str:
     """Lay a table out in columns, the first one to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
@@ -357,6 +359,7 @@ def _columns(table: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def _markdown(table: list[list[str]]) -> str:
+def markdown(table: list[list[str]]) -> str:
+    """Write a table in Markdown."""
     names, *lines = ["| " + " | ".join(cells) + " |" for cells in table]
     return "\n".join([names, "|" + "---|" * len(table[0]), *lines])
