@@ -372,7 +372,7 @@ def _exports() -> Iterator[object]:
 
 
 @pytest.mark.parametrize("family, dynamic", _exports())
-def test_exporting_gives_equal_results_and_leaves_the_model_alone(family, converted, images, dynamic):
+def test_each_family_exports_and_is_left_alone(family, converted, images, dynamic):
     model = converted(family)
     expected = outputs(model, images)
     shapes = ({0: torch.export.Dim("batch", min=2, max=16)},) if dynamic else None

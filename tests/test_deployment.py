@@ -16,6 +16,7 @@ import torch
 from children import outputs, parallel_gradients
 from conversions import FAST, HOSTS, batch, call, converted, equal, gradients, near, slow_but, trainable
 from torch import nn
+from transformers import Dinov2Config, Dinov2ForImageClassification
 
 import ltm_retrofit as ltm
 from ltm_retrofit.converted.record import masks_of
@@ -125,6 +126,24 @@ def test_compiling_gives_equal_results(host):
     torch._dynamo.reset()
     with torch.no_grad():
         assert equal(call(model, inputs), expected)
+
+
+@pytest.mark.parametrize("scope", slow_but(["FLOW"], ["FLOW", "LOCAL"]))
+@pytest.mark.parametrize("method", ["ltm", "tome"])
+def test_each_size_is_compiled_once(scope, method):
+    """With counts that are formulas of symbols, the second size took minutes; tome's keys broke the graph."""
+    settings = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 64, "patch_size": 8}
+    model = Dinov2ForImageClassification(Dinov2Config(**settings, num_labels=7)).eval()
+    ltm.retrofit(model, ltm.LTMConfig(flops=0.8, scope=scope, method=method))
+    graphs = list[Any]()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for size in (64, 80, 48, 80, 64):
+        images = torch.randn(1, 3, size, size)
+        with torch.no_grad():
+            near([compiled(images).logits], [model(images).logits])
+    assert len(graphs) <= 3
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

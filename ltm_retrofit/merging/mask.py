@@ -25,7 +25,16 @@ from ltm_retrofit.merging.methods import SCOPES, Grid, Keys, Method, Place
 from ltm_retrofit.merging.pool import PoolGrid, gathered, grid_overlaps
 from ltm_retrofit.merging.rounds import Groups, add_at, check_counts, join, leaving_in, rows_at
 from ltm_retrofit.merging.statistics import Statistics
-from ltm_retrofit.merging.tokens import TINY, GridAssignment, HardAssignment, Mask, Merge, Merged, dense_unmerge_macs
+from ltm_retrofit.merging.tokens import (
+    TINY,
+    GridAssignment,
+    HardAssignment,
+    Mask,
+    Merge,
+    Merged,
+    dense_unmerge_macs,
+    fixed,
+)
 
 #: τ of the soft assignment that w learns from, in units of the mean cost (docs/method.md, item 3)
 TEMPERATURE = 0.1
@@ -76,7 +85,7 @@ class MaskModule(Mask):
         Raises:
             CountError: where there is no patch token.
         """
-        prefix, count = self.prefix, int(tokens.shape[1])
+        prefix, count = self.prefix, fixed(tokens.shape[1])
         leaving = leaving_in(count, self.kept_at(count), self.rounds, prefix)
         # In float32 whatever the model computes in. In the three digits of bfloat16 many costs are equal, and who
         # leaves would be a matter of chance.

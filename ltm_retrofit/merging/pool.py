@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.merging.methods import SCOPES, Grid, Keys, Method, Place
 from ltm_retrofit.merging.rounds import check_counts
-from ltm_retrofit.merging.tokens import GridAssignment, Mask, Merge, Merged, dense_unmerge_macs, merge_by
+from ltm_retrofit.merging.tokens import GridAssignment, Mask, Merge, Merged, dense_unmerge_macs, fixed, merge_by
 
 
 def overlaps(size: int, count: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ class PoolMask(Mask):
 
     def forward(self, inner: Tensor, tokens: Tensor, sizes: Tensor | None, *_: object, **__: object) -> Merged:
         """Pool: every output token stands for as many as it holds. Arguments: see `Mask`."""
-        matrix, count = self.matrix, int(tokens.shape[1])
+        matrix, count = self.matrix, fixed(tokens.shape[1])
         if count != self.tokens_in:
             matrix = _pooling(count, self.kept_at(count), self.prefix).to(tokens.device)
         return merge_by(matrix, tokens, sizes)

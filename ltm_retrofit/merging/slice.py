@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import CountError
 from ltm_retrofit.merging.methods import SCOPES, Grid, Keys, Method, Place
 from ltm_retrofit.merging.pool import PoolGrid
-from ltm_retrofit.merging.tokens import Assignment, GridAssignment, Mask, Merge, Merged, dense_unmerge_macs
+from ltm_retrofit.merging.tokens import Assignment, GridAssignment, Mask, Merge, Merged, dense_unmerge_macs, fixed
 
 
 class SliceMask(Mask):
@@ -16,7 +16,7 @@ class SliceMask(Mask):
 
     def forward(self, inner: Tensor, tokens: Tensor, sizes: Tensor | None, *_: object, **__: object) -> Merged:
         """Keep the first P tokens; unmerging gives every lost token the last kept one. Arguments: see `Mask`."""
-        batch, count = tokens.shape[0], int(tokens.shape[1])
+        batch, count = tokens.shape[0], fixed(tokens.shape[1])
         stay = self.kept_at(count)
         kept = tokens[:, :stay]
         places = torch.arange(count, device=tokens.device).expand(batch, -1)

@@ -22,6 +22,15 @@ ATTRIBUTE = "ltm_carried"
 TINY = 1e-12
 
 
+def fixed(size: int) -> int:
+    """Return a size as a plain number, also while a graph is traced, where it may be a tensor or a symbol.
+
+    How many tokens leave follows from it by divisions and roundings, site after site. Formulas of symbols for that take
+    a compiler minutes. With numbers it makes one graph for each size, in seconds.
+    """
+    return len(range(int(size)))  # a range is what needs a number of anyone
+
+
 class Assignment(NamedTuple):
     """Where each of N tokens went among P: the matrix W, rows summing to one, in factored form.
 

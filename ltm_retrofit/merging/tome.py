@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ltm_retrofit.merging.ib import full_precision, lifted
 from ltm_retrofit.merging.methods import Keys, Method, Place, Scope
 from ltm_retrofit.merging.rounds import PADDING, add_at, check_counts, rows_at
-from ltm_retrofit.merging.tokens import TINY, Assignment, Mask, Merge, Merged
+from ltm_retrofit.merging.tokens import TINY, Assignment, Mask, Merge, Merged, fixed
 
 
 class Partition(NamedTuple):
@@ -134,7 +134,7 @@ class ToMeMask(Mask):
         Raises:
             CountError: where there is no patch token.
         """
-        count = int(tokens.shape[1])  # a tensor while it is traced
+        count = fixed(tokens.shape[1])
         kept = self.kept_at(count)
         if count == self.tokens_in:
             return Counts(count, kept, self.partition, self.source_positions)

@@ -67,7 +67,9 @@ class Halves:
 def _plain(value: Any) -> Any:
     """Return a weight as numbers: modules in int8 give theirs when called, and torchao's lie in a tensor of its own."""
     value = value() if callable(value) else value
-    quantized = isinstance(value, Tensor) and (value.is_quantized or type(value).__module__.startswith("torchao."))
+    if type(value) is nn.Parameter or not isinstance(value, Tensor):
+        return value  # nearly always, and what follows no compiler understands
+    quantized = value.is_quantized or type(value).__module__.startswith("torchao.")
     return value.dequantize() if quantized else value
 
 

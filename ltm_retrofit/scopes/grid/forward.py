@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ltm_retrofit.finding.layouts import as_tokens, from_tokens, spatial_of
+from ltm_retrofit.merging.tokens import fixed
 from ltm_retrofit.scopes.base import Interceptor
 from ltm_retrofit.scopes.grid.site import GridSite
 
@@ -34,7 +35,7 @@ class GridForward(Interceptor):
 
     def merge(self, x: Tensor) -> Tensor:
         """Merge a map into a smaller one."""
-        height, width = (int(size) for size in spatial_of(tuple(x.shape), self.order))  # tensors while it is traced
+        height, width = (fixed(size) for size in spatial_of(tuple(x.shape), self.order))
         mask = self.mask
         assert mask is not None
         merged, grid, merge = mask(as_tokens(x, self.order), (height, width))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.finding.call import hooks_of
 from ltm_retrofit.finding.layouts import as_tokens, from_tokens, spatial_of
-from ltm_retrofit.merging.tokens import Assignment, DenseAssignment, GridAssignment
+from ltm_retrofit.merging.tokens import Assignment, DenseAssignment, GridAssignment, fixed
 from ltm_retrofit.scopes.base import Interceptor, unwatch, watch
 from ltm_retrofit.scopes.local.site import Cells, LocalSite, choose_cell, names_of, side_tensors
 
@@ -106,7 +106,7 @@ class LocalForward(Interceptor):
 
     def merge(self, x: Tensor) -> tuple[Tensor, Open | None]:
         """Merge within cells; fewer tokens than can be merged pass unchanged."""
-        spatial = tuple(int(size) for size in spatial_of(tuple(x.shape), self.order))  # tensors while it is traced
+        spatial = tuple(fixed(size) for size in spatial_of(tuple(x.shape), self.order))
         tokens = as_tokens(x, self.order)
         cells = self.cells(prod(spatial), spatial)
         if cells.per_sequence < 1 or cells.size < 2:
