@@ -121,7 +121,9 @@ class ToMeMask(Mask):
             weighted = take(source, leaving) * brought.unsqueeze(-1).to(tokens.dtype)
             summed = destination * size.unsqueeze(-1).to(tokens.dtype)
             merged = add_at(summed, target, weighted) / new_size.clamp_min(TINY).unsqueeze(-1).to(tokens.dtype)
-            weights = F.one_hot(target, counts.partition.destinations).to(similarity.dtype)
+            # written out: torch's one_hot looks at values, which torch.func.vmap refuses under gradients
+            places = torch.arange(counts.partition.destinations, device=target.device)
+            weights = (target.unsqueeze(-1) == places).to(similarity.dtype)
         return Merged(
             self.together(tokens, source, staying, merged),
             self.together(sizes, source_size, staying, new_size),
