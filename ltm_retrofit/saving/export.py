@@ -290,21 +290,22 @@ def _write_beside(folder: Path, model: nn.Module, shape: tuple[int, int, int], c
     labels = _labels(model, classes)
     made = "made by nobody: this model came without an image processor, and what it wants is for you to know"
     declared = getattr(model, "pretrained_cfg", None)
-    config: dict[str, Any] = {"architectures": [type(model).__name__], "image_size": sides}
+    config: dict[str, Any] = {"architectures": [type(model).__name__]}
     if library == "timm" and isinstance(declared, Mapping):
-        config = {"model_type": "timm_wrapper", "architecture": declared.get("architecture"), **config}
-        config |= {"num_classes": classes, "label_names": labels, "pretrained_cfg": _timms(declared, shape)}
+        config |= {"model_type": "timm_wrapper", "architecture": declared.get("architecture"), "num_classes": classes}
+        config |= {"label_names": labels, "pretrained_cfg": _timms(declared, shape)}
         made = f"made by timm's transform: AutoImageProcessor reads it from {CONFIG}"
     else:
         if hasattr(model, "config"):
             config = {**_plain(json.loads(model.config.to_json_string())), **config}  # type: ignore[operator, union-attr]
-        config |= {"num_labels": classes, "id2label": dict(enumerate(labels))}
-        config["label2id"] = {label: index for index, label in enumerate(labels)}
         processor = next(iter(processors_of(model).values()), None)
         if processor is not None:
             written = {**json.loads(processor.to_json_string()), **options_for(processor, shape)}
             _write_json(folder / PROCESSOR, written)
             made = f"made by {type(processor).__name__}: {PROCESSOR}"
+    # optimum reads a config without its class, which would take the names from elsewhere
+    config |= {"image_size": sides, "num_labels": classes, "id2label": dict(enumerate(labels))}
+    config["label2id"] = {label: index for index, label in enumerate(labels)}
     _write_json(folder / CONFIG, config)
     return made
 

@@ -112,6 +112,7 @@ def _write_onnx(model: nn.Module, images: Tensor, file: Path) -> None:
         passes.RemoveUnusedNodesPass(),
         passes.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         passes.RemoveUnusedOpsetsPass(),
+        passes.ClearMetadataAndDocStringPass(),  # each node's stack, with paths of this machine
     )
     for tidy in every:
         tidy(graph)
