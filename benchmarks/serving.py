@@ -3,7 +3,7 @@
     python benchmarks/serving.py run --folder runs/half --threads 2   # appends; run again, it goes on where it was
     python benchmarks/serving.py table
 
-Of each model the original and the converted one take turns in the same runtime. ``vit_small_patch16_224`` has random
+Of each model the original and the converted one take turns in the same runtime. ``--models`` of timm have random
 weights; ``--folder`` is a converted model, which is given both budgets. Exports are checked as `ltm.export` does it,
 and kept in ``--work``. OpenVINO is left out where it is not installed, torch.compile where there is no C++ compiler.
 """
@@ -43,10 +43,10 @@ Session = Callable[[Tensor], object]
 
 
 def models(args: argparse.Namespace) -> Iterator[tuple[str, float, nn.Module]]:
-    for flops in args.flops:
-        torch.manual_seed(0)
-        model = timm.create_model("vit_small_patch16_224").eval()
-        yield "vit_small_patch16_224", flops, ltm.retrofit(model, ltm.LTMConfig(flops=flops))
+    for name in args.models:
+        for flops in args.flops:
+            torch.manual_seed(0)
+            yield name, flops, ltm.retrofit(timm.create_model(name).eval(), ltm.LTMConfig(flops=flops))
     for folder in args.folder:
         for flops in args.flops:
             yield folder.name, flops, ltm.from_pretrained(folder, flops=flops)
@@ -154,6 +154,7 @@ def main() -> None:
     running, showing = commands.add_parser("run"), commands.add_parser("table")
     for sub in (running, showing):
         sub.add_argument("--results", type=Path, default=RESULTS)
+    running.add_argument("--models", nargs="*", default=["vit_small_patch16_224"], help="timm's, with random weights")
     running.add_argument("--folder", type=Path, action="append", default=[], help="a converted model; may be repeated")
     running.add_argument("--flops", type=float, nargs="+", default=[0.65, 0.5])
     running.add_argument("--runtimes", nargs="+", choices=list(RUNTIMES), default=list(RUNTIMES))
