@@ -55,6 +55,12 @@ class Exported:
         kl: of int8, the mean KL to the float model's answers, on the same images, in nats.
         latency: by batch size, the original's export beside this one; empty where it was not timed.
         preprocessing: who makes its images, in words.
+
+    Example:
+        >>> import pathlib, ltm_retrofit as ltm
+        >>> found = {"images": 16, "given": 0, "largest": 1.4e-6, "near_ties": 0}
+        >>> print(str(ltm.Exported(pathlib.Path("served"), "onnx", 20, **found)).splitlines()[0])
+        written  served/model.onnx, for ONNX Runtime, opset 20: any batch, one height and width
     """
 
     path: Path
@@ -150,6 +156,7 @@ def export(
         some = torch.randn(RANDOM, *shape, generator=torch.Generator().manual_seed(0))
         compared = torch.cat([some, _checked(images, shape)])
         with written_whole(target, MARK, overwrite=overwrite) as folder:
+            made = _write_beside(folder, unwrapped(model), shape, host(some[:1]).shape[1])
             say(f"export   for {kind.runtime}")
             file = folder / kind.file
             write(kind, host, some[:2], file)
@@ -160,7 +167,6 @@ def export(
                 quantize(file)
                 answer, kl = same_answers(kind.open(file), host, compared if images is None else compared[RANDOM:])
             latency = _against_original(kind, host, some, file, int8, seconds, say)
-            made = _write_beside(folder, unwrapped(model), shape, host(some[:1]).shape[1])
             exported = Exported(
                 path=target,
                 format=format,
@@ -285,29 +291,37 @@ def _against_original(
 
 def _write_beside(folder: Path, model: nn.Module, shape: tuple[int, int, int], classes: int) -> str:
     """Write the configuration and the preprocessing; say in words who makes the images."""
-    library = type(model).__module__.partition(".")[0]
     sides = shape[1] if shape[1] == shape[2] else list(shape[1:])
     labels = _labels(model, classes)
     made = "made by nobody: this model came without an image processor, and what it wants is for you to know"
     declared = getattr(model, "pretrained_cfg", None)
     config: dict[str, Any] = {"architectures": [type(model).__name__]}
-    if library == "timm" and isinstance(declared, Mapping):
-        config |= {"model_type": "timm_wrapper", "architecture": declared.get("architecture"), "num_classes": classes}
+    if isinstance(declared, Mapping) and declared.get("architecture"):
+        config |= {"model_type": "timm_wrapper", "architecture": declared["architecture"], "num_classes": classes}
         config |= {"label_names": labels, "pretrained_cfg": _timms(declared, shape)}
         made = f"made by timm's transform: AutoImageProcessor reads it from {CONFIG}"
     else:
-        if hasattr(model, "config"):
-            config = {**_plain(json.loads(model.config.to_json_string())), **config}  # type: ignore[operator, union-attr]
+        own: Any = getattr(model, "config", None)
+        if hasattr(own, "to_json_string"):
+            config = {**_plain(json.loads(own.to_json_string())), **config}
         processor = next(iter(processors_of(model).values()), None)
         if processor is not None:
-            written = {**json.loads(processor.to_json_string()), **options_for(processor, shape)}
-            _write_json(folder / PROCESSOR, written)
-            made = f"made by {type(processor).__name__}: {PROCESSOR}"
+            made = _write_processor(folder, processor, shape)
     # optimum reads a config without its class, which would take the names from elsewhere
     config |= {"image_size": sides, "num_labels": classes, "id2label": dict(enumerate(labels))}
     config["label2id"] = {label: index for index, label in enumerate(labels)}
     _write_json(folder / CONFIG, config)
     return made
+
+
+def _write_processor(folder: Path, processor: Any, shape: tuple[int, int, int]) -> str:
+    """Write an image processor at the size of the graph; say in words what came of it."""
+    try:
+        written = {**json.loads(processor.to_json_string()), **options_for(processor, shape)}
+    except DataError as error:  # the graph is no worse for it, and its user is told
+        return f"not made by a file in this folder: {error}"
+    _write_json(folder / PROCESSOR, written)
+    return f"made by {type(processor).__name__}: {PROCESSOR}"
 
 
 def _timms(declared: Mapping[str, Any], shape: tuple[int, int, int]) -> dict[str, Any]:
