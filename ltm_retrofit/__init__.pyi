@@ -26,6 +26,8 @@ from .planner import make_plan as make_plan
 from .reporting.pictures import show_merges as show_merges
 from .reporting.report import Report as Report
 from .reporting.report import measure as measure
+from .saving.export import Exported as Exported
+from .saving.export import export as export
 from .saving.load import from_pretrained as from_pretrained
 from .saving.load import load_model as load_model
 from .saving.save import push_to_hub as push_to_hub

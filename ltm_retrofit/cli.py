@@ -38,6 +38,8 @@ EXAMPLES = {
     "  ltm-retrofit report runs/tuned --data ./photos --original ./my_checkpoint --batches 1 8",
     "compare": "ltm-retrofit compare ./my_checkpoint --data ./photos --budgets 0.8 0.65 0.5 --methods ltm tome\n"
     "  ltm-retrofit compare ./my_checkpoint --data ./photos --budgets 0.5 --calibrate ./unlabelled",
+    "export": "ltm-retrofit export runs/tuned --onnx served --data ./photos\n"
+    "  ltm-retrofit export runs/tuned --openvino served_by_openvino",
     "run": "ltm-retrofit run recipes/quickstart.yaml\n"
     "  ltm-retrofit run recipes/quickstart.yaml --model ./my_checkpoint --out runs/mine",
 }
@@ -147,6 +149,19 @@ def parser() -> argparse.ArgumentParser:
     calibrated(sub)
     sub.add_argument("--batch", type=int, default=8, help="images in a timed pass (default 8)")
     sub.add_argument("--out", type=Path, help="folder for compare.png, .json and .md (default: runs/MODEL-compare)")
+
+    sub = command("export", "Write a model for ONNX Runtime, OpenVINO or torch.export, check and time it there.")
+    sub.add_argument("model", help=MODEL)
+    sized(sub)
+    kinds = sub.add_mutually_exclusive_group(required=True)
+    kinds.add_argument("--onnx", type=Path, metavar="OUT", help="folder to write model.onnx into")
+    kinds.add_argument("--openvino", type=Path, metavar="OUT", help="folder to write openvino_model.xml into")
+    kinds.add_argument("--torch", type=Path, metavar="OUT", help="folder to write model.pt2 into, by torch.export")
+    sub.add_argument("--int8", action="store_true", help="of --onnx: products with weights in 8 bits")
+    sub.add_argument("--data", metavar="FOLDER", help="images to check it on, beside random ones; no labels are needed")
+    sub.add_argument("--images", type=int, default=32, help="how many of them (default 32)")
+    sub.add_argument("--seconds", type=float, default=20.0, help="the most that timing may take (default 20; 0: none)")
+    sub.add_argument("--overwrite", action="store_true", help="replace a folder that this command wrote")
 
     sub = command("run", "Carry out a recipe: convert, fine-tune, compare, measure, save.")
     sub.add_argument("recipe", type=Path, help="a YAML file, such as recipes/quickstart.yaml")
@@ -507,6 +522,33 @@ def _compare(arguments: argparse.Namespace) -> None:
     _show(arguments, f"\n{found}\n\nwritten to {out}/ (see compare.png)", found.to_dict())
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from ltm_retrofit.saving.export import MARK, export
+    from ltm_retrofit.saving.formats import FORMATS
+    from ltm_retrofit.tuning.images import load_images
+
+    kind, out = next((kind, out) for kind in FORMATS if (out := getattr(arguments, kind)) is not None)
+    if arguments.int8 and kind != "onnx":
+        raise RecipeError(f"--int8 goes with --onnx: it cannot be had for --{kind}")
+    # before a model is loaded, and images
+    FORMATS[kind].check_installed()
+    check_ours(out, MARK, overwrite=arguments.overwrite)
+    model = _load(arguments)
+    _say_input(arguments, model)
+    images = None if arguments.data is None else load_images(model, arguments.data, arguments.images)
+    exported = export(
+        model,
+        out,
+        format=kind,
+        int8=arguments.int8,
+        images=images,
+        overwrite=arguments.overwrite,
+        seconds=arguments.seconds,
+        say=lambda text: _say(arguments, text),
+    )
+    _show(arguments, f"{exported}", exported.to_dict())
+
+
 def _original(arguments: argparse.Namespace, model: Any, data: Any) -> Any:
     """Return what a tuned model was before: by --original, else by what its folder says; None where nobody knows."""
     from ltm_retrofit.converted.record import get_plan, is_retrofitted, was_finetuned
@@ -564,5 +606,6 @@ COMMANDS = {
     "finetune": _finetune,
     "report": _report,
     "compare": _compare,
+    "export": _export,
     "run": _run,
 }

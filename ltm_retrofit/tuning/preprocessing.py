@@ -193,6 +193,15 @@ def _processors(processor: Any, shape: tuple[int, int, int]) -> Callable[[Image.
     Raises:
         DataError: where it makes others.
     """
+    return partial(_as_transformers, processor, options_for(processor, shape), shape[0])
+
+
+def options_for(processor: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Return what an image processor is to be called with, beside the image, so that it makes images of this shape.
+
+    Raises:
+        DataError: where it makes others all the same.
+    """
     mode, options = "RGB", dict[str, Any]()
     if shape[0] == 1:
         mode, options = "L", {"do_convert_rgb": False}
@@ -214,7 +223,7 @@ def _processors(processor: Any, shape: tuple[int, int, int]) -> Callable[[Image.
             f"{type(processor).__name__}, the model's image processor, makes {came}, and the model is fed images of "
             f"{shape[1]}×{shape[2]}: pass loaders whose batches are ready for the model"
         )
-    return partial(_as_transformers, processor, options, shape[0])
+    return options
 
 
 def _as_transformers(processor: Any, options: Mapping[str, Any], channels: int, image: Image.Image) -> Tensor:
