@@ -22,7 +22,7 @@ from ltm_retrofit.converted.record import converted_part, forwards_of, get_plan
 from ltm_retrofit.errors import CountError, ExampleError
 from ltm_retrofit.finding.example import run
 from ltm_retrofit.plan import MergePlan
-from ltm_retrofit.reporting.predict import Prediction, predictions_of
+from ltm_retrofit.reporting.predict import predictions_of
 from ltm_retrofit.reporting.superpixels import (
     Line,
     at_pixels,
@@ -238,7 +238,7 @@ def _caption(model: nn.Module, rows: Sequence[_Row], images: int, highlight: Any
     if not panels:
         return ["This plan merges no patches."]
     sites = [row for row in plan.rows if not row.slices]
-    said = _parts(model, plan, panels)
+    said = _parts(model, plan, rows[0].panels)
     if rows[0].dropping:
         said.append("Crossed out in grey = dropped by slicing. Nothing is merged; all other patches stay.")
     elif highlight is not None:
@@ -285,12 +285,13 @@ def _how_groups_are_drawn(plan: MergePlan, row: _Row) -> list[str]:
     return said
 
 
-def _parts(model: nn.Module, plan: MergePlan, panels: Sequence[Panel]) -> list[str]:
+def _parts(model: nn.Module, plan: MergePlan, panels: Mapping[str, Panel]) -> list[str]:
     """Say what tokens are, where they stay merged from a block on."""
     row = next((row for row in plan.rows if rules_of(row.scope).stays), None)
-    if row is None:
+    grids = [panel.groups.shape for site, panel in panels.items() if rules_of(_scope_of(plan, site)).stays]
+    if row is None or not grids:
         return []
-    height, width = panels[0].groups.shape
+    height, width = grids[0]
     prefix = next(forward.prefix for forward in forwards_of(model) if forward.name == row.site)
     more = f", and {prefix} that belong{'s' * (prefix == 1)} to no patch" if prefix else ""
     return [f"The model begins with {row.tokens_in} tokens: one for each of {height} × {width} patches{more}."]
@@ -305,9 +306,10 @@ def _check_pixel(highlight: Any, size: tuple[int, ...]) -> None:
     height, width = size
     pair = isinstance(highlight, Sequence) and len(highlight) == 2 and all(isinstance(n, int) for n in highlight)
     if not pair or not (0 <= highlight[0] < width and 0 <= highlight[1] < height):
+        given = tuple(highlight) if pair else repr(highlight)
         raise ExampleError(
-            f"highlight={tuple(highlight) if pair else highlight!r} is not in the image; expected a pixel (x, y) of the image as the model sees it: x from 0 to "
-            f"{width - 1}, y from 0 to {height - 1}"
+            f"highlight={given} is not in the image; expected a pixel (x, y) of the image as the model sees it: x from "
+            f"0 to {width - 1}, y from 0 to {height - 1}"
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ltm_retrofit.converted.record import get_plan
 from ltm_retrofit.errors import DataError, ExampleError
-from ltm_retrofit.finding.example import home
+from ltm_retrofit.finding.example import home, shapes_in_words
 from ltm_retrofit.tuning.preprocessing import Preprocessing, plain, preprocessing_of
 from ltm_retrofit.tuning.sources import load_digits
 
@@ -74,8 +74,9 @@ def gathered(images: Images) -> list[Any]:
     Raises:
         DataError: where there is none.
     """
+    found: list[Any]
     if isinstance(images, str | os.PathLike):
-        found = _files_in(images) if Path(images).expanduser().is_dir() else [images]
+        found = list(_files_in(images)) if Path(images).expanduser().is_dir() else [images]
     elif isinstance(images, Tensor):
         found = list(images) if images.ndim == 4 else [images]
     elif isinstance(images, Sequence):
@@ -100,11 +101,12 @@ def prepare(model: nn.Module, found: Sequence[Any], first: int = 0) -> Prepared:
         ExampleError: where one is of another kind or size, or the model takes no images.
     """
     sizes = get_plan(model).input_size
-    argument, *shape = next(((name, *size) for name, size in sizes.items() if len(size) == 4), ("", 0, 0, 0, 0))
-    shape = shape[1:]
-    if not any(shape):
-        raise ExampleError(f"{type(model).__name__} takes no images (C, H, W), but {sizes}")
-    wanted = _preprocessing(model, tuple(shape))
+    argument = next((name for name, size in sizes.items() if len(size) == 4), None)
+    if argument is None:
+        raise ExampleError(f"{type(model).__name__} takes no images (B, C, H, W), but {shapes_in_words(sizes)}")
+    _, *sides = sizes[argument]
+    shape = sides[0], sides[1], sides[2]
+    wanted = _preprocessing(model, shape, needed=not all(isinstance(image, Tensor) for image in found))
     names, pixels, every = [], [], []
     for place, image in enumerate(found, first):
         opened = _opened(image)
@@ -114,11 +116,17 @@ def prepare(model: nn.Module, found: Sequence[Any], first: int = 0) -> Prepared:
     return Prepared(names, torch.stack(pixels).to(*home(model)), every, argument, wanted)
 
 
-def _preprocessing(model: nn.Module, shape: tuple[int, int, int]) -> Preprocessing | None:
-    """Return the model's preprocessing at the size that it was converted for; None where its images are no pictures."""
+def _preprocessing(model: nn.Module, shape: tuple[int, int, int], *, needed: bool) -> Preprocessing | None:
+    """Return the model's preprocessing at the size that it was converted for; None where its images are no pictures.
+
+    Raises:
+        DataError: where there is none, and it is needed: not only to show an image, but to make it.
+    """
     try:
         wanted = preprocessing_of(model)
     except DataError:  # it says nothing of its input; the plan does
+        if needed:
+            raise
         return plain(shape) if shape[0] in (1, 3) else None
     return wanted if wanted.shape == shape else plain(shape)
 

@@ -53,8 +53,9 @@ class Preprocessing:
         """Return which share of an image's height and of its width is left, 0 to 1: the rest is cropped away."""
         # asked of the host, too: by pictures of the same size that grow brighter downwards, and to the right
         width, height = image.size
-        down = np.broadcast_to(np.linspace(0, 255, height).round().astype(np.uint8)[:, None], (height, width))
-        right = np.broadcast_to(np.linspace(0, 255, width).round().astype(np.uint8), (height, width))
+        level, upright = (((np.arange(side) + 0.5) / side * 255).round().astype(np.uint8) for side in (width, height))
+        down = np.broadcast_to(upright[:, None], (height, width))
+        right = np.broadcast_to(level, (height, width))
         tall = wide = 0.0
         for brightness in (down, right):
             ramp = Image.fromarray(np.ascontiguousarray(brightness)).convert("RGB")
