@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import patheffects
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.path import Path as Outline
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,18 +18,17 @@ from ltm_retrofit.converted.record import converted_part, forwards_of, get_plan
 from ltm_retrofit.errors import CountError, ExampleError
 from ltm_retrofit.finding.example import run
 from ltm_retrofit.plan import MergePlan
-from ltm_retrofit.reporting.predict import predictions_of
-from ltm_retrofit.reporting.superpixels import (
-    Line,
-    at_pixels,
-    boundaries,
-    dimmed,
-    filled,
-    followed,
-    largest,
-    middle,
-    outline,
+from ltm_retrofit.reporting.drawing import (
+    COLOURS,
+    MergeFigure,
+    draw_cross,
+    draw_dropped,
+    draw_edge,
+    draw_image,
+    draw_lines,
 )
+from ltm_retrofit.reporting.predict import predictions_of
+from ltm_retrofit.reporting.superpixels import at_pixels, boundaries, dimmed, filled, followed, largest
 from ltm_retrofit.scopes import SCOPES, rules_of
 from ltm_retrofit.scopes.base import Panel, Shown
 from ltm_retrofit.tracing import MergeTrace, trace
@@ -45,20 +40,6 @@ from ltm_retrofit.undisturbed import undisturbed
 IMAGES, SITES = 8, 5
 #: inches of a panel, and panels in a row of one image alone
 PANEL, COLUMNS = 3.4, 3
-#: of the largest groups: what stays apart on photographs, also for those who see few colours
-COLOURS = ("#ffe100", "#00e5ff", "#ff2bd6", "#ff8c00", "#39ff14")
-#: how the size of a group is written
-NUMBER: dict[str, Any] = {"ha": "center", "va": "center_baseline", "color": "white", "weight": "bold", "fontsize": 9}
-NUMBER["path_effects"] = [patheffects.withStroke(linewidth=2.2, foreground="black")]
-
-
-class MergeFigure(Figure):
-    """A figure that notebooks show by themselves: made without pyplot, it would be left out there."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=80)
-        return buffer.getvalue()
 
 
 def show_merges(
@@ -105,7 +86,8 @@ def show_merges(
             raise ExampleError(f"index is {index}; expected 0 to {len(found) - 1}, as there are {len(found)} images")
         found = found[index : index + 1]
     prepared = prepare(model, found[:IMAGES])
-    _check_pixel(highlight, tuple(prepared.pixels.shape[-2:]))
+    if highlight is not None:
+        _check_pixel(model, highlight, tuple(prepared.pixels.shape[-2:]))
     rows = _rows(model, prepared)
     figure, axes = _axes(rows, _caption(model, rows, len(found), highlight))
     for row, own in zip(rows, axes, strict=True):
@@ -277,10 +259,10 @@ def _how_groups_are_drawn(plan: MergePlan, row: _Row) -> list[str]:
     if stays:
         which += " of the last panel, in the same colour in each panel"
     else:
-        which += " of each panel; colours of different panels have nothing to do with one another"
+        which += " of each panel; the colours of two panels have nothing to do with one another"
+    said.append(f"Coloured edges: {which}; the number counts the patches of the token.")
     said.append(
-        f"Coloured edges: {which}. Areas of one colour are one token, also where they do not touch (so may areas "
-        "without a colour be); the number counts its patches."
+        "Areas that do not touch may be one token: those with edges of one colour are; of the others it is not shown."
     )
     return said
 
@@ -300,9 +282,14 @@ def _parts(model: nn.Module, plan: MergePlan, panels: Mapping[str, Panel]) -> li
 # --------------------------------------------------------------------------------------------------------------- drawn
 
 
-def _check_pixel(highlight: Any, size: tuple[int, ...]) -> None:
-    if highlight is None:
-        return
+def _check_pixel(model: nn.Module, highlight: Any, size: tuple[int, ...]) -> None:
+    """Check that there is such a pixel, and something that could be one token with it.
+
+    Raises:
+        ExampleError: where there is not.
+    """
+    if get_plan(model).config.method == "slice":
+        raise ExampleError("highlight shows what is one token, and slicing merges nothing: leave highlight out")
     height, width = size
     pair = isinstance(highlight, Sequence) and len(highlight) == 2 and all(isinstance(n, int) for n in highlight)
     if not pair or not (0 <= highlight[0] < width and 0 <= highlight[1] < height):
@@ -347,34 +334,25 @@ def _draw_row(axes: Sequence[Axes], row: _Row, highlight: tuple[int, int] | None
     """Draw the image, then each of its sites."""
     first = next((panel.groups.shape for panel in row.panels.values()), (1, 1))
     alone = axes[0].figure.get_suptitle() != ""
-    _draw_image(axes[0], row.shown, first, row.title if alone or not row.answer else f"{row.title}\n{row.answer}")
+    draw_image(axes[0], row.shown, first, row.title if alone or not row.answer else f"{row.title}\n{row.answer}")
     if highlight is not None:
         x, y = (
             place * count / size
             for place, count, size in zip(highlight, first[::-1], row.shown.shape[1::-1], strict=True)
         )
-        axes[0].plot(x, y, "+", color="white", markersize=12, path_effects=NUMBER["path_effects"])
+        draw_cross(axes[0], x, y)
     for ax, panel, title, coloured in zip(axes[1:], row.panels.values(), row.titles, row.coloured, strict=True):
         shown = row.shown if panel.sequences == 1 else np.full_like(row.shown, 0.75)
         if row.dropping:
-            _draw_image(ax, shown, panel.groups.shape, title)
-            _draw_dropped(ax, ~panel.alive)
+            draw_image(ax, shown, panel.groups.shape, title)
+            draw_dropped(ax, ~panel.alive)
         elif highlight is not None:
             _draw_one(ax, shown, panel, title, highlight)
         else:
-            _draw_image(ax, filled(shown, panel.groups), panel.groups.shape, title)
-            _draw_lines(ax, boundaries(panel.groups), panel.groups.shape[1])
+            draw_image(ax, filled(shown, panel.groups), panel.groups.shape, title)
+            draw_lines(ax, boundaries(panel.groups), panel.groups.shape[1])
             for label, number in coloured.items():
-                _draw_edge(ax, panel.groups == label, COLOURS[number])
-
-
-def _draw_image(ax: Axes, image: np.ndarray, grid: tuple[int, ...], title: str) -> None:
-    """Show the image with one patch a unit wide."""
-    height, width = grid
-    aspect = image.shape[0] / height / (image.shape[1] / width)
-    ax.imshow(image, extent=(0.0, width, height, 0.0), aspect=aspect)
-    ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=min(11.0, 11 * 44 / max(map(len, title.split("\n")))))
+                draw_edge(ax, panel.groups == label, COLOURS[number])
 
 
 def _draw_one(ax: Axes, shown: np.ndarray, panel: Panel, title: str, pixel: tuple[int, int]) -> None:
@@ -389,39 +367,5 @@ def _draw_one(ax: Axes, shown: np.ndarray, panel: Panel, title: str, pixel: tupl
             "highlight out"
         )
     inside = panel.groups == at_pixels(panel.groups, (shown.shape[0], shown.shape[1]))[pixel[1], pixel[0]]
-    _draw_image(ax, dimmed(shown, inside), inside.shape, title)
-    _draw_edge(ax, inside, COLOURS[0])
-
-
-def _draw_lines(ax: Axes, lines: Sequence[Line], width: int) -> None:
-    """Draw lines of two tones, which show on bright and on dark pixels."""
-    thin = min(1.0, 16 / width)
-    for tone, thickness in (("black", 1.5 * thin), ("white", 0.6 * thin)):
-        ax.add_collection(LineCollection(lines, colors=tone, linewidths=thickness, capstyle="projecting"))
-
-
-def _draw_edge(ax: Axes, inside: np.ndarray, colour: str) -> None:
-    """Draw a coloured edge within some patches, and how many they are."""
-    thin, sides = min(1.0, 16 / inside.shape[1]), outline(inside)
-    corners = ((0, 0), (1, 0), (1, 1), (0, 1), (0, 0))
-    path = [(column + x, row + y) for row, column in np.argwhere(inside).tolist() for x, y in corners]
-    codes = [Outline.MOVETO, *[Outline.LINETO] * 3, Outline.CLOSEPOLY] * int(inside.sum())
-    edge = LineCollection(sides, colors=colour, linewidths=5 * thin, capstyle="projecting")
-    ax.add_collection(edge)
-    edge.set_clip_path(Outline(path, codes), ax.transData)
-    ax.add_collection(LineCollection(sides, colors="black", linewidths=1.2 * thin, capstyle="projecting"))
-    row, column = middle(inside)
-    ax.text(column + 0.5, row + 0.5, str(int(inside.sum())), **NUMBER)
-
-
-def _draw_dropped(ax: Axes, dropped: np.ndarray) -> None:
-    """Grey out and cross the patches that slicing dropped."""
-    height, width = dropped.shape
-    grey = dropped[..., None] * np.array((0.5, 0.5, 0.5, 0.75))
-    ax.imshow(grey, extent=(0.0, width, height, 0.0), interpolation="nearest", aspect=ax.get_aspect())
-    crosses = [
-        line
-        for row, column in np.argwhere(dropped).tolist()
-        for line in (((column, row), (column + 1, row + 1)), ((column + 1, row), (column, row + 1)))
-    ]
-    ax.add_collection(LineCollection(crosses, colors="black", linewidths=min(0.8, 10 / width)))
+    draw_image(ax, dimmed(shown, inside), inside.shape, title)
+    draw_edge(ax, inside, COLOURS[0])

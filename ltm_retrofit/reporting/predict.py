@@ -39,6 +39,15 @@ class Prediction:
         before: the most probable class where nothing merges.
         after: that of the converted model.
         classes: the most probable ones, by the larger of the two probabilities.
+
+    Example:
+        >>> from ltm_retrofit.reporting.predict import Chance, Prediction
+        >>> cat, dog = Chance("cat", before=0.7, after=0.4), Chance("dog", before=0.3, after=0.6)
+        >>> print(Prediction("pet.jpg", cat, dog, (cat, dog)))
+        pet.jpg                          before    after
+          cat                            70.0 %   40.0 %
+          dog                            30.0 %   60.0 %
+          another answer: dog instead of cat
     """
 
     image: str

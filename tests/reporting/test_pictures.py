@@ -90,6 +90,8 @@ def test_slicing_shows_what_it_drops(build: Build, images: Tensor) -> None:
     for site, row in enumerate(merges(model)):
         alive = flow.survivors(traced.merges[: site + 1], prefix=1)
         np.testing.assert_array_equal(alive, np.arange(64) < row.tokens_out - 1)
+    with pytest.raises(ExampleError, match="slicing merges nothing"):
+        ltm.show_merges(model, images[0], highlight=(1, 1))
     figure = ltm.show_merges(model, images[0])
     assert "dropped" in figure.get_supxlabel()
     assert not [text for ax in figure.axes for text in ax.texts]

@@ -96,7 +96,7 @@ def test_classes_that_do_not_exclude_one_another_have_probabilities_of_their_own
 
 
 def test_a_table_says_where_the_answer_is_another_one() -> None:
-    cat, dog = ltm.Chance("cat", 0.6, 0.25), ltm.Chance("dog", 0.4, 0.75)
+    cat, dog = room.Chance("cat", 0.6, 0.25), room.Chance("dog", 0.4, 0.75)
     assert str(ltm.Prediction("a.png", cat, dog, (dog, cat))) == (
         "a.png                            before    after\n"
         "  dog                            40.0 %   75.0 %\n"
