@@ -38,8 +38,8 @@ from ltm_retrofit.undisturbed import undisturbed
 
 #: images, and sites of each, that are drawn where there are more
 IMAGES, SITES = 8, 5
-#: inches of a panel, and panels in a row of one image alone
-PANEL, COLUMNS = 3.4, 3
+#: inches of a panel; panels of one image alone that fit in a row, and how many are in each of two rows
+PANEL, ROW, COLUMNS = 3.4, 4, 3
 
 
 def show_merges(
@@ -47,7 +47,7 @@ def show_merges(
 ) -> Figure:
     """Draw which patches became one token, at each merging site, over the image.
 
-    Patches that merged are an area of their mean colour, with a line around it; where the photograph still shows, each
+    Patches that merged are an area of their mean colour, with a line around it; where the image still shows, each
     patch is a token of its own. The five largest tokens after the last site have a coloured edge and the number of
     their patches; in scope FLOW they have the same colour at each site before. Of more than five sites five are drawn:
     the first, the last, and evenly between. The model is run in eval mode, and left as it was.
@@ -251,7 +251,7 @@ def _caption(model: nn.Module, rows: Sequence[_Row], images: int, highlight: Any
 def _how_groups_are_drawn(plan: MergePlan, row: _Row) -> list[str]:
     said = [
         "Flat area with a line around it: patches that merged into one token, in their mean colour.",
-        "Photograph still showing: each patch there is a token of its own.",
+        "Image still showing: each patch there is a token of its own.",
     ]
     count = max(map(len, row.coloured))
     stays = all(rules_of(_scope_of(plan, site)).stays for site in row.panels)
@@ -260,7 +260,7 @@ def _how_groups_are_drawn(plan: MergePlan, row: _Row) -> list[str]:
         which += " of the last panel, in the same colour in each panel"
     else:
         which += " of each panel; the colours of two panels have nothing to do with one another"
-    said.append(f"Coloured edges: {which}; the number counts the patches of the token.")
+    said.append(f"Coloured edges: {which}; the number counts its patches.")
     said.append(
         "Areas that do not touch may be one token: those with edges of one colour are; of the others it is not shown."
     )
@@ -312,7 +312,7 @@ def _shown(pixels: Tensor, wanted: Preprocessing | None) -> np.ndarray:
 def _axes(rows: Sequence[_Row], caption: Sequence[str]) -> tuple[Figure, list[list[Axes]]]:
     """Make a row of axes for each image, of one image alone two shorter ones, with the caption below."""
     panels, alone = 1 + len(rows[0].panels), len(rows) == 1
-    columns = min(panels, COLUMNS) if alone else panels
+    columns = COLUMNS if alone and panels > ROW else panels
     lines = len(rows) * -(-panels // columns)
     width = max(PANEL * columns, 2 * PANEL)  # a lone panel would be too narrow for its caption
     said = [line for text in caption for line in textwrap.wrap(text, int(width * 13), subsequent_indent="   ")]
