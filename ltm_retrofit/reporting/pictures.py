@@ -120,12 +120,12 @@ def _rows(model: nn.Module, prepared: Prepared) -> list[_Row]:
         panels = panels_of(model, traced, (shown.shape[0], shown.shape[1]))
         chosen = np.linspace(0, len(panels) - 1, min(len(panels), SITES)).round().astype(int)
         panels = {site: panels[site] for site in (list(panels)[place] for place in chosen)}
-        answer = predictions_of(model, one)[0] if get_plan(model).classes else None
+        answers = predictions_of(model, one) if get_plan(model).classes else []
         rows.append(
             _Row(
                 shown,
                 _title(name, prepared.opened[place], one.wanted),
-                "" if answer is None else answer.in_short(),
+                answers[0].in_short() if answers else "",
                 panels,
                 [_title_of(model, plan, site, panel) for site, panel in panels.items()],
                 _coloured(plan, panels),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.converted.record import converted_part, disabled
-from ltm_retrofit.errors import RecipeError
+from ltm_retrofit.converted.record import converted_part, in_mode
+from ltm_retrofit.errors import RecipeError, TrainingError
 from ltm_retrofit.finding.example import logits_of, run
 from ltm_retrofit.tuning.classes import count_classes, labels_of
 from ltm_retrofit.tuning.images import Images, Prepared, gathered, prepare
@@ -121,20 +120,23 @@ def predict(model: nn.Module, images: Images, *, top: int = 5) -> list[Predictio
     count_classes(model)  # refuses what has none
     found, predictions = gathered(images), list[Prediction]()
     for start in range(0, len(found), AT_ONCE):
-        prepared = prepare(model, found[start : start + AT_ONCE], first=start)
-        predictions += predictions_of(model, prepared, top)
+        given = predictions_of(model, prepare(model, found[start : start + AT_ONCE], first=start), top)
+        if not given:
+            raise TrainingError(f"{type(model).__name__} puts out no class logits (B, C): give it a classifier first")
+        predictions += given
     return predictions
 
 
 def predictions_of(model: nn.Module, prepared: Prepared, top: int = 5) -> list[Prediction]:
-    """Return what a converted classifier answers to images that are prepared, see `predict`."""
+    """Return what a converted model answers to images that are prepared, see `predict`; nothing without logits."""
     inputs = {prepared.argument: prepared.pixels} if prepared.argument else prepared.pixels
     given = []
     with undisturbed(model), torch.no_grad():
-        for way in (disabled(model), nullcontext()):
-            with way:
+        for mode in ("original", "merge"):  # whatever mode it is in, as within `disabled`
+            with in_mode(model, mode):
                 logits = logits_of(run(model, inputs))
-            assert logits is not None, "a model that has classes puts out logits"
+            if logits is None:
+                return []
             given.append(_probabilities(model, logits))
     before, after = given
     labels = labels_of(model, before.shape[1])

@@ -45,6 +45,8 @@ def photos(tmp_path: Path) -> list[Path]:
 
 def test_probabilities_are_the_models_with_merging_and_without(model: nn.Module, images: Tensor) -> None:
     predictions = ltm.predict(model.train(), images, top=3)
+    with ltm.disabled(model):
+        assert ltm.predict(model, images, top=3) == predictions
     assert all(module.training for module in model.modules() if isinstance(module, nn.Dropout))
     model.eval()
     with torch.no_grad():
