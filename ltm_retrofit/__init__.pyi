@@ -24,6 +24,8 @@ from .merging.methods import register_method as register_method
 from .plan import MergePlan as MergePlan
 from .planner import make_plan as make_plan
 from .reporting.pictures import show_merges as show_merges
+from .reporting.predict import Prediction as Prediction
+from .reporting.predict import predict as predict
 from .reporting.report import Report as Report
 from .reporting.report import measure as measure
 from .saving.export import Exported as Exported

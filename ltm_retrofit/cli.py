@@ -40,6 +40,8 @@ EXAMPLES = {
     "  ltm-retrofit compare ./my_checkpoint --data ./photos --budgets 0.5 --calibrate ./unlabelled",
     "export": "ltm-retrofit export runs/tuned --onnx served --data ./photos\n"
     "  ltm-retrofit export runs/tuned --openvino served_by_openvino",
+    "predict": "ltm-retrofit predict runs/converted photo.jpg\n"
+    "  ltm-retrofit predict runs/converted ./photos --top 3 --picture merges.png",
     "run": "ltm-retrofit run recipes/quickstart.yaml\n"
     "  ltm-retrofit run recipes/quickstart.yaml --model ./my_checkpoint --out runs/mine",
 }
@@ -163,6 +165,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--seconds", type=float, default=20.0, help="the most that timing may take (default 20; 0: none)")
     sub.add_argument("--overwrite", action="store_true", help="replace a folder that this command wrote")
 
+    sub = command("predict", "Say which classes a converted model sees in images, before merging and after; draw it.")
+    sub.add_argument("model", help="a folder that convert, finetune or run wrote, or a Hub id")
+    sub.add_argument("image", nargs="+", help="an image, or a folder with images in it, at any depth")
+    sub.add_argument("--top", type=int, default=5, help="how many classes of each image (default 5)")
+    sub.add_argument("--picture", type=Path, metavar="FILE", help="draw what merges, all images in one file (.png)")
+    sub.add_argument(
+        "--highlight", type=int, nargs=2, metavar=("X", "Y"), help="in the picture: only what is one token with a pixel"
+    )
+
     sub = command("run", "Carry out a recipe: convert, fine-tune, compare, measure, save.")
     sub.add_argument("recipe", type=Path, help="a YAML file, such as recipes/quickstart.yaml")
     sub.add_argument("--model", help=f"instead of the recipe's: {MODEL}")
@@ -209,7 +220,7 @@ def _be_quiet(arguments: argparse.Namespace) -> None:
 
 def _in_options(text: str, arguments: argparse.Namespace) -> str:
     """Put a message in the words of the command line: ``flops=0.1`` is ``--flops 0.1`` there."""
-    options = "|".join(name for name in vars(arguments) if name not in ("command", "model", "recipe"))
+    options = "|".join(name for name in vars(arguments) if name not in ("command", "model", "recipe", "image"))
     text = re.sub(rf"\b(?:TrainConfig\.|LTMConfig\.)?({options})=(?:True\b)?", r"--\1 ", text)
     text = re.sub(rf"\bTrainConfig\.({options})\b", r"--\1", text)
     text = re.sub(r"\bTrainConfig\.(\w+)", r"\1 in the train section of a recipe", text)
@@ -580,6 +591,48 @@ def _original(arguments: argparse.Namespace, model: Any, data: Any) -> Any:
     return original
 
 
+def _predict(arguments: argparse.Namespace) -> None:
+    from ltm_retrofit.converted.record import is_retrofitted, was_finetuned
+    from ltm_retrofit.reporting.predict import predict
+
+    out, pixel = arguments.picture, arguments.highlight
+    if out is not None:
+        _check_picture(out)
+    elif pixel is not None:
+        raise RecipeError("--highlight is of the picture: name its file by --picture")
+    model = _load(arguments)
+    if not is_retrofitted(model):
+        raise NotRetrofitted(f"{arguments.model} is not converted: run `ltm-retrofit convert` on it first")
+    if was_finetuned(model):
+        _say(arguments, "before   the tuned weights, and nothing merges")
+    predictions = predict(model, arguments.image, top=arguments.top)
+    parts = ["", *(f"{prediction}\n" for prediction in predictions)]
+    if out is not None:
+        from ltm_retrofit.reporting.pictures import show_merges
+
+        show_merges(model, arguments.image, highlight=pixel).savefig(out, dpi=100)
+        parts.append(f"picture written to {out}")
+    _show(arguments, "\n".join(parts).rstrip(), [prediction.to_dict() for prediction in predictions])
+
+
+def _check_picture(out: Path) -> None:
+    """Check that a picture can be written, before a model is loaded.
+
+    Raises:
+        RecipeError: where matplotlib has no such format, or there is no such folder.
+    """
+    from matplotlib.figure import Figure
+
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if out.suffix[1:].lower() not in formats:
+        raise RecipeError(
+            f"--picture {out} has no ending of a picture: name a file, such as merges.png ({', '.join(formats)})"
+        )
+    if out.is_dir() or not out.parent.is_dir():
+        what = "is a folder" if out.is_dir() else f"would lie in {out.parent}, which is no folder"
+        raise RecipeError(f"--picture {out} {what}: name a file in a folder that is there")
+
+
 def _out_of_run(arguments: argparse.Namespace) -> Path:
     return Path(arguments.out or Path("runs") / arguments.recipe.stem)
 
@@ -607,5 +660,6 @@ COMMANDS = {
     "report": _report,
     "compare": _compare,
     "export": _export,
+    "predict": _predict,
     "run": _run,
 }

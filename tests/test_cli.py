@@ -29,7 +29,7 @@ from ltm_retrofit.converted.record import mark_finetuned, was_finetuned
 from ltm_retrofit.saving import load
 from ltm_retrofit.tuning.loop import Run
 
-COMMANDS = ("inspect", "convert", "finetune", "report", "export", "run")
+COMMANDS = ("inspect", "plan", "convert", "finetune", "report", "compare", "export", "predict", "run")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
 
 

@@ -394,31 +394,16 @@ class Shown(NamedTuple):
 class Panel:
     """What one site made of the first image's patches, which lie in a grid of ``groups.shape``.
 
-    ``groups`` are equal where patches are one token; ``names`` are the groups of more than one patch that get a
-    number, in its order; ``share`` is how much of each patch the token that it is drawn with got. ``placed`` says
-    whether it is known where in the image the patches lie.
+    ``groups`` are equal where patches are one token; ``share`` is how much of each patch the token that it is drawn
+    with got; ``tokens`` is how many are left, and of how many. ``sequences`` says among how many of its kind it is
+    one whose place in the image is not known; 1 where it is known.
     """
 
-    title: str
     groups: np.ndarray
     alive: np.ndarray
     share: np.ndarray
-    names: list[int]
-    placed: bool = True
-
-
-def title_of(row: Row) -> str:
-    """Return what stands over a panel."""
-    return f"{row.site} · {row.tokens_in} → {row.tokens_out} tokens"
-
-
-def names_of(groups: Sequence[np.ndarray]) -> list[int]:
-    """Return every group that holds more than one patch after some site, in raster order."""
-    merged: set[int] = set()
-    for labels in groups:
-        values, counts = np.unique(labels, return_counts=True)
-        merged |= set(values[counts > 1].tolist())
-    return sorted(merged)
+    tokens: tuple[int, int]
+    sequences: int = 1
 
 
 def patch_grid(patches: int, height: int, width: int) -> tuple[int, int]:
@@ -454,6 +439,7 @@ class ScopeRules:
         panels: returns what is drawn of rows that merge, by site. Raises `CountError` where patches make no grid.
         legend: returns what a reader of the panels has to know; the flag says that tokens are dropped, not merged.
         stays: whether tokens stay merged, so that what sites did adds up.
+        where: how a picture puts where that is, seen from the site's block.
     """
 
     name: Scope
@@ -463,6 +449,7 @@ class ScopeRules:
     panels: Callable[[Sequence[Row], Shown], dict[str, Panel]]
     legend: Callable[[Sequence[Row], bool], str]
     stays: bool = False
+    where: str = "after"
 
     def budget_of(self, sites: Sites, config: LTMConfig) -> Budget[Any] | None:
         """Return what may be spent; None where there are no such sites, or the method does not serve this scope."""

@@ -190,8 +190,39 @@ def _said(model: nn.Module) -> list[int]:
     return [number for name in ("num_classes", "num_labels") if (number := getattr(model, name, None)) is not None]
 
 
+def labels_of(model: nn.Module, classes: int) -> list[str]:
+    """Return what a model's classes are called: by its config or by timm, else by number; no two the same.
+
+    Example:
+        >>> import timm
+        >>> from ltm_retrofit.tuning.classes import labels_of
+        >>> labels_of(timm.create_model("vit_tiny_patch16_224", num_classes=3), 3)
+        ['class 0', 'class 1', 'class 2']
+    """
+    said = _said_names(model)
+    if max(said, default=0) >= classes:  # what a classifier that is gone called its classes
+        said = {}
+    given = [str(said.get(index, [""])[0]).split(",")[0] for index in range(classes)]  # of "tench, Tinca tinca" tench
+    unnamed = [_plain(name) in ("", f"label {index}") for index, name in enumerate(given)]
+    return [
+        f"class {index}" if unnamed[index] else name if given.count(name) == 1 else f"{name} (class {index})"
+        for index, name in enumerate(given)
+    ]
+
+
 def _known(model: nn.Module) -> dict[str, int]:
     """Return the class of each name that a model knows its classes by; a name of two classes is none."""
+    labels = _said_names(model)
+    found: dict[str, set[int]] = {}
+    for index, names in labels.items():
+        for name in names:
+            found.setdefault(_plain(name), set()).add(index)
+    unnamed = {f"label {index}" for index in labels}  # what transformers calls classes that nobody named
+    return {name: indices.pop() for name, indices in found.items() if len(indices) == 1 and name not in unnamed}
+
+
+def _said_names(model: nn.Module) -> dict[int, list[str]]:
+    """Return all names that a model gives each of its classes, the one to show first."""
     said = getattr(getattr(model, "config", None), "id2label", None) or {}
     labels = {int(index): [label, *str(label).split(",")] for index, label in said.items()}
     given = getattr(model, "pretrained_cfg", None)
@@ -202,13 +233,8 @@ def _known(model: nn.Module) -> dict[str, int]:
         info = ImageNetInfo(subset)
         count = info.num_classes()  # type: ignore[no-untyped-call]
         texts = ((info.index_to_label_name(index), info.index_to_description(index)) for index in range(count))
-        labels = {index: [synset, text, *text.split(",")] for index, (synset, text) in enumerate(texts)}
-    found: dict[str, set[int]] = {}
-    for index, names in labels.items():
-        for name in names:
-            found.setdefault(_plain(name), set()).add(index)
-    unnamed = {f"label {index}" for index in labels}  # what transformers calls classes that nobody named
-    return {name: indices.pop() for name, indices in found.items() if len(indices) == 1 and name not in unnamed}
+        labels = {index: [*text.split(","), text, synset] for index, (synset, text) in enumerate(texts)}
+    return labels
 
 
 def _plain(name: str) -> str:

@@ -49,6 +49,26 @@ class Preprocessing:
         values = ((pixels - black) / (white - black)).clamp(0, 1)
         return values.flip(0) if int(((red - black) / (white - black)).argmax()) == 2 else values
 
+    def seen(self, image: Image.Image) -> tuple[float, float]:
+        """Return which share of an image's height and of its width is left, 0 to 1: the rest is cropped away."""
+        # asked of the host, too: by pictures of the same size that grow brighter downwards, and to the right
+        width, height = image.size
+        level, upright = (((np.arange(side) + 0.5) / side * 255).round().astype(np.uint8) for side in (width, height))
+        down = np.broadcast_to(upright[:, None], (height, width))
+        right = np.broadcast_to(level, (height, width))
+        tall = wide = 0.0
+        for brightness in (down, right):
+            ramp = Image.fromarray(np.ascontiguousarray(brightness)).convert("RGB")
+            ramp.getexif()[0x0112] = image.getexif().get(0x0112, 1)  # how the camera was held: the host may turn it
+            values = self.shown(self(ramp))[0]
+            rows, columns = values.shape
+            # from a quarter to three quarters: what a resize does at the edges plays no part
+            top, bottom = values[rows // 4].mean(), values[3 * rows // 4].mean()
+            left, end = values[:, columns // 4].mean(), values[:, 3 * columns // 4].mean()
+            tall = max(tall, abs(float(bottom - top)) / (3 * rows // 4 - rows // 4) * rows)
+            wide = max(wide, abs(float(end - left)) / (3 * columns // 4 - columns // 4) * columns)
+        return min(tall, 1.0), min(wide, 1.0)
+
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
     """Return what makes a model's images: transformers' image processor or timm's own transform, at the model's size.

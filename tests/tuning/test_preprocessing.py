@@ -403,6 +403,18 @@ def test_pictures_of_a_model_that_reads_blue_first_keep_their_colours(tmp_path) 
     assert shown[16, 16].tolist() == [1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("name", "seen"), [("vit", (1, 1)), ("dinov2-256-224", (224 / 256, 224 / 384)), ("clip", (1, 32 / 48))]
+)
+def test_how_much_of_a_photograph_is_seen_is_measured_on_the_host(name: str, seen: tuple, tmp_path) -> None:
+    size = 224 if "224" in name else 32
+    wanted = preprocessing_of(saved(tmp_path, PROCESSORS[name](), image_size=size, patch_size=size // 8))
+    assert wanted.seen(photo()) == pytest.approx(seen, abs=0.02)
+    upright = photo().transpose(Image.Transpose.ROTATE_90)  # as a camera stores it that was held the other way
+    upright.getexif()[0x0112] = 6
+    assert upright.size == (200, 300) and wanted.seen(upright) == pytest.approx(seen, abs=0.02)
+
+
 # -------------------------------------------------------------------------------------------------- the saved folder
 
 

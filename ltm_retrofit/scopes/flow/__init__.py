@@ -38,17 +38,17 @@ def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
 
 
 def panels(rows: Sequence[base.Row], seen: base.Shown) -> dict[str, base.Panel]:
-    """Show in each panel all that happened so far; a group keeps its number."""
+    """Show in each panel all that happened so far."""
     prefix = seen.forwards[rows[0].site].prefix
     grid = base.patch_grid(rows[0].tokens_in - prefix, *seen.size)
     so_far = [tuple(seen.merges[row.site] for row in rows[: place + 1]) for place in range(len(rows))]
     groups = [groups_of(before, prefix) for before in so_far]
-    names = base.names_of(groups)
     drawn = {}
     for row, before, labels in zip(rows, so_far, groups, strict=True):
         share = accumulated(before)[0, prefix:].amax(dim=-1).float().cpu().numpy()
         alive = survivors(before, prefix).reshape(grid)
-        drawn[row.site] = base.Panel(base.title_of(row), labels.reshape(grid), alive, share.reshape(grid), names)
+        left = row.tokens_out, rows[0].tokens_in
+        drawn[row.site] = base.Panel(labels.reshape(grid), alive, share.reshape(grid), left)
     return drawn
 
 

@@ -47,17 +47,16 @@ def panels(rows: Sequence[base.Row], seen: base.Shown) -> dict[str, base.Panel]:
         alive = np.ones((height, width), dtype=bool)
         if isinstance(forward.mask, CropGrid):
             alive[grid_out[0] :], alive[:, grid_out[1] :] = False, False
-        title = f"{row.site} · {height}×{width} → {grid_out[0]}×{grid_out[1]} tokens"
         taken = share.float().cpu().numpy().reshape(height, width)
-        drawn[row.site] = base.Panel(title, groups, alive, taken, base.names_of([groups]))
+        drawn[row.site] = base.Panel(groups, alive, taken, (row.tokens_out, row.tokens_in))
     return drawn
 
 
 def legend(rows: Sequence[base.Row], dropping: bool) -> str:
     """Say what the colours are of."""
-    if dropping:
+    if dropping or not rows:
         return ""
-    return " In scope GRID the map goes on smaller; its places are drawn with the output token that takes most."
+    return "Scope GRID: the map goes on smaller; a place is drawn with the new token that takes most of it."
 
 
 GRID = base.ScopeRules(Scope.GRID, find_grid, GridBudget, build, panels, legend)

@@ -17,9 +17,6 @@ from ltm_retrofit.scopes.local.budget import LocalBudget, place_of
 from ltm_retrofit.scopes.local.find import find as find_local
 from ltm_retrofit.scopes.local.forward import LocalForward
 
-#: sites that are drawn where there are more
-FEW = 6
-
 
 def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
     """Intercept the chain of each row: its first module merges, its last one unmerges."""
@@ -40,17 +37,15 @@ def build(model: nn.Module, sites: Sites, plan: base.Planned) -> base.Parts:
 
 
 def panels(rows: Sequence[base.Row], seen: base.Shown) -> dict[str, base.Panel]:
-    """Show the groups of each site alone, of few sites: the first, the last, and evenly between."""
-    places = np.linspace(0, len(rows) - 1, min(len(rows), FEW)).round().astype(int)
-    return {rows[place].site: _panel(rows[place], seen) for place in places}
+    """Show the groups of each site alone."""
+    return {row.site: _panel(row, seen) for row in rows}
 
 
 def legend(rows: Sequence[base.Row], dropping: bool) -> str:
-    """Say how far a group reaches, and which sites are drawn."""
-    text = " In scope LOCAL a site merges for one module and starts anew: each of its groups lies in one cell."
-    if len(rows) > FEW:
-        text += f" Drawn: {FEW} of {len(rows)} such sites, the first, the last and evenly between."
-    return text
+    """Say how far a group reaches."""
+    if not rows:
+        return ""
+    return "Scope LOCAL: patches merge for one module and part again; no group reaches beyond its cell."
 
 
 def _panel(row: base.Row, seen: base.Shown) -> base.Panel:
@@ -73,9 +68,8 @@ def _panel(row: base.Row, seen: base.Shown) -> base.Panel:
     groups = spread(own.gather(1, kept.gather(1, strongest)), torch.arange(layout.tokens).view(1, -1, 1))
     everyone = torch.ones(1, layout.tokens, 1)
     alive = spread(torch.zeros(own.shape).scatter(1, kept, 1.0), everyone) > 0
-    title, placed = base.title_of(row), layout.sequences == 1
-    title += "" if placed else f"\nthe first of {layout.sequences} sequences"
-    return base.Panel(title, groups, alive, spread(share, everyone), base.names_of([groups]), placed)
+    left = row.tokens_out, row.tokens_in
+    return base.Panel(groups, alive, spread(share, everyone), left, layout.sequences)
 
 
-LOCAL = base.ScopeRules(Scope.LOCAL, find_local, LocalBudget, build, panels, legend)
+LOCAL = base.ScopeRules(Scope.LOCAL, find_local, LocalBudget, build, panels, legend, where="inside")
