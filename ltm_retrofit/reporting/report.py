@@ -125,7 +125,9 @@ class Report:
             return ""
         said = [f"×{after / before:.2f} of the MACs"]
         said += [f"×{ratio[0]:.2f} of the time at batch {batch}" for batch, ratio in (self.latency_ratio or {}).items()]
-        version = next((key for key in ("finetuned", "sliced_finetuned", "converted") if self.accuracy[key]), None)
+        known = self.accuracy if self.answers is None else self.answers.right  # not what other arms of a run have
+        ours = ("finetuned", "sliced_finetuned", "converted")
+        version = next((key for key in ours if key in known and self.accuracy[key] is not None), None)
         if version and self.accuracy["original"] is not None:
             text = f"top-1 of {self.accuracy[version]:.2f} % where the original has {self.accuracy['original']:.2f} %"
             if self.answers is not None and version in self.answers.kl:

@@ -96,6 +96,11 @@ def test_the_page_answers_the_question(report: Report) -> None:
     assert report.to_dict()["answers"]["interval"]["original"] == pytest.approx((59.8, 85.8), abs=0.05)
 
 
+def test_the_sentence_is_of_the_model_and_not_of_another_arm(report: Report) -> None:
+    """A sliced arm of a run was taken for the model, where tuning had left the converted model as it was."""
+    assert report.with_accuracy(sliced_finetuned=60.0).in_short() == report.in_short()
+
+
 def test_the_files_are_those_that_are_named(report: Report, tmp_path) -> None:
     assert sorted(report.write(tmp_path)) == sorted(file.name for file in tmp_path.iterdir())
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == report.to_html()
