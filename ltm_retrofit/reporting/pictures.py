@@ -260,7 +260,7 @@ def _how_groups_are_drawn(plan: MergePlan, row: _Row) -> list[str]:
         which += " of the last panel, in the same colour in each panel"
     else:
         which += " of each panel; the colours of two panels have nothing to do with one another"
-    said.append(f"Coloured edges: {which}; the number counts its patches.")
+    said.append(f"Coloured edges: {which}; the number counts the patches of all its pieces.")
     said.append(
         "Areas that do not touch may be one token: those with edges of one colour are; of the others it is not shown."
     )
@@ -276,7 +276,10 @@ def _parts(model: nn.Module, plan: MergePlan, panels: Mapping[str, Panel]) -> li
     height, width = grids[0]
     prefix = next(forward.prefix for forward in forwards_of(model) if forward.name == row.site)
     more = f", and {prefix} that belong{'s' * (prefix == 1)} to no patch" if prefix else ""
-    return [f"The model begins with {row.tokens_in} tokens: one for each of {height} × {width} patches{more}."]
+    return [
+        f"The model begins with {row.tokens_in} tokens: one for each of {height} × {width} patches{more}. Nothing merges "
+        "after the last panel."
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- drawn
