@@ -277,8 +277,8 @@ def _parts(model: nn.Module, plan: MergePlan, panels: Mapping[str, Panel]) -> li
     prefix = next(forward.prefix for forward in forwards_of(model) if forward.name == row.site)
     more = f", and {prefix} that belong{'s' * (prefix == 1)} to no patch" if prefix else ""
     return [
-        f"The model begins with {row.tokens_in} tokens: one for each of {height} × {width} patches{more}. Nothing merges "
-        "after the last panel."
+        f"The model begins with {row.tokens_in} tokens: one for each of {height} × {width} patches{more}. "
+        "Nothing merges after the last panel."
     ]
 
 
