@@ -21,6 +21,8 @@ from .errors import UnsupportedBlock as UnsupportedBlock
 from .find import find_sites as find_sites
 from .merging.methods import Method as Method
 from .merging.methods import register_method as register_method
+from .merging.tokens import Mask as Mask
+from .merging.tokens import merge_by as merge_by
 from .plan import MergePlan as MergePlan
 from .planner import make_plan as make_plan
 from .reporting.pictures import show_merges as show_merges

@@ -29,7 +29,7 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 #: superpixels and predictions (350), and what public reports asked for (650: views, wrappers, hooks): whoever adds a
 #: room raises the limit by what it needs, and no further.
 LIMITS = {
-    "code lines": 12460,
+    "code lines": 12500,
     "files": 101,
     "modules in a circle of imports": 0,
     "comparisons with a method's name outside the registry": 4,

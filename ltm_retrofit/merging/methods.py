@@ -134,14 +134,14 @@ def register_method(method: Method) -> None:
 
         >>> import torch
         >>> import ltm_retrofit as ltm
-        >>> from ltm_retrofit.merging.tokens import Mask, dense_unmerge_macs, merge_by
-        >>> class Runs(Mask):
+        >>> from ltm_retrofit.merging.tokens import dense_unmerge_macs
+        >>> class Runs(ltm.Mask):
         ...     def forward(self, inner, tokens, sizes, key=None, cells=1, padded=False):
         ...         n, first = int(tokens.shape[1]), self.prefix
         ...         p = self.kept_at(n)
         ...         run = first + torch.arange(n - first) * (p - first) // (n - first)
         ...         goes = torch.cat([torch.arange(first), run])
-        ...         return merge_by(torch.eye(p)[goes].to(tokens.device), tokens, sizes)
+        ...         return ltm.merge_by(torch.eye(p)[goes].to(tokens.device), tokens, sizes)
         >>> ltm.register_method(
         ...     ltm.Method(
         ...         name="runs",
@@ -158,6 +158,11 @@ def register_method(method: Method) -> None:
     if method.name in _OURS or _REGISTERED.get(method.name, method) != method:
         raise RecipeError(f"a method {method.name!r} is registered already: give yours another name")
     _REGISTERED[method.name] = method
+
+
+def is_ours(name: str) -> bool:
+    """Say whether a method comes with the package."""
+    return name in _OURS
 
 
 def method_names() -> tuple[str, ...]:

@@ -176,6 +176,11 @@ class Mask(nn.Module):
         tokens_in: N, as planned.
         tokens_out: P.
         prefix: leading tokens that always stay, in place.
+
+    Example:
+        >>> import ltm_retrofit as ltm
+        >>> ltm.Mask(tokens_in=101, tokens_out=51, prefix=1).kept_at(201)  # another image size, the same share
+        101
     """
 
     #: whether ``forward`` is given the block's present key map
@@ -213,6 +218,14 @@ def merge_by(matrix: Tensor, tokens: Tensor, sizes: Tensor | None) -> Merged:
         sizes: s ``(B, N)``, or None for ones.
 
     It costs ``N·P·(D + 1)`` multiply–adds for one sequence.
+
+    Example:
+        >>> import torch
+        >>> import ltm_retrofit as ltm
+        >>> matrix, tokens = torch.tensor([[1.0, 0], [1, 0], [0, 1]]), torch.tensor([[[1.0], [3], [7]]])
+        >>> merged = ltm.merge_by(matrix, tokens, None)
+        >>> merged.tokens.flatten().tolist(), merged.sizes.flatten().tolist()
+        ([2.0, 7.0], [2.0, 1.0])
     """
     batch, count = tokens.shape[:2]
     with full_precision(tokens):

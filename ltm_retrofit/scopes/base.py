@@ -21,7 +21,7 @@ from ltm_retrofit.errors import CountError, UnsupportedBlock
 from ltm_retrofit.finding.call import Settings, changed_setting
 from ltm_retrofit.finding.sites import AttentionSite, Found, Sites
 from ltm_retrofit.finding.walk import Walk
-from ltm_retrofit.merging.methods import CLUSTERS, Keys, Place, Scope, get_method
+from ltm_retrofit.merging.methods import CLUSTERS, Keys, Place, Scope, get_method, is_ours
 from ltm_retrofit.merging.tokens import Merge
 
 #: name under which masks are registered, and the plan on the model
@@ -374,9 +374,42 @@ def rows_in(plan: Planned, scope: Scope) -> dict[str, Row]:
 
 
 def make_mask(method: str, place: Place, keys: Keys, host: nn.Module) -> nn.Module:
-    """Make the mask of a place, on the device of its keys and in the mode of the module beside it."""
+    """Make the mask of a place, on the device of its keys and in the mode of the module beside it.
+
+    Raises:
+        CountError: where the mask of somebody's own method does not return what the place asks for.
+    """
     # the keys know where the model is: a host may have no parameters of its own
-    return get_method(method).build(place, keys).to(keys.weight.device).train(host.training)
+    mask = get_method(method).build(place, keys).to(keys.weight.device).train(host.training)
+    if not is_ours(method) and not keys.weight.is_meta:
+        _try_mask(method, mask, place, keys)
+    return mask
+
+
+def _try_mask(method: str, mask: nn.Module, place: Place, keys: Keys) -> None:
+    """Run a mask on made-up tokens and look at what it returns."""
+    tokens = torch.randn(place.cells, place.tokens_in, place.dim, generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(keys.weight.device, place.dtype or torch.float32)
+    with torch.no_grad():
+        if place.grid is not None:
+            merged, grid, _ = mask(tokens, place.grid)
+            expected: tuple[Any, ...] = (place.tokens_out, place.grid_out)
+            given: tuple[Any, ...] = (merged.shape[1], grid)
+        else:
+            merged, sizes, merge = mask(tokens, tokens, None, keys, place.cells)
+            expected = (place.tokens_out, place.tokens_out, place.tokens_in)
+            given = (merged.shape[1], sizes.shape[1], merge.assignment.whole)
+    what = "tokens, and the grid" if place.grid is not None else "tokens, sizes, and tokens that were there before"
+    if given != expected or merged.shape[::2] != tokens.shape[::2]:
+        raise CountError(
+            f"a mask of method {method!r} was given {place.tokens_in} tokens to make {place.tokens_out} of them: "
+            f"{what} should be {expected}, got {given}, tokens of shape {tuple(merged.shape)}"
+        )
+    if not torch.allclose(merged[:, : place.prefix], tokens[:, : place.prefix]):
+        raise CountError(
+            f"a mask of method {method!r} changed the first {place.prefix} tokens, or moved them: these are prefix "
+            "tokens, which must stay as they are and come first"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- what is drawn

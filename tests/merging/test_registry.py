@@ -191,6 +191,30 @@ def test_a_folder_that_names_no_version_is_of_the_first(folder: Path) -> None:
     assert ltm.get_plan(ltm.from_pretrained(folder)).method_version == 1
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda m: m._replace(tokens=m.tokens[:, :-1]), r"should be \(45, 45, 65\), got \(44, 45, 65\)"),
+        (lambda m: m._replace(sizes=m.sizes[:, :-1]), r"got \(45, 44, 65\)"),
+        (lambda m: m._replace(tokens=m.tokens[..., :-1]), r"tokens of shape \(1, 45, 47\)"),
+        (lambda m: m._replace(tokens=m.tokens.flip(1)), "changed the first 1 tokens, or moved them"),
+        (lambda m: m._replace(merge=Merge(DenseAssignment(m.merge.assignment.kept, torch.ones(3, 45)))), "45, 3"),
+    ],
+    ids=["too few", "sizes", "narrower", "prefix moved", "assignment"],
+)
+def test_a_mask_that_returns_something_else_is_refused(wrong: Callable[[Merged], Merged], said: str) -> None:
+    class Wrong(Stretches):
+        def forward(self, *args: object, **more: object) -> Merged:
+            return wrong(super().forward(*args, **more))
+
+    register_method(Method("wrong", 1, ("FLOW",), Wrong, macs, unmerge_macs))
+    model = model_of()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ltm.CountError, match=f"(?s)method 'wrong'.*{said}"):
+        ltm.retrofit(model, ltm.LTMConfig(tokens=(45,), sites=("blocks.1",), method="wrong"))
+    assert not ltm.is_retrofitted(model) and before.keys() == model.state_dict().keys()
+
+
 def test_an_entry_is_short_and_its_name_is_its_own() -> None:
     with pytest.raises(ltm.RecipeError, match="'stretches' is registered already"):
         register_method(Method("stretches", 1, ("FLOW",), Stretches, macs, unmerge_macs))
