@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from statistics import NormalDist
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -119,10 +120,14 @@ def versions_of(model: nn.Module, original: nn.Module | None) -> dict[str, Versi
     """
     own = entry_of(model)
     alone = {own: itself(model)}
-    if original is None:
+    # a fine-tune that did no good leaves the converted model as it was, and whoever measures may not know
+    if original is None or (own == CONVERTED and _same_weights(model, original)):
         return {ORIGINAL: partial(disabled, model), **alone} if own == CONVERTED else alone
     if not was_finetuned(model):
-        raise RecipeError("original is what a tuned model was before, and this one was not tuned: leave it out")
+        raise RecipeError(
+            "original is what a tuned model was before. This one was not tuned, and the original has other weights: "
+            "leave it out"
+        )
     if was_finetuned(original):
         raise RecipeError("original was tuned itself: give the checkpoint as it was before")
     if not is_retrofitted(model):
@@ -130,6 +135,11 @@ def versions_of(model: nn.Module, original: nn.Module | None) -> dict[str, Versi
     if not is_retrofitted(original):
         original = retrofit(copy.deepcopy(original), plan=get_plan(model))
     return {ORIGINAL: partial(disabled, original), CONVERTED: itself(original), **alone}
+
+
+def _same_weights(model: nn.Module, original: nn.Module) -> bool:
+    ours, theirs = model.state_dict(), original.state_dict()
+    return all(key in ours and torch.equal(ours[key], value.to(ours[key].device)) for key, value in theirs.items())
 
 
 def compare(model: nn.Module, versions: Mapping[str, Version], data: Data, split: str, batch_size: int) -> Answers:
