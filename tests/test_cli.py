@@ -193,6 +193,7 @@ def test_every_command_takes_images_of_the_size_that_was_planned_for(
     assert (tuned / "preprocessor_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_is_of_the_size_that_was_asked_for(dinov2: Path, colours: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "mine.yaml").write_text(
         "ltm: {flops: 0.8}\ntrain: {epochs: 1, batch_size: 8, bound: none, train: all, lr: 3.0e-4}"
@@ -228,6 +229,7 @@ def test_convert_by_scope_and_schedule(folder: Path, tmp_path: Path, capsys) -> 
     assert {row["scope"] for row in values["rows"]} == {"LOCAL"} and values["config"]["scope"] == "LOCAL"
 
 
+@pytest.mark.slow
 def test_convert_by_a_plan(dinov2: Path, tmp_path: Path, capsys) -> None:
     made, again = tmp_path / "made", tmp_path / "again"
     assert cli.main(["convert", str(dinov2), "--image-size", "56", "--out", str(made), "--json"]) == 0

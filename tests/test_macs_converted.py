@@ -51,6 +51,7 @@ def test_size_aware_attention_is_found_and_works_fused_or_not(family: str, build
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_vit_small_at_its_native_size() -> None:
     model = timm.create_model("vit_small_patch16_224").eval()
     plan = ltm.get_plan(ltm.retrofit(model, ltm.LTMConfig(flops=0.65)))

@@ -286,6 +286,7 @@ def test_another_budget_is_what_converting_anew_gives_and_masks_keep_what_they_l
     assert count_macs(model, example).total == plan.macs
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_be_leaves_the_model_as_it_was(build: Callable[..., nn.Module], many: Tensor) -> None:
     model = ltm.retrofit(build("timm-vit"), ltm.LTMConfig(flops=0.7, output_tokens="full"))
     for mask in masks_of(model).values():

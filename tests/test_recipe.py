@@ -244,6 +244,7 @@ def test_streamed_images_are_those_of_the_table(kind: str, tmp_path: Path, class
     assert not is_stream(load_split(section, "test")), "what is tested on is read whole"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_digits")
 def test_a_run_over_a_stream(folder_of, tmp_path: Path, class_folders: Path) -> None:
     said: list[str] = []
@@ -409,6 +410,7 @@ def test_a_run_of_masks_alone_leaves_an_adapter_and_tunes_nothing_else(train: st
     assert all(torch.equal(value, attached.state_dict()[key]) for key, value in whole.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_digits")
 def test_a_run_without_labels_never_reads_them(folder_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
@@ -473,6 +475,7 @@ def test_a_whole_run_and_a_second_over_it(family: str, classes: int, folder_of, 
         assert again.accuracy == found.accuracy and again.extra["history"]["losses"] == values["history"]["losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_digits")
 def test_test_images_are_read_when_all_is_tuned_and_each_tuning_is_validated(folder_of, tmp_path, monkeypatch) -> None:
     called: list[str] = []

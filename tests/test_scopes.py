@@ -66,6 +66,7 @@ def test_a_scope_that_is_not_proven_is_refused_by_name(name, scope):
     assert not ltm.is_retrofitted(model)
 
 
+@pytest.mark.slow
 def test_sites_that_are_not_in_the_forced_scope_are_refused():
     sites = ltm.find_sites(*ZOO["timm-mobilevit"]())
     with pytest.raises(ltm.UnsupportedBlock, match=r"none of sites=\('stages.2.1.transformer.0',\) is in scope GRID"):

@@ -115,6 +115,7 @@ def test_a_model_on_the_meta_device_is_planned_for_the_image_processors_size(tmp
     assert ltm.find_sites(dinov2(tmp_path).to("meta")).tokens == 5
 
 
+@pytest.mark.slow
 def test_a_size_is_looked_for_in_the_hubs_cache_and_not_on_the_network(tmp_path) -> None:
     """As somebody has it who loaded model and image processor from the Hub before."""
     there = tmp_path / "hub" / "models--somebody--model"

@@ -407,6 +407,7 @@ def test_a_smaller_grid_is_drawn_by_who_takes_most_of_each_place(method: str) ->
     assert ("dropped" if method == "slice" else "GRID") in figure.get_supxlabel()
 
 
+@pytest.mark.slow
 def test_sequences_whose_place_is_not_known_are_drawn_without_the_image() -> None:
     model, image = of_zoo("timm-mobilevit", "tome", "LOCAL", 0.95)
     panels = drawn(model, image)

@@ -108,6 +108,7 @@ def local(folder: Path, **options: Any) -> nn.Module:
     return timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
 
 
+@pytest.mark.slow
 def test_a_model_of_timm_comes_back_from_a_fresh_process(tmp_path: Path) -> None:
     host = randomise(timm.create_model("vit_tiny_patch16_224", num_classes=7, **TINY))
     timm.models.save_for_hf(host, tmp_path / "host", model_args=TINY, safe_serialization=True)

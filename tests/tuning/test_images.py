@@ -148,6 +148,7 @@ def test_the_damaged_images_of_a_whole_pass_stay_counted_when_the_next_begins(bu
         assert next(iter(dataset)) is not None and int(dataset.unreadable.sum()) == 3
 
 
+@pytest.mark.slow
 def test_labels_of_a_stream_are_checked_as_they_come(build) -> None:
     stream = encoded(16, damaged=()).map(lambda row: {"label": row["label"] + 5}).to_iterable_dataset()
     with pytest.raises(DataError, match=r"expected class indices \(n,\) from 0 to 6"):

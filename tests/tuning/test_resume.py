@@ -341,6 +341,7 @@ def test_between_the_two_renames_the_checkpoint_before_is_read(model, tmp_path) 
     assert checkpoints.exists(tmp_path) and checkpoints.read(tmp_path)["progress"]["step"] == 2
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_with_as_many_workers(model, tmp_path) -> None:
     stream, fresh = encoded(32, damaged=()).to_iterable_dataset(num_shards=2), copy.deepcopy(model)
     config = ltm.TrainConfig(batch_size=8, steps=2, workers=1)
@@ -472,6 +473,7 @@ def test_starting_over_is_said_on_the_command_line_too(model, pictures, capsys) 
     assert "starting over with 4 images at once" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_validation_in_smaller_batches_starts_nothing_over(model, pictures) -> None:
     data, fresh = pictures(32), copy.deepcopy(model)
     config = ltm.TrainConfig(batch_size=16, epochs=2)
