@@ -317,6 +317,16 @@ def test_a_folder_is_loaded_at_another_budget(family: str, build: Callable[..., 
         ltm.from_pretrained(tmp_path / "folder", flops=0.01)
 
 
+def test_a_folder_that_images_chose_takes_another_budget_by_rule_and_says_so(
+    build: Callable[..., nn.Module], many: Tensor, tmp_path: Path
+) -> None:
+    model = ltm.retrofit(build("timm-vit"), ltm.LTMConfig(flops=0.8, schedule="calibrated"), images=many)
+    ltm.save_pretrained(model, tmp_path / "folder")
+    with pytest.warns(UserWarning, match=r"'auto' plans for flops=0\.65.*schedule='calibrated'"):
+        loaded = ltm.from_pretrained(tmp_path / "folder", flops=0.65)
+    assert ltm.get_plan(loaded).config == ltm.LTMConfig(flops=0.65)
+
+
 def test_plan_of_counts_what_rows_cost(build: Callable[..., nn.Module]) -> None:
     sites = sites_of("timm-vit")
     plan = ltm.make_plan(sites, ltm.LTMConfig(flops=0.7))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.config import check_keys
+from ltm_retrofit.config import LTMConfig, check_keys
 from ltm_retrofit.convert import replan, restore, retrofit
 from ltm_retrofit.converted.record import LOADED, align, is_retrofitted, was_finetuned
 from ltm_retrofit.converted.resizing import example_of, planned_size, set_size, size_from
@@ -76,7 +77,8 @@ def from_pretrained(
         base: the original model, changed in place and returned, where it is of a class that cannot be rebuilt from a
             file: its weights do not matter, all come from the folder. For an adapter the checkpoint it was trained on;
             left out, that is fetched from the Hub, if it came from there.
-        flops: another budget than that of the folder, see `replan`: the share of the original's MACs.
+        flops: another budget than that of the folder, see `replan`: the share of the original's MACs. Where the
+            folder's plan was chosen by images, the rule ``"auto"`` chooses now, and a warning says so.
         dtype: of the weights, ``torch.bfloat16`` or ``"bfloat16"``; as they were saved where it is left out or
             ``"auto"``. Statistics stay in float32.
         device_map: the device, ``"cuda"``, ``0`` or ``{"": 0}``; ``"auto"`` is the accelerator where there is one. A
@@ -141,7 +143,7 @@ def from_pretrained(
         model.__dict__[KEPT] = processor
     model.__dict__[LOADED] = (str(folder.absolute()), config["sha256"])
     if flops is not None:
-        replan(model, replace(plan.config, flops=flops, tokens=None, latency=None))
+        replan(model, _at_another_budget(plan.config, flops))
     if numbers is not None:
         model.to(numbers)
         if hasattr(model, "config"):
@@ -170,6 +172,18 @@ def before_tuning(path: str | os.PathLike[str]) -> nn.Module | None:
         if not was_finetuned(model):  # else that was tuned from another one
             return model
     return None
+
+
+def _at_another_budget(config: LTMConfig, flops: float) -> LTMConfig:
+    if config.schedule == "calibrated":
+        warnings.warn(
+            f"the plan of this folder was chosen by images, and there are none here: the schedule "
+            f"{LTMConfig.schedule!r} plans for flops={flops:g}. To choose by images again: ltm_retrofit.replan(model, "
+            f"LTMConfig(flops={flops:g}, schedule='calibrated'), images=ltm_retrofit.load_images(model, folder))",
+            stacklevel=3,
+        )
+        config = replace(config, schedule=LTMConfig.schedule)
+    return replace(config, flops=flops, tokens=None, latency=None)
 
 
 def _fill(
