@@ -61,6 +61,7 @@ class Attention:
     padded: bool = False  # its mask depends on an input that is no image: it may say that tokens are padding
     hides: bool = False  # and does so in the example
     packed: Mapping[str, Any] | None = None  # the arguments of `F.multi_head_attention_forward`, by name
+    masked: bool = False  # whether what it hides was read off a mask, and not off its weights
     sees: Tensor | None = None  # (heads, N, keys): which keys each token sees, where tokens do not all see the same
 
 
@@ -116,24 +117,24 @@ class AttentionMode(TorchFunctionMode):
             sees = None if mask is None else seen_by(mask)
             if given.get("is_causal"):
                 sees = keys.new_ones(given["query"].shape[-2], keys.shape[-2]).tril() > 0
-            self.found(Attention("fused", keys, self._padding(mask), hidden, sees=_unlike(sees)))
+            self.found(Attention("fused", keys, self._padding(mask), hidden, masked=True, sees=_unlike(sees)))
         elif func is F.multi_head_attention_forward:
             packed = PACKED.bind(*args, **kwargs).arguments
             masks = [mask for mask in map(packed.get, ("key_padding_mask", "attn_mask")) if self._padding(mask)]
             hides = not all(bool(_packed_seen(mask).all()) for mask in masks)
             mask = packed.get("attn_mask")
             sees = None if mask is None else _unlike(_packed_seen(mask))
-            self.found(Attention("packed", None, bool(masks), hides, packed, sees))
+            self.found(Attention("packed", None, bool(masks), hides, packed, True, sees))
         elif product and factors[0] in self.keys_of_weights:
             keys = self.keys_of_weights[factors[0]]
             # weights know of a mask that keys know nothing of: it was added to the logits in between
             padded = factors[0] in self.flags and keys not in self.flags
-            sees = _seen_by_weights(factors[0])
+            sees = _unlike(factors[0] != 0, by_head=False)
             self.found(Attention("softmax", keys, padded, padded and bool((factors[0] == 0).any()), sees=sees))
         elif product and self._all_data(factors) and sum(x in self.multiplied for x in factors) == 1:
             # values before weights, (B, d, N): kernelised by its looks, and its weights may hide tokens all the same
             turned = factors[1].transpose(-2, -1) if factors[1] in self.keys_of_weights else None
-            self.found(Attention("linear", sees=None if turned is None else _seen_by_weights(turned)))
+            self.found(Attention("linear", sees=None if turned is None else _unlike(turned != 0, by_head=False)))
         elif self._scales(name, operands) and sum(x in self.summed for x in operands) == 1:
             self.found(Attention("additive"))
         result = func(*args, **kwargs)
@@ -215,21 +216,6 @@ class AttentionMode(TorchFunctionMode):
 def _packed_seen(mask: Tensor) -> Tensor:
     """Return which tokens a mask of `nn.MultiheadAttention` lets through: where it is boolean, true is hidden."""
     return ~mask if mask.dtype == torch.bool else seen_by(mask)
-
-
-#: a weight below this came near to nothing by itself
-TINY = 1e-30
-
-
-def _seen_by_weights(weights: Tensor) -> Tensor | None:
-    """Read off the weights ``(…, N, keys)`` of an attention which keys each token sees, see `_unlike`.
-
-    Where others are all but zero, zeros in no order are no mask's: these weights were too small for a number.
-    """
-    sees = _unlike(weights != 0, by_head=False)
-    if sees is None or not bool(((weights != 0) & (weights.abs() < TINY)).any()):
-        return sees
-    return None if bool(sees.triu(1).any()) and bool(sees.tril(-1).any()) else sees
 
 
 def _unlike(sees: Tensor | None, by_head: bool = True) -> Tensor | None:

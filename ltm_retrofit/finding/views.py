@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltm_retrofit.finding.example import Example, run, tensors_of
+from ltm_retrofit.finding.attention import AttentionMode
+from ltm_retrofit.finding.example import Example, flags_of, floats_of, other_image, run, tensors_of
 from ltm_retrofit.finding.recording import Call, Reached, Recording
 
 #: passes in which a token is changed, at most, in one search
@@ -45,8 +46,9 @@ def find_views(model: nn.Module, example: Example, recording: Recording) -> dict
     No pass is needed where no attention hides a token from another one, as in nearly all models of images.
     """
     hiding: list[tuple[int, Tensor, str]] = []  # what different attentions hide, and the first that does
+    patterns = _lasting(model, example, recording)
     for number, attended in enumerate(recording.attended):
-        if (sees := attended.seen.sees) is None or any(_same(sees, other) for _, other, _ in hiding):
+        if (sees := patterns[number]) is None or any(_same(sees, other) for _, other, _ in hiding):
             continue
         how = _in_words(sees)
         if how == CAUSAL or not attended.seen.hides:  # padding is refused for itself
@@ -55,13 +57,42 @@ def find_views(model: nn.Module, example: Example, recording: Recording) -> dict
     for place, (first, sees, how) in enumerate(hiding):
         behind = _behind(model, example, recording, first, sees) if place < PASSES else None
         if behind is None:  # it cannot be tried: what was read off the calls themselves holds
-            behind = [n for n, other in enumerate(recording.attended) if _same(other.seen.sees, sees)]
+            behind = [n for n, other in enumerate(patterns) if _same(other, sees)]
         for number in behind:
             groups = _groups(sees)
             if number in found:
                 groups = torch.unique(torch.stack([groups, found[number].groups], 1), dim=0, return_inverse=True)[1]
             found[number] = Views(groups, how)
     return found
+
+
+def _lasting(model: nn.Module, example: Example, recording: Recording) -> list[Tensor | None]:
+    """Return which keys each attention lets each token see, where it hides any of them whatever the image is.
+
+    Weights of a softmax may be zero because logits lie hundreds apart, as attention sinks have them. Those of another
+    image are zero elsewhere.
+    """
+    patterns = [attended.seen.sees for attended in recording.attended]
+    read = [sees is not None and not one.seen.masked for sees, one in zip(patterns, recording.attended, strict=True)]
+    if not any(read):
+        return patterns
+    other, again = other_image(example), list[Tensor | None]()
+    mode = AttentionMode(lambda seen: again.append(seen.sees), data=floats_of(other), flags=flags_of(other))
+    with mode:
+        run(model, other)
+    if len(again) != len(patterns):
+        return [sees if not zeros else None for sees, zeros in zip(patterns, read, strict=True)]
+    return [
+        one if not zeros or one is None else _in_both(one, two)
+        for one, two, zeros in zip(patterns, again, read, strict=True)
+    ]
+
+
+def _in_both(one: Tensor, two: Tensor | None) -> Tensor | None:
+    """Return what is hidden whatever the image is, of two; among zeros that an image makes only a causal mask shows."""
+    if two is None or one.shape != two.shape:
+        return None
+    return one | two if torch.equal(one, two) or _in_words(one | two) == CAUSAL else None
 
 
 def _same(sees: Tensor | None, other: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -152,6 +153,27 @@ def test_weights_that_only_this_image_makes_zero_hide_nothing() -> None:
     walk = Walk.of(model, IMAGE)
     with torch.no_grad():
         assert all(one.seen.sees is None for one in walk.recording.attended) and walk.views == {}
+
+
+def test_zeros_of_one_head_that_another_image_has_elsewhere_hide_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "HEADS", 1)
+    model = randomise(Net(SEES["causal"], lambda q, k, v, _: torch.softmax(q @ k.transpose(-2, -1) * 3e3, -1) @ v))
+    walk = Walk.of(model, IMAGE)
+    with torch.no_grad():
+        assert all(one.seen.sees is not None for one in walk.recording.attended) and walk.views == {}
+
+
+def test_windows_show_beside_weights_that_are_all_but_zero() -> None:
+    """A weight of e^-80 was taken for a sign that zeros come by themselves, and windows were merged across."""
+    faint = torch.zeros(TOKENS).index_fill(0, torch.tensor([3, 40]), -80.0)  # a key in each window
+    model = randomise(
+        Net(
+            SEES["uneven"],
+            lambda q, k, v, sees: torch.softmax(q @ k.transpose(-2, -1) * 0.01 + low(sees) + faint, -1) @ v,
+        )
+    )
+    sites = ltm.find_sites(model, IMAGE)
+    assert not len(sites) and all("keeps to windows" in why for why in sites.excluded.values())
 
 
 def test_a_model_without_masks_takes_no_pass_more(monkeypatch) -> None:
