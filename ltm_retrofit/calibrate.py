@@ -96,8 +96,9 @@ class Passes:
         with tried(self.model, parts):
             for batch, outputs, original in zip(self.batches, self.outputs, self.original, strict=True):
                 with _given(self.model, {name: outputs[name] for name in self.blocks[:first] if name in outputs}):
-                    found.append(_difference(original, self._answers(batch)))
-        return Differ(*map(torch.cat, zip(*found, strict=True)))
+                    found.append(difference(original, self._answers(batch)))
+        by, other = map(torch.cat, zip(*found, strict=True))
+        return Differ(torch.where(by.isfinite(), by, torch.inf), other)  # what is no number is no better plan
 
     def _answers(self, batch: Example) -> list[Tensor]:
         output = run(self.model, batch)
@@ -190,7 +191,8 @@ def _batches(images: Example, count: int) -> Iterator[Example]:
         yield mapped(images, lambda value, part=part: value[part] if len(value) == count else value)  # type: ignore[misc]
 
 
-def _difference(before: list[Tensor], after: list[Tensor]) -> Differ:
+def difference(before: list[Tensor], after: list[Tensor]) -> Differ:
+    """Compare outputs: one tensor of logits ``(n, C)`` by its classes, others by their squares, see `Passes`."""
     if len(before) == 1 and before[0].ndim == 2:
         p, q = (each.float().log_softmax(dim=1) for each in (before[0], after[0]))
         by = F.kl_div(q, p, log_target=True, reduction="none").sum(dim=1)
@@ -202,7 +204,7 @@ def _difference(before: list[Tensor], after: list[Tensor]) -> Differ:
             shares.append(off / whole.clamp_min(1e-12))
         by = torch.stack(shares).mean(dim=0)
         other = torch.zeros_like(by, dtype=torch.bool)
-    return Differ(torch.where(by.isfinite(), by, torch.inf), other)
+    return Differ(by, other)
 
 
 @contextmanager

@@ -377,8 +377,6 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _asked(arguments: argparse.Namespace) -> tuple[Any, LTMConfig, Any]:
     """Return the model, what is asked for, and the images to choose by, if any."""
-    from ltm_retrofit.tuning.images import load_images
-
     if arguments.flops is None and arguments.tokens is None and arguments.latency is None:
         arguments.flops = 0.7
     if arguments.calibrate is not None:
@@ -386,8 +384,14 @@ def _asked(arguments: argparse.Namespace) -> tuple[Any, LTMConfig, Any]:
             raise RecipeError("--calibrate chooses the sites: give it or --schedule, not both")
         arguments.schedule = "calibrated"
     config, model = _settings(LTMConfig, arguments), _load(arguments)
-    images = None if arguments.calibrate is None else load_images(model, arguments.calibrate, arguments.images)
-    return model, config, images
+    return model, config, _images_of(arguments, model, arguments.calibrate)
+
+
+def _images_of(arguments: argparse.Namespace, model: Any, folder: str | None) -> Any:
+    """Load as many images of a folder as --images says, without labels; None where no folder was given."""
+    from ltm_retrofit.tuning.images import load_images
+
+    return None if folder is None else load_images(model, folder, arguments.images)
 
 
 def _by_file(arguments: argparse.Namespace) -> tuple[Any, Any]:
@@ -457,7 +461,6 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.reporting.report import measure
-    from ltm_retrofit.tuning.sources import DataSection, load_split
 
     if min(arguments.batches) < 1:
         raise RecipeError(f"--batches are whole numbers from 1 on, got {' '.join(map(str, arguments.batches))}")
@@ -467,11 +470,7 @@ def _report(arguments: argparse.Namespace) -> None:
     beside = place if place.is_dir() else Path("runs") / place.name
     out = arguments.out or Path(f"{beside if beside.name not in ('', '..') else beside.resolve()}-report")
     check_ours(out, mark)
-    data, called = None, ""
-    if arguments.data is not None:
-        other = "validation" if arguments.split == "train" else "train"  # of which nothing is read
-        section = DataSection(name=arguments.data, train_split=other, test_split=arguments.split)
-        data, called = load_split(section, section.test_split), f"{arguments.split} of {arguments.data}"
+    data = None if arguments.data is None else _split_of(arguments)
     model = _load(arguments)
     _say_input(arguments, model)
     original = None if data is None else _original(arguments, model, data)
@@ -479,7 +478,7 @@ def _report(arguments: argparse.Namespace) -> None:
         model,
         data=data,
         original=original,
-        split=called,
+        split=f"{arguments.split} of {arguments.data}",
         batches=tuple(arguments.batches),
         seconds=arguments.seconds,
         say=lambda text: _say(arguments, text),
@@ -492,8 +491,6 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.reporting.frontier import Point, frontier
-    from ltm_retrofit.tuning.images import load_images
-    from ltm_retrofit.tuning.sources import DataSection, load_split
 
     out = arguments.out or Path("runs") / f"{Path(arguments.model).resolve().name}-compare"
     mark = "compare.json"
@@ -506,13 +503,12 @@ def _compare(arguments: argparse.Namespace) -> None:
     for name in ("limit", "batch"):
         if (given := getattr(arguments, name)) is not None and given < 1:
             raise RecipeError(f"--{name} is a whole number from 1 on, got {given}")
-    other = "validation" if arguments.split == "train" else "train"  # of which nothing is read
-    data = load_split(DataSection(name=arguments.data, train_split=other, test_split=arguments.split), arguments.split)
+    data = _split_of(arguments)
     if arguments.limit is not None and len(data) > arguments.limit:
         data = data.shuffle(seed=0).select(range(arguments.limit))
     model = _load_original(arguments)
     _say_input(arguments, model)
-    images = None if arguments.calibrate is None else load_images(model, arguments.calibrate, arguments.images)
+    images = _images_of(arguments, model, arguments.calibrate)
     found = None
     for found in frontier(
         model,
@@ -536,7 +532,6 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from ltm_retrofit.saving.export import MARK, export
     from ltm_retrofit.saving.formats import FORMATS
-    from ltm_retrofit.tuning.images import load_images
 
     kind, out = next((kind, out) for kind in FORMATS if (out := getattr(arguments, kind)) is not None)
     if arguments.int8 and kind != "onnx":
@@ -546,7 +541,7 @@ def _export(arguments: argparse.Namespace) -> None:
     check_ours(out, MARK, overwrite=arguments.overwrite)
     model = _load(arguments)
     _say_input(arguments, model)
-    images = None if arguments.data is None else load_images(model, arguments.data, arguments.images)
+    images = _images_of(arguments, model, arguments.data)
     exported = export(
         model,
         out,
@@ -558,6 +553,15 @@ def _export(arguments: argparse.Namespace) -> None:
         say=lambda text: _say(arguments, text),
     )
     _show(arguments, f"{exported}", exported.to_dict())
+
+
+def _split_of(arguments: argparse.Namespace) -> Any:
+    """Load the split of --data that --split names."""
+    from ltm_retrofit.tuning.sources import DataSection, load_split
+
+    other = "validation" if arguments.split == "train" else "train"  # of which nothing is read
+    section = DataSection(name=arguments.data, train_split=other, test_split=arguments.split)
+    return load_split(section, section.test_split)
 
 
 def _original(arguments: argparse.Namespace, model: Any, data: Any) -> Any:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -34,8 +33,6 @@ TOLERANCE = 0.02  # how far below its target a plan's share may lie
 _ROUNDING = 1 + 1e-12  # a share that was computed from MACs and comes back as a target still meets itself
 #: pairs of passes of one timing; and how uncertain the median of their ratios may be
 PAIRS, NOISE = 12, 0.03
-#: pairs before these, which warm up
-WARMUP = 2
 #: timings after which the search for a latency ends
 TIMINGS = 6
 
@@ -298,7 +295,7 @@ def timed(model: nn.Module, sites: Sites, plan: MergePlan, example: Example) -> 
 
     with undisturbed(model), torch.inference_mode(), tried(model, parts), both_ways(model, parts[0], example) as ways:
         for pairs in (PAIRS, 3 * PAIRS):
-            taken = islice(alternated(ways, home(model)[0]), WARMUP, WARMUP + pairs)
+            taken = alternated(ways, home(model)[0], pairs)
             ratios = [after / before for before, after in taken]
             low, _, high = quartiles(ratios)
             noise = 0.93 * (high - low) / pairs**0.5  # of a median, from the quartiles of a normal distribution

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -197,10 +198,10 @@ def test_a_time_that_cannot_be_is_refused_with_the_fastest(
 def test_noise_that_hides_the_time_is_refused_with_the_noise(
     build: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rounds = iter(range(10**6))
+    numbers = iter(range(10**6))
 
-    def alternated(ways: object, device: object) -> Iterator[list[float]]:
-        return ([1.0, 0.4 + 0.3 * (number % 5)] for number in rounds)
+    def alternated(ways: object, device: object, rounds: int) -> list[list[float]]:
+        return [[1.0, 0.4 + 0.3 * (number % 5)] for number in islice(numbers, rounds)]
 
     monkeypatch.setattr(planner, "alternated", alternated)
     model = build("timm-vit")

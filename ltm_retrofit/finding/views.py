@@ -77,20 +77,16 @@ def _lasting(model: nn.Module, example: Example, recording: Recording) -> list[T
     if not any(read):
         return patterns
     other, again = other_image(example), list[Tensor | None]()
-    mode = AttentionMode(lambda seen: again.append(seen.sees), data=floats_of(other), flags=flags_of(other))
-    with mode:
+    with AttentionMode(lambda seen: again.append(seen.sees), data=floats_of(other), flags=flags_of(other)):
         run(model, other)
-    if len(again) != len(patterns):
-        return [sees if not zeros else None for sees, zeros in zip(patterns, read, strict=True)]
-    return [
-        one if not zeros or one is None else _in_both(one, two)
-        for one, two, zeros in zip(patterns, again, read, strict=True)
-    ]
+    if len(again) != len(patterns):  # the model took another way with it
+        again = [None] * len(patterns)
+    return [_in_both(one, two) if zeros else one for one, two, zeros in zip(patterns, again, read, strict=True)]
 
 
-def _in_both(one: Tensor, two: Tensor | None) -> Tensor | None:
+def _in_both(one: Tensor | None, two: Tensor | None) -> Tensor | None:
     """Return what is hidden whatever the image is, of two; among zeros that an image makes only a causal mask shows."""
-    if two is None or one.shape != two.shape:
+    if one is None or two is None or one.shape != two.shape:
         return None
     return one | two if torch.equal(one, two) or _in_words(one | two) == CAUSAL else None
 

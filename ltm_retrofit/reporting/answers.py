@@ -11,8 +11,8 @@ from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ltm_retrofit.calibrate import difference
 from ltm_retrofit.convert import retrofit
 from ltm_retrofit.converted.record import disabled, get_plan, is_retrofitted, was_finetuned
 from ltm_retrofit.errors import RecipeError
@@ -160,8 +160,7 @@ def compare(model: nn.Module, versions: Mapping[str, Version], data: Data, split
             guesses[version] += logits.argmax(dim=-1).tolist()
             classes = logits.shape[1]
         for version in sums:
-            theirs, ours = (by_version[name].float().log_softmax(dim=1) for name in (ORIGINAL, version))
-            sums[version] += float(F.kl_div(ours, theirs, log_target=True, reduction="sum"))
+            sums[version] += float(difference([by_version[ORIGINAL]], [by_version[version]]).by.sum())
     names = _names(model, data, classes)
     table = {
         names[index]: {"images": truths.count(index)}

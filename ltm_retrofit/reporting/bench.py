@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from statistics import median
 from typing import Any
 
@@ -18,12 +17,9 @@ from ltm_retrofit.finding.example import Example, home, repeat_batch, run, tenso
 from ltm_retrofit.progress import progress
 from ltm_retrofit.reporting.memory import free_bytes
 from ltm_retrofit.scopes import both_ways
-from ltm_retrofit.timing import alternated, quartiles
+from ltm_retrofit.timing import FEWEST, WARMUP, alternated, quartiles
 from ltm_retrofit.tuning.processes import is_main
 from ltm_retrofit.undisturbed import undisturbed
-
-#: rounds below which no median is taken, however little time is left
-FEWEST = 3
 
 
 @dataclass(frozen=True)
@@ -45,25 +41,19 @@ class Paired:
 
 
 def paired_latency(
-    model: nn.Module, example: Example, *, rounds: int = 10, warmup: int = 2, seconds: float = math.inf
+    model: nn.Module, example: Example, *, rounds: int = 10, warmup: int = WARMUP, seconds: float = math.inf
 ) -> Paired:
     """Time a model on an example, alternating with its original path where it is converted. Eval mode, no gradients.
 
     After ``seconds`` it ends with the rounds that it has, `FEWEST` or more of them.
     """
     converted = is_retrofitted(model)
-    taken: list[list[float]] = []
-    images, start = len(tensors_of(example)[0]), time.perf_counter()
+    images = len(tensors_of(example)[0])
     bar = progress(f"timing batches of {images}", warmup + rounds, "rounds", on=is_main())
     both = both_ways(model, list(forwards_of(model)), example)
     with undisturbed(model), torch.inference_mode(), both as ways, bar:
-        passes = alternated(ways if converted else ways[1:], home(model)[0])
-        for index, times in enumerate(islice(passes, warmup + rounds)):
-            if index >= warmup:
-                taken.append(times)
-            bar.update()
-            if len(taken) >= FEWEST and time.perf_counter() - start > seconds:
-                break
+        ways = ways if converted else ways[1:]
+        taken = alternated(ways, home(model)[0], rounds, warmup=warmup, seconds=seconds, each=bar.update)
         merging = _merging_share(model, example, max(3, len(taken) // 3)) if converted else None
     before = median(times[0] for times in taken)
     if not converted:

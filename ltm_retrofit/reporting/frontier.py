@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ltm_retrofit.calibrate import difference
 from ltm_retrofit.config import LTMConfig
 from ltm_retrofit.convert import restore, retrofit
 from ltm_retrofit.converted.record import get_plan, is_retrofitted
 from ltm_retrofit.converted.resizing import present_example
 from ltm_retrofit.errors import AlreadyRetrofitted, RecipeError, RetrofitError
-from ltm_retrofit.finding.example import Example, prepare_example, repeat_batch
+from ltm_retrofit.finding.example import Example, repeat_batch
 from ltm_retrofit.reporting.bench import paired_latency
 from ltm_retrofit.reporting.report import AT_ONCE, columns, describe, hardware, markdown
 from ltm_retrofit.tuning.classes import answers, itself
@@ -213,13 +213,13 @@ def frontier(
     top1 = 100 * float(truths.float().mean())
     say(f"original                     top-1 {top1:.2f} % of {len(labels)} images")
     left_out: list[str] = []
-    example = repeat_batch(prepare_example(model, present_example(model)), batch)
+    example = repeat_batch(present_example(model), batch)
     for method, schedule, budget in asked:
         key, called = (method, schedule, budget), f"{method}, {schedule}, {budget:g}"
         if key not in points:
             try:
                 config = LTMConfig(flops=budget, method=method, schedule=schedule)
-                retrofit(model, config, images=images if schedule == "calibrated" else None)
+                retrofit(model, config, images=images)
             except RetrofitError as error:
                 left_out.append(f"{called}: {error}")
                 say(left_out[-1])
@@ -243,9 +243,7 @@ def frontier(
 
 def _answered(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
     """Return logits ``(n, C)`` and labels ``(n,)``."""
-    found = [
-        (logits.float().cpu(), labels.cpu()) for (logits,), labels in answers(model, [itself(model)], data, AT_ONCE)
-    ]
+    found = [(logits.cpu(), labels.cpu()) for (logits,), labels in answers(model, [itself(model)], data, AT_ONCE)]
     logits, labels = map(torch.cat, zip(*found, strict=True))
     return logits, labels
 
@@ -253,7 +251,6 @@ def _answered(model: nn.Module, data: Data) -> tuple[Tensor, Tensor]:
 def _differs(before: Tensor, after: Tensor, truths: Tensor, labels: Tensor) -> tuple[float, float, float, float]:
     """Return the change of top-1 in points and the divergence in nats, each with its standard error."""
     change = 100 * ((after.argmax(dim=1) == labels).float() - truths.float())
-    p, q = before.log_softmax(dim=1), after.log_softmax(dim=1)
-    by = F.kl_div(q, p, log_target=True, reduction="none").sum(dim=1)
+    by = difference([before], [after]).by
     spread = [float(each.std(correction=0)) / math.sqrt(len(each)) for each in (change, by)]
     return float(change.mean()), spread[0], float(by.mean()), spread[1]

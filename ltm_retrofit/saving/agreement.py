@@ -9,20 +9,17 @@ excuse, and few may have one: a wrong file differs on many.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from statistics import median
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from ltm_retrofit.calibrate import difference
 from ltm_retrofit.converted.record import is_retrofitted
 from ltm_retrofit.errors import CheckpointError
 from ltm_retrofit.merging.tokens import Assignment, HardAssignment
-from ltm_retrofit.reporting.bench import FEWEST
 from ltm_retrofit.saving.formats import Format, Session
 from ltm_retrofit.timing import alternated, quartiles
 from ltm_retrofit.tracing import trace
@@ -134,8 +131,8 @@ def same_answers(session: Session, reference: nn.Module, images: Tensor, batch: 
     with torch.no_grad():
         expected = torch.cat([reference(some) for some in torch.split(images, batch)])
     given = torch.cat([session(some) for some in torch.split(images, batch)])
-    kl = F.kl_div(given.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True)
-    return float((given.argmax(-1) == expected.argmax(-1)).float().mean()), float(kl)
+    differ = difference([expected], [given])
+    return 1 - float(differ.other.float().mean()), differ.mean
 
 
 @dataclass(frozen=True)
@@ -157,12 +154,6 @@ class Timed:
 
 def timed(original: Callable[[], object], converted: Callable[[], object], seconds: float, rounds: int = 20) -> Timed:
     """Time two ways in alternation, after two rounds that warm up, for at most so long or so many rounds."""
-    taken: list[list[float]] = []
-    started = time.perf_counter()
-    for index, times in enumerate(islice(alternated((original, converted), torch.device("cpu")), rounds + 2)):
-        if index >= 2:
-            taken.append(times)
-        if len(taken) >= FEWEST and time.perf_counter() - started > seconds:
-            break
+    taken = alternated((original, converted), torch.device("cpu"), rounds, seconds=seconds)
     before, after = (median(times[which] for times in taken) for which in (0, 1))
     return Timed(before, after, quartiles([one / other for one, other in taken]))
