@@ -14,7 +14,7 @@ from ltm_retrofit.merging.statistics import Statistics
 
 RATES = (3e-5, 1e-4, 3e-4)
 CLUSTERS, PERPLEXITY = 64, 8.0
-BATCH = ltm.TrainConfig().batch_size
+BATCH = 64
 
 
 class Arm(NamedTuple):

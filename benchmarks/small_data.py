@@ -45,6 +45,7 @@ ALL = {"train": "all", "distill": 0.0, "distill_token": 0.0}
 TEACHER = {"distill": 1.0, "distill_token": 1.0, "bound": "none"}
 #: name → settings of the fine-tune, and ``labels``: whether the labels of the training images are read
 SETTINGS: dict[str, dict[str, Any]] = {
+    "defaults": {},  # all that `finetune` decides by itself
     "before": {"lr": 3e-4, "batch_size": 64, "epochs": 1},  # the defaults until now
     **{f"all {rate:g}": {"lr": rate, "labels": False, **TEACHER} for rate in (1e-6, 3e-6, 1e-5, 3e-5)},
     **{
@@ -189,9 +190,10 @@ def one(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Make one fine-tune; return its line, with the model."""
-    settings: dict[str, Any] = {**ALL, **LENGTHS[size], **SETTINGS[name], "seed": seed, **json.loads(args.change)}
+    explored = {} if name == "defaults" else {**ALL, **LENGTHS[size], **SETTINGS[name]}
+    settings: dict[str, Any] = {**explored, "seed": seed, **json.loads(args.change)}
     labelled = settings.pop("labels", True)
-    config = ltm.TrainConfig(**settings)
+    config = ltm.TrainConfig(**settings).decided(taught=True, images=size)
     chosen = draw(train[1], size, seed)
     known = taught(original, train[0], chosen)
     objective.teacher_of = lambda model: Remembered(known, original.classifier)
@@ -206,7 +208,7 @@ def one(
     shown = ("loss", "val_accuracy", "val_loss")
     return {
         **{"setting": name, "size": size, "seed": seed, "explored": args.explore, "labels": labelled},
-        "config": settings,
+        "config": settings if explored else config.to_dict(),
         "before": {key: round(history.before[key], 4) for key in shown[1:]},
         "epochs": [{key: round(epoch[key], 4) for key in shown} for epoch in history.epochs],
         "kept": history.kept,

@@ -141,7 +141,7 @@ def run_recipe(recipe: Recipe, out: str | Path, *, say: Callable[[str], None] = 
     retrofit(model, recipe.ltm)
     plan, converted = get_plan(model), copy.deepcopy(model)
     say(f"plan     {len(plan.rows)} sites, {plan.macs / plan.macs_original:.1%} of the MACs\n{plan}")
-    recipe = replace(recipe, train=decide(model, recipe.train, say))  # what is written says it, too
+    recipe = replace(recipe, train=decide(model, recipe.train, train, say))  # what is written says it, too
     others = not str(recipe.train.train).startswith("masks")  # what has no mask cannot be tuned in the same way
     say("tuning   the converted model")
     # resume: where there is something to

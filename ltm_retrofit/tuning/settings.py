@@ -30,29 +30,45 @@ SHARES = (
 )  # of the numbers, at most 1
 
 #: What stands for None where the unconverted model knows the classes, and can say what is in an image: little moves.
-#: docs/small_data.md has the few runs that there are; more are wanted.
-TAUGHT: dict[str, Any] = {"train": "masks+norms", "lr": 1e-4, "distill": 1.0, "distill_token": 1.0}
+#: docs/small_data.md has the runs that chose this.
+TAUGHT: dict[str, Any] = {"train": "all", "distill": 1.0, "distill_token": 1.0}
 #: where it does not, or nothing is converted: classes have to be learned from labels
-UNTAUGHT: dict[str, Any] = {"train": "all", "lr": 3e-4, "distill": 0.0, "distill_token": 0.0}
+UNTAUGHT: dict[str, Any] = {"train": "all", "distill": 0.0, "distill_token": 0.0}
+#: images that a short fine-tune shall see: fewer are gone through several times
+SEEN, MOST_EPOCHS = 1600, 4
+
+
+def pace(images: int | None, *, taught: bool) -> dict[str, Any]:
+    """Return epochs, batch size and rate for so many training images: about a hundred steps where they are few.
+
+    A teacher's answers are near already, and a few large steps lead away from them: as few images as that take the
+    lower rate.
+    """
+    few = images is not None and images < SEEN
+    rate = 3e-4 if not taught else 3e-6 if few else 1e-5
+    if images is None:
+        return {"epochs": 1, "batch_size": 64, "lr": rate}
+    epochs = min(MOST_EPOCHS, max(1, round(SEEN / max(images, 1))))
+    return {"epochs": epochs, "batch_size": 16 if few else 32 if images < 4 * SEEN else 64, "lr": rate}
 
 
 @dataclass(frozen=True)
 class TrainConfig(Strict):
     """How to fine-tune. Nothing is corrected silently.
 
-    None leaves a setting to what the model is: `decided` says what stands for it, and `finetune` says it aloud.
+    None leaves a setting to what model and data are: `decided` says what stands for it, and `finetune` says it aloud.
 
     Example:
         >>> import ltm_retrofit as ltm
         >>> config = ltm.TrainConfig(epochs=3, lr=1e-4, distill=1.0)
-        >>> config.batch_size
-        64
+        >>> config.decided(taught=True, images=800).batch_size
+        16
         >>> ltm.TrainConfig.from_dict(config.to_dict()) == config
         True
 
     Args:
-        epochs: passes over the training data.
-        batch_size: images in a step.
+        epochs: passes over the training data. Where it is None, up to four where there are few images.
+        batch_size: images in a step. Where it is None, 16 to 64, by how many images there are.
         lr: highest learning rate; linear warm-up, then down to zero by ``sched``.
         train: ``"all"`` parameters, ``"masks"`` only, ``"masks+norms"``, or ``"lora"``: masks, and low-rank matrices
             (peft) that are merged into the weights at the end. A new classifier always trains.
@@ -95,8 +111,8 @@ class TrainConfig(Strict):
         checkpoint_every: steps between two checkpoints, where `finetune` is given a folder for them.
     """
 
-    epochs: int = 1
-    batch_size: int = 64
+    epochs: int = None  # type: ignore[assignment]  # a number, once it is decided
+    batch_size: int = None  # type: ignore[assignment]
     lr: float | None = None
     train: str | None = None
     seed: int = 0
@@ -144,13 +160,14 @@ class TrainConfig(Strict):
         if self.distill_temperature == 0:
             raise RecipeError("distill_temperature must be above 0")
 
-    def decided(self, *, taught: bool) -> Self:
+    def decided(self, *, taught: bool, images: int | None = None) -> Self:
         """Return the settings with a number, or a word, for every None.
 
         Args:
             taught: whether there is an unconverted model that knows the classes.
+            images: how many there are to train on, where that is known.
         """
-        chosen = TAUGHT if taught else UNTAUGHT
+        chosen = {**(TAUGHT if taught else UNTAUGHT), **pace(images, taught=taught)}
         return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
 
 
@@ -165,7 +182,7 @@ def check_types(settings: Any) -> None:
         if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a NumPy number, of a sweep for example
             value = value.item()
             object.__setattr__(settings, name, value)
-        if value is None and kind.endswith(" | None"):
+        if value is None and entry.default is None:
             continue
         kind = kind.removesuffix(" | None")
         if kind == "int":

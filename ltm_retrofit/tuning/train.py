@@ -18,7 +18,7 @@ from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.classes import check_data, count_classes, new_classifier
 from ltm_retrofit.tuning.data import Data, Passes, columns_of, is_stream, is_table, make_loader
 from ltm_retrofit.tuning.loop import History, Run
-from ltm_retrofit.tuning.parameters import checkpointed, choose, low_rank, masks_in
+from ltm_retrofit.tuning.parameters import checkpointed, choose, low_rank
 from ltm_retrofit.tuning.processes import is_main, own_accelerator, with_memory_for
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.tuning.validation import Validation, held_out
@@ -83,7 +83,7 @@ def finetune(
             twenty steps before, which the error names).
     """
     tell = say if is_main() else (lambda line: None)
-    config = decide(model, config or TrainConfig(), tell)
+    config = decide(model, config or TrainConfig(), train, tell)
     folder = None if checkpoints_to is None else Path(checkpoints_to)
     if resume and folder is None:
         raise CheckpointError("resume needs the folder that the checkpoints were written to: set checkpoints_to")
@@ -138,13 +138,14 @@ def finetune(
         return with_memory_for(images, train_with, fewer)
 
 
-def decide(model: nn.Module, config: TrainConfig, say: Callable[[str], None]) -> TrainConfig:
+def decide(model: nn.Module, config: TrainConfig, train: Data, say: Callable[[str], None]) -> TrainConfig:
     """Return the settings with all that they leave open, and say what was chosen.
 
-    That depends on whether the model has an unconverted self that knows the classes, and masks that learn from it.
+    That depends on whether the model has an unconverted self that knows the classes, and on how many images there are.
     """
-    taught = is_retrofitted(model) and bool(masks_in(model)) and not new_classifier(model)
-    decided = config.decided(taught=taught)
+    taught = is_retrofitted(model) and not new_classifier(model)
+    images = len(train) if is_table(train) and not is_stream(train) else None
+    decided = config.decided(taught=taught, images=images)
     now, before = decided.to_dict(), config.to_dict()
     if chosen := [f"{name} {value}" for name, value in now.items() if before[name] is None and value is not None]:
         say(f"settings  {', '.join(chosen)}: what was not asked for (docs/small_data.md)")

@@ -26,7 +26,7 @@ from ltm_retrofit.tuning.train import decide
 from ltm_retrofit.tuning.validation import Validation, held_out, rank
 
 #: what is in its place while a test runs: see conftest.py
-RECOMMENDED = settings.TAUGHT
+RECOMMENDED, PACE = settings.TAUGHT, settings.pace
 PLAIN: dict[str, Any] = {"train": "all", "distill": 0.0, "distill_token": 0.0, "bound": "none"}
 CONFIG = ltm.TrainConfig(epochs=3, batch_size=7, lr=1e-3, **PLAIN)
 
@@ -122,19 +122,47 @@ def test_what_settings_leave_open_is_decided_by_who_knows_the_classes_and_said(c
     set_classes(new, 5)
     cases = (
         (converted("timm-vit"), RECOMMENDED),
-        (converted("timm-vit", "tome"), settings.UNTAUGHT),  # whose masks learn nothing
+        (converted("timm-vit", "tome"), RECOMMENDED),
         (build("timm-vit"), settings.UNTAUGHT),
         (ltm.retrofit(new, ltm.LTMConfig(flops=0.7)), settings.UNTAUGHT),  # a classifier that nobody trained
     )
     for model, expected in cases:
+        expected = {**expected, "lr": 3e-4}
         said: list[str] = []
-        found = decide(model, ltm.TrainConfig(lr=1e-3, epochs=5), said.append).to_dict()
-        assert found == {**ltm.TrainConfig().to_dict(), **expected, "lr": 1e-3, "epochs": 5}
+        found = decide(model, ltm.TrainConfig(lr=1e-3, epochs=5), batches(1), said.append).to_dict()
+        assert found == {**ltm.TrainConfig().to_dict(), **expected, "lr": 1e-3, "epochs": 5, "batch_size": 64}
         (line,) = said
         assert all(f"{name} {value}" in line for name, value in expected.items() if name not in ("lr", "epochs"))
         assert "lr " not in line
-    whole = ltm.TrainConfig(**{**RECOMMENDED, "lr": 1e-3})
-    assert decide(cases[0][0], whole, said.append) == whole and len(said) == 1
+    whole = ltm.TrainConfig(**{**RECOMMENDED, "lr": 1e-3, "epochs": 1, "batch_size": 7})
+    assert decide(cases[0][0], whole, batches(1), said.append) == whole and len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "batch_size", "rate"),
+    [
+        (1, 4, 16, 3e-6),
+        (200, 4, 16, 3e-6),
+        (800, 2, 16, 3e-6),
+        (1600, 1, 32, 1e-5),
+        (3068, 1, 32, 1e-5),
+        (6400, 1, 64, 1e-5),
+        (10**6, 1, 64, 1e-5),
+        (None, 1, 64, 1e-5),
+    ],
+)
+def test_few_images_are_gone_through_several_times_in_small_steps(images, epochs: int, batch_size: int, rate) -> None:
+    assert PACE(images, taught=True) == {"epochs": epochs, "batch_size": batch_size, "lr": rate}
+    assert PACE(images, taught=False) == {"epochs": epochs, "batch_size": batch_size, "lr": 3e-4}
+    assert images is None or images < 200 or epochs * images >= 48 * batch_size  # enough steps to learn from
+
+
+def test_how_many_images_there_are_decides(converted, pictures, monkeypatch) -> None:
+    monkeypatch.setattr(settings, "pace", PACE)
+    said: list[str] = []
+    history = ltm.finetune(converted("timm-vit"), pictures(40), config=ltm.TrainConfig(bound="none"), say=said.append)
+    assert len(history.epochs) == 4 and len(history.losses) == 4 * (36 // 16)
+    assert "epochs 4, batch_size 16" in said[0]
 
 
 # ------------------------------------------------------------------------------------------- training is not disturbed
