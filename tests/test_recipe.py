@@ -145,7 +145,7 @@ def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_round_trip(recipe: Recipe, tmp_path: Path) -> None:
+def test_what_a_recipe_writes_it_reads(recipe: Recipe, tmp_path: Path) -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert Recipe.read(written(tmp_path / "r.yaml", yaml.safe_dump(recipe.to_dict()))) == recipe
@@ -391,7 +391,7 @@ def tiny(path: Path, **train: object) -> Recipe:
         ModelSection(str(path)),
         LTMConfig(flops=0.7),
         DataSection(train_per_digit=1, test_per_digit=1),
-        TrainConfig(**{**PLAIN, "batch_size": 20, **train}),
+        TrainConfig(**{**PLAIN, "epochs": 1, "batch_size": 20, **train}),
     )
 
 

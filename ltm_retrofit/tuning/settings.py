@@ -19,15 +19,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mixed_precision": ("no", "bf16", "fp16"),
 }
 FROM_ZERO = ("seed", "workers")  # of the whole numbers; the others count something
-SHARES = (
-    "held_out",
-    "layer_decay",
-    "ema",
-    "warmup",
-    "bound_warmup",
-    "label_smoothing",
-    "unreadable",
-)  # of the numbers, at most 1
+#: of the numbers, at most 1
+SHARES = ("held_out", "layer_decay", "ema", "warmup", "bound_warmup", "label_smoothing", "unreadable")
 
 #: What stands for None where the unconverted model knows the classes, and can say what is in an image: little moves.
 #: docs/small_data.md has the runs that chose this.
@@ -44,12 +37,12 @@ def pace(images: int | None, *, taught: bool) -> dict[str, Any]:
     A teacher's answers are near already, and a few large steps lead away from them: as few images as that take the
     lower rate.
     """
-    few = images is not None and images < SEEN
-    rate = 3e-4 if not taught else 3e-6 if few else 1e-5
-    if images is None:
-        return {"epochs": 1, "batch_size": 64, "lr": rate}
-    epochs = min(MOST_EPOCHS, max(1, round(SEEN / max(images, 1))))
-    return {"epochs": epochs, "batch_size": 16 if few else 32 if images < 4 * SEEN else 64, "lr": rate}
+    count = 10**9 if images is None else max(images, 1)
+    return {
+        "epochs": min(MOST_EPOCHS, max(1, round(SEEN / count))),
+        "batch_size": 16 if count < SEEN else 32 if count < 4 * SEEN else 64,
+        "lr": 3e-4 if not taught else 3e-6 if count < SEEN else 1e-5,
+    }
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def test_a_process_that_runs_alone_by_mistake_says_so(command, environment, mess
 
 
 def accelerator_of(**settings) -> None:
-    with processes.own_accelerator(TrainConfig(**settings)):
+    with processes.own_accelerator(TrainConfig(**settings).decided(taught=False)):
         pass
 
 
