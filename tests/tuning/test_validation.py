@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import signal
-import time
 from collections import Counter
 from typing import Any
 
@@ -209,8 +207,7 @@ def test_an_interrupted_run_knows_its_best_state(converted, tmp_path, monkeypatc
 
 def press(times: int = 1) -> None:
     for _ in range(times):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)  # Python hears the first one before the second comes
+        signal.raise_signal(signal.SIGINT)  # to this thread: another one would be told of it some time later
 
 
 def test_ctrl_c_stops_behind_a_checkpoint_and_the_run_goes_on(converted, tmp_path, monkeypatch) -> None:
