@@ -2,11 +2,8 @@
 
     python benchmarks/train_base.py --out ltm_retrofit/assets/digits_vit
 
-Writes a folder that timm loads (``local-dir:``). Interrupted, it goes on from the last finished epoch. It learns in two
-stages: on patches of 8 (65 tokens), which is four times as fast, then on patches of 4 (257 tokens), where its patch
-embedding and positions are resampled (FlexiViT, arXiv 2212.08013, by timm). Every choice (lengths, learning rates,
-augmentation) was made on the validation digits; the test digits are read once, at the end. About an hour on 2 cores
-that multiply bfloat16 in hardware.
+Writes a folder that timm loads (``local-dir:``). Interrupted, it goes on from the last finished epoch. Every choice
+(length, learning rate, augmentation) was made on the validation digits; the test digits are read once, at the end.
 """
 
 from __future__ import annotations
@@ -16,33 +13,17 @@ import json
 import math
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch.nn import functional as F
 
 from ltm_retrofit.tuning.sources import draw_split
 
 ARCHITECTURE = "vit_tiny_patch16_224"
-MODEL_ARGS = {"img_size": 64, "embed_dim": 192, "depth": 6, "num_heads": 3}
-BATCH = 128
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Epochs at one patch size; the first ``crowded`` of them have smaller digits and brighter clutter."""
-
-    patch: int
-    epochs: int
-    crowded: int
-    per_digit: int  # canvases drawn of each digit, anew for each epoch
-    lr: float
-
-
-STAGES = (Stage(8, 7, 5, 30, 1e-3), Stage(4, 7, 1, 8, 5e-4))
+CROWDED_EPOCHS = 10  # of the schedule's: smaller digits and brighter clutter first
+MODEL_ARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
 
 
 def to_batch(canvases: torch.Tensor) -> torch.Tensor:
@@ -56,17 +37,6 @@ def shifted(canvases: torch.Tensor, most: int = 6) -> torch.Tensor:
     return torch.stack([c.roll((down, right), (0, 1)) for c, (down, right) in zip(canvases, shifts, strict=True)])
 
 
-def build(patch: int, weights: dict[str, torch.Tensor] | None) -> torch.nn.Module:
-    """Build the model at a patch size, with the weights of another resampled where there are some."""
-    model = timm.create_model(ARCHITECTURE, num_classes=10, patch_size=patch, **MODEL_ARGS)
-    if weights is not None:
-        grid = model.patch_embed.grid_size
-        weights["patch_embed.proj.weight"] = resample_patch_embed(weights["patch_embed.proj.weight"], [patch, patch])
-        weights["pos_embed"] = resample_abs_pos_embed(weights["pos_embed"], new_size=list(grid))
-        model.load_state_dict(weights)
-    return model
-
-
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, canvases: torch.Tensor, labels: torch.Tensor) -> float:
     model.eval()
@@ -77,61 +47,60 @@ def accuracy(model: torch.nn.Module, canvases: torch.Tensor, labels: torch.Tenso
     return 100 * hits / len(labels)
 
 
-def learn(model: torch.nn.Module, stage: Stage, before: int, work: Path) -> None:
-    """Train through a stage, or what is left of it."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/digits_vit"))
+    parser.add_argument("--work", type=Path, default=Path("runs/train_base"))
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--per-digit", type=int, default=30)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(0)
+    model = timm.create_model(ARCHITECTURE, num_classes=10, **MODEL_ARGS)
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}])
+
+    def canvases(epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn = draw_split("train", args.per_digit, seed=0, crowded=epoch < CROWDED_EPOCHS)
+        return torch.from_numpy(drawn[0]), torch.from_numpy(drawn[1])
+
     val_x, val_y = map(torch.from_numpy, draw_split("validation", 8, seed=0))
-    start, state_file = 0, work / f"patch{stage.patch}.pt"
+
+    state_file = args.work / "state.pt"
+    start = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["epoch"]
-    for epoch in range(start, stage.epochs):
-        began, seen_loss = time.perf_counter(), 0.0
-        seed = before + epoch
-        torch.manual_seed(seed + 1)
-        drawn = draw_split("train", stage.per_digit, seed=seed, crowded=epoch < stage.crowded)
-        train_x, train_y = map(torch.from_numpy, drawn)
-        steps = len(train_y) // BATCH
+    train_x, train_y = canvases(start)
+    batch, steps = 128, len(train_y) // 128
+    for epoch in range(start, args.epochs):
+        if epoch == CROWDED_EPOCHS:
+            train_x, train_y = canvases(epoch)
+        torch.manual_seed(epoch + 1)
         model.train()
-        for step, index in enumerate(torch.randperm(len(train_y)).split(BATCH)[:steps]):
-            done = (epoch * steps + step) / (stage.epochs * steps)
+        began, seen_loss = time.perf_counter(), 0.0
+        for step, index in enumerate(torch.randperm(len(train_y)).split(batch)[:steps]):
+            done = (epoch * steps + step) / (args.epochs * steps)
             for group in optimizer.param_groups:
-                group["lr"] = stage.lr * min(done / 0.05, 0.5 * (1 + math.cos(math.pi * done)))
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(to_batch(shifted(train_x[index])))
-            loss = F.cross_entropy(logits.float(), train_y[index], label_smoothing=0.1)
+                group["lr"] = args.lr * min(done / 0.05, 0.5 * (1 + math.cos(math.pi * done)))
+            loss = F.cross_entropy(model(to_batch(shifted(train_x[index]))), train_y[index], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            seen_loss += loss.item() / steps
-        line = {"patch": stage.patch, "epoch": epoch + 1, "loss": seen_loss, "val": accuracy(model, val_x, val_y)}
+            seen_loss += float(loss) / steps
+        line = {"epoch": epoch + 1, "loss": seen_loss, "val": accuracy(model, val_x, val_y)}
         line["seconds"] = time.perf_counter() - began
-        with (work / "log.jsonl").open("a") as log:
+        with (args.work / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, state_file)
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/digits_vit"))
-    parser.add_argument("--work", type=Path, default=Path("runs/train_base"))
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-
-    torch.manual_seed(0)
-    model, before = None, 0
-    for stage in STAGES:
-        model = build(stage.patch, None if model is None else model.state_dict())
-        learn(model, stage, before, args.work)
-        before += stage.epochs
-
-    model.half().float()  # as it is stored
     test_x, test_y = map(torch.from_numpy, draw_split("test", 8, seed=0))
     print(f"test accuracy, read once: {accuracy(model, test_x, test_y):.2f} %")
     model.pretrained_cfg.update(
@@ -139,10 +108,10 @@ def main() -> None:
     )
     shutil.rmtree(args.out, ignore_errors=True)
     timm.models.save_for_hf(
-        model.half(),
+        model,
         args.out,
         model_config={"label_names": [str(d) for d in range(10)]},
-        model_args={**MODEL_ARGS, "patch_size": STAGES[-1].patch},
+        model_args=MODEL_ARGS,
         safe_serialization=True,
     )
     print("wrote", *(f"{file} ({file.stat().st_size / 1e6:.2f} MB)" for file in sorted(args.out.iterdir())))
