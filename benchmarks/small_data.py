@@ -39,14 +39,13 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "small_data.jsonl"
 CACHE = HERE.parent / "runs" / "small_data"
 
-#: for about as many steps at each size: a few hundred images are gone through several times
-LENGTHS = {200: {"epochs": 4, "batch_size": 16}, 800: {"epochs": 2, "batch_size": 16}, 3068: {"batch_size": 32}}
-ALL = {"train": "all", "distill": 0.0, "distill_token": 0.0}
+SIZES = (200, 800, 3068)
+ALONE = {"distill": 0.0, "distill_token": 0.0}
 TEACHER = {"distill": 1.0, "distill_token": 1.0, "bound": "none"}
-#: name → settings of the fine-tune, and ``labels``: whether the labels of the training images are read
+#: name → settings of the fine-tune, the rest as `finetune` decides; ``labels``: whether those of the images are read
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},  # all that `finetune` decides by itself
-    "before": {"lr": 3e-4, "batch_size": 64, "epochs": 1},  # the defaults until now
+    "before": {"lr": 3e-4, "batch_size": 64, "epochs": 1, **ALONE},  # the defaults at first
     **{f"all {rate:g}": {"lr": rate, "labels": False, **TEACHER} for rate in (1e-6, 3e-6, 1e-5, 3e-5)},
     **{
         f"masks+norms {rate:g}": {"train": "masks+norms", "lr": rate, "labels": False, **TEACHER}
@@ -55,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{f"masks {rate:g}": {"train": "masks", "lr": rate, "labels": False, **TEACHER} for rate in (3e-3, 1e-2)},
     **{f"all {rate:g}, labels": {"lr": rate, **TEACHER} for rate in (3e-6, 1e-5, 3e-5)},
     "all 1e-05, layers, labels": {"lr": 1e-5, "layer_decay": 0.75, **TEACHER},
-    "all 1e-05, labels alone": {"lr": 1e-5, "bound": "none"},
+    "all 1e-05, labels alone": {"lr": 1e-5, "bound": "none", **ALONE},
     "masks+norms 0.001, labels": {"train": "masks+norms", "lr": 1e-3, "mask_lr": 3e-3, **TEACHER},
 }
 
@@ -190,8 +189,7 @@ def one(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Make one fine-tune; return its line, with the model."""
-    explored = {} if name == "defaults" else {**ALL, **LENGTHS[size], **SETTINGS[name]}
-    settings: dict[str, Any] = {**explored, "seed": seed, **json.loads(args.change)}
+    settings: dict[str, Any] = {**SETTINGS[name], "seed": seed, **json.loads(args.change)}
     labelled = settings.pop("labels", True)
     config = ltm.TrainConfig(**settings).decided(taught=True, images=size)
     chosen = draw(train[1], size, seed)
@@ -208,7 +206,7 @@ def one(
     shown = ("loss", "val_accuracy", "val_loss")
     return {
         **{"setting": name, "size": size, "seed": seed, "explored": args.explore, "labels": labelled},
-        "config": settings if explored else config.to_dict(),
+        "config": config.to_dict(),
         "before": {key: round(history.before[key], 4) for key in shown[1:]},
         "epochs": [{key: round(epoch[key], 4) for key in shown} for epoch in history.epochs],
         "kept": history.kept,
@@ -261,7 +259,7 @@ def main() -> None:
     sub.set_defaults(call=run)
     sub.add_argument("--model", type=Path, required=True, help="folder that real_checkpoint.py made")
     sub.add_argument("--images", type=Path, required=True, help="train, validation and test, a folder a class in each")
-    sub.add_argument("--sizes", type=int, nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
+    sub.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), choices=SIZES)
     sub.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     sub.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     sub.add_argument("--flops", type=float, default=0.5)
