@@ -91,6 +91,8 @@ def retrofit(
     given = model
     model = unwrapped(model) if isinstance(model, nn.Module) else model
     _check(model, config, plan)
+    if images is not None and (config is None or config.schedule != "calibrated"):
+        raise RecipeError("images are what LTMConfig(schedule='calibrated') measures on: ask for it, or leave them out")
     put_back = align(model)  # first of all: the proofs compare bits
     try:
         if plan is not None and example is None:

@@ -159,10 +159,11 @@ def _measured_in_words(measured: Mapping[str, float], batch: int) -> list[str]:
     """Return a line for each thing that was measured when a plan was chosen."""
     lines = []
     if "difference" in measured:
+        differ, auto = measured["difference"], measured["difference of auto"]
+        than = f", by {auto:.4f} with it" if differ != auto else ", and no plan was clearly better"
         lines.append(
-            f"calibrated on {measured['images']:.0f} images: answers differ by {measured['difference']:.4f}, by "
-            f"{measured['difference of auto']:.4f} with the plan of schedule auto; {measured['other answers']:.0%} are "
-            "another class"
+            f"calibrated on {measured['images']:.0f} images beside schedule auto: answers differ by "
+            f"{differ:.4f}{than}; {measured['other answers']:.0%} are another class"
         )
     if "latency" in measured:
         lines.append(f"time ×{measured['latency']:.3f} ± {measured['noise']:.3f} at batch {batch}, measured here")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
+from math import ceil
 from statistics import median
 from typing import Any
 
@@ -217,7 +218,7 @@ class Search:
         least, most = (total + pick(reached.values(), default=0) for pick in (min, max))
         raise BudgetError(
             f"flops={target:g} cannot be met: plans of this model reach {least / total:.4f} to {most / total:.4f} "
-            f"of its MACs, the nearest {nearest / total:.4f}. Ask for flops={nearest / total!r}"
+            f"of its MACs, the nearest {nearest / total:.4f}. Ask for flops={ceil(1e4 * nearest / total) / 1e4:g}"
             + (" or name more sites" if self.config.sites is not None else ""),
             nearest / total,
         )

@@ -19,7 +19,7 @@ from zoo import ZOO
 
 import ltm_retrofit as ltm
 from ltm_retrofit import calibrate, planner
-from ltm_retrofit.calibrate import Passes
+from ltm_retrofit.calibrate import Differ, Passes
 from ltm_retrofit.converted.record import masks_of
 from ltm_retrofit.finding.sites import Sites
 from ltm_retrofit.macs import count_macs
@@ -129,6 +129,32 @@ def test_images_that_say_nothing_are_refused(build: Callable[..., nn.Module]) ->
     with pytest.raises(ltm.RecipeError, match="16 to 64 images without labels"):
         ltm.retrofit(model, CALIBRATED)
     assert not ltm.is_retrofitted(model)
+
+
+def test_images_that_nothing_is_measured_on_are_refused(build: Callable[..., nn.Module], many: Tensor) -> None:
+    model = build("timm-vit")
+    for config in (None, ltm.LTMConfig(flops=0.75)):
+        with pytest.raises(ltm.RecipeError, match=r"images are what .*schedule='calibrated'.* measures on"):
+            ltm.retrofit(model, config, images=many)
+    assert not ltm.is_retrofitted(model)
+
+
+@pytest.mark.parametrize(("spread", "kept"), [(0.1, False), (4.0, True)], ids=["clear", "noise"])
+def test_a_plan_has_to_be_clearly_better_than_the_schedule(
+    spread: float, kept: bool, build: Callable[..., nn.Module], many: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other plan seems better by 1 ± spread on an image; 12 images tell the first from noise, not the second."""
+    sites, model = sites_of("timm-vit"), build("timm-vit")
+    auto = ltm.make_plan(sites, ltm.LTMConfig(flops=0.75)).rows
+    noise = torch.tensor([-1.0, 1.0]).repeat(6) * spread
+
+    def differ(_passes: Passes, rows: tuple) -> Differ:
+        by = torch.full((12,), 9.0) if tuple(rows) == tuple(auto) else 8 + noise
+        return Differ(by, torch.zeros(12, dtype=torch.bool))
+
+    monkeypatch.setattr(Passes, "differ", differ)
+    plan = ltm.make_plan(sites, CALIBRATED, model=model, images=many)
+    assert (plan.rows == auto) is kept
 
 
 def test_what_cannot_be_measured_is_refused(build: Callable[..., nn.Module], many: Tensor) -> None:

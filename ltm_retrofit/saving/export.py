@@ -81,10 +81,10 @@ class Exported:
         opset = "" if self.opset is None else f", opset {self.opset}"
         int8 = "" if self.kl is None else ", int8"
         ties = f"; on {self.near_ties} more, rounding decides who merges" if self.near_ties else ""
-        agreeing = self.images - self.near_ties
+        agreeing, graph = self.images - self.near_ties, "" if self.kl is None else "before int8, "
         lines = [
             f"written  {self.path}/{kind.file}, for {kind.runtime}{opset}{int8}: any batch, one height and width",
-            f"checked  on {agreeing} images: logits differ by at most {self.largest:.1e} of the largest{ties}",
+            f"checked  on {agreeing} images: {graph}logits differ by at most {self.largest:.1e} of the largest{ties}",
             f"images   {self.preprocessing}",
         ]
         if self.same_answer is not None:

@@ -22,7 +22,7 @@ from ltm_retrofit.finding.example import home, logits_of, prepare_example, run
 from ltm_retrofit.finding.recording import record
 from ltm_retrofit.merging.ib import soft_targets
 from ltm_retrofit.progress import progress
-from ltm_retrofit.tuning.data import Data, batches_on, columns_of, is_stream, is_table, make_loader, size_of
+from ltm_retrofit.tuning.data import Data, batches_on, check_kind, columns_of, is_stream, is_table, make_loader, size_of
 from ltm_retrofit.tuning.processes import Accelerator, is_main
 from ltm_retrofit.tuning.settings import TrainConfig
 from ltm_retrofit.undisturbed import undisturbed
@@ -396,6 +396,7 @@ def evaluate(model: nn.Module, data: Data, batch_size: int = 128, accelerator: A
         DataError: where labels do not fit the model's classes, or there is no image.
         TrainingError: where the model puts out no logits.
     """
+    check_kind(data, "data")
     guesses, truths = predictions(model, data, batch_size, accelerator)
     return 100 * int((guesses == truths).sum()) / len(truths)
 

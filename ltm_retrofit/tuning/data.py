@@ -7,6 +7,7 @@ was interrupted, all of these have to agree.
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ Data = Any  # a `datasets` data set with columns image and label, or an iterable
 Transform = Callable[[Any], Tensor]
 ClassOf = Sequence[int] | None  # the model's class of each label, where they differ
 
+#: what a column of classes is called elsewhere
+LABELS = ("labels", "target", "targets", "class", "category", "fine_label")
 #: stands for a label where a data set has none
 UNLABELLED = -1
 #: images of a stream that are shuffled among each other
@@ -49,6 +52,39 @@ def is_stream(data: Data) -> bool:
 def columns_of(data: Data) -> list[str]:
     """Name a data set's columns; a stream may not know them before it has read its first image."""
     return list(data.column_names or next(iter(data), {}))
+
+
+def has_labels(data: Data) -> bool:
+    """Say whether a data set has a column ``label``.
+
+    Raises:
+        DataError: where it has none, but another one that looks like it: it would be learned from as if without labels.
+    """
+    columns, features = columns_of(data), data.features or {}
+    likely = [name for name in columns if name in LABELS or hasattr(features.get(name), "names")]
+    if "label" not in columns and likely:
+        raise DataError(
+            f"the data set has no column 'label', but {likely[0]!r}: data.rename_column({likely[0]!r}, 'label') to "
+            f"learn from it, data.remove_columns({likely[0]!r}) to learn without labels"
+        )
+    return "label" in columns
+
+
+def check_kind(data: Any, name: str) -> None:
+    """Check that data is a data set or a loader.
+
+    Raises:
+        DataError: where it is a path, several splits, or no data at all, with the way from there.
+    """
+    if isinstance(data, str | os.PathLike):
+        raise DataError(
+            f"{name} is the path {str(data)!r}: load it, datasets.load_dataset('imagefolder', data_dir={str(data)!r}, "
+            "split='train'), or use the command line, which takes folders"
+        )
+    if isinstance(data, Mapping):
+        raise DataError(f"{name} is a dict of {', '.join(map(repr, data))}: pass one of them, {name}[...]")
+    if isinstance(data, TrainConfig):
+        raise DataError(f"{name} is a TrainConfig: pass it by name, config=TrainConfig(...)")
 
 
 # ------------------------------------------------------------------------------------------- images of a data set
@@ -454,6 +490,11 @@ def split_batch(batch: Any, labelled: bool = True) -> tuple[Any, Tensor | None]:
     if not fits:
         shown = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise DataError(f"a batch is (images, labels) or a dict with 'labels', got {shown}")
+    images = inputs if isinstance(inputs, Tensor) else inputs.get("pixel_values") if isinstance(inputs, dict) else None
+    if getattr(images, "dtype", None) == torch.uint8:
+        raise DataError(
+            "a batch has images of uint8, 0 to 255: prepare them as the model wants them, or pass a data set"
+        )
     if labels is None and labelled:
         raise DataError("a batch has None for labels: drop images without one, or set distill")
     if labels is None or isinstance(labels, Tensor):

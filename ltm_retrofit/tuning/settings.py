@@ -31,17 +31,17 @@ UNTAUGHT: dict[str, Any] = {"train": "all", "distill": 0.0, "distill_token": 0.0
 SEEN, MOST_EPOCHS = 1600, 4
 
 
-def pace(images: int | None, *, taught: bool) -> dict[str, Any]:
+def pace(images: int | None, *, known: bool, train: str = "all") -> dict[str, Any]:
     """Return epochs, batch size and rate for so many training images: about a hundred steps where they are few.
 
-    A teacher's answers are near already, and a few large steps lead away from them: as few images as that take the
-    lower rate.
+    Where the classes are known, the answers are near already, and a few large steps lead away from them: as few images
+    as that take the lower rate. Where only masks, norms or low-rank matrices learn, little can be unlearned.
     """
     count = 10**9 if images is None else max(images, 1)
     return {
         "epochs": min(MOST_EPOCHS, max(1, round(SEEN / count))),
         "batch_size": 16 if count < SEEN else 32 if count < 4 * SEEN else 64,
-        "lr": 3e-4 if not taught else 3e-6 if count < SEEN else 1e-5,
+        "lr": 3e-4 if not known else 1e-4 if train != "all" else 3e-6 if count < SEEN else 1e-5,
     }
 
 
@@ -153,14 +153,16 @@ class TrainConfig(Strict):
         if self.distill_temperature == 0:
             raise RecipeError("distill_temperature must be above 0")
 
-    def decided(self, *, taught: bool, images: int | None = None) -> Self:
+    def decided(self, *, taught: bool, known: bool = True, images: int | None = None) -> Self:
         """Return the settings with a number, or a word, for every None.
 
         Args:
             taught: whether there is an unconverted model that knows the classes.
+            known: whether the model itself does.
             images: how many there are to train on, where that is known.
         """
-        chosen = {**(TAUGHT if taught else UNTAUGHT), **pace(images, taught=taught)}
+        chosen = TAUGHT if taught else UNTAUGHT
+        chosen = {**chosen, **pace(images, known=known, train=self.train or chosen["train"])}
         return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
 
 

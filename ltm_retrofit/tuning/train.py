@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ltm_retrofit.converted.record import FINETUNED, is_retrofitted, load_state
 from ltm_retrofit.errors import CheckpointError, DataError, TrainingError
@@ -16,7 +17,7 @@ from ltm_retrofit.finding.example import home
 from ltm_retrofit.merging.statistics import Statistics
 from ltm_retrofit.tuning import checkpoints
 from ltm_retrofit.tuning.classes import check_data, count_classes, new_classifier
-from ltm_retrofit.tuning.data import Data, Passes, columns_of, is_stream, is_table, make_loader
+from ltm_retrofit.tuning.data import Data, Passes, check_kind, has_labels, is_stream, is_table, make_loader
 from ltm_retrofit.tuning.loop import History, Run
 from ltm_retrofit.tuning.parameters import checkpointed, choose, low_rank
 from ltm_retrofit.tuning.processes import is_main, own_accelerator, with_memory_for
@@ -83,6 +84,8 @@ def finetune(
             twenty steps before, which the error names).
     """
     tell = say if is_main() else (lambda line: None)
+    for data, name in ((train, "train"), (val, "val")):
+        check_kind(data, name)
     config = decide(model, config or TrainConfig(), train, tell)
     folder = None if checkpoints_to is None else Path(checkpoints_to)
     if resume and folder is None:
@@ -143,9 +146,12 @@ def decide(model: nn.Module, config: TrainConfig, train: Data, say: Callable[[st
 
     That depends on whether the model has an unconverted self that knows the classes, and on how many images there are.
     """
-    taught = is_retrofitted(model) and not new_classifier(model)
+    known = not new_classifier(model)
     images = len(train) if is_table(train) and not is_stream(train) else None
-    decided = config.decided(taught=taught, images=images)
+    if isinstance(train, DataLoader) and train.batch_size and config.batch_size is None:
+        config = replace(config, batch_size=train.batch_size)
+        images = len(train) * train.batch_size if hasattr(train.dataset, "__len__") else None
+    decided = config.decided(taught=known and is_retrofitted(model), known=known, images=images)
     now, before = decided.to_dict(), config.to_dict()
     if chosen := [f"{name} {value}" for name, value in now.items() if before[name] is None and value is not None]:
         say(f"settings  {', '.join(chosen)}: what was not asked for (docs/small_data.md)")
@@ -166,7 +172,7 @@ def _check_data(
         raise DataError("validation data is read anew after every epoch and cannot be a stream: load it whole")
     val_class_of = None
     if val is not None and is_table(val):
-        if "label" in columns_of(val) or not config.distill:
+        if has_labels(val) or not config.distill:
             val_class_of = check_data(model, val, "validation", classes)
     elif isinstance(val, Iterator):
         raise DataError(
@@ -174,7 +180,7 @@ def _check_data(
         )
     elif val is not None and hasattr(val, "__len__") and not len(val):
         raise DataError("the validation loader has no batch: it needs at least one")
-    if is_table(train) and ("label" in columns_of(train) or not config.distill):
+    if is_table(train) and (has_labels(train) or not config.distill):
         return check_data(model, train, "training", classes), val_class_of
     return None, val_class_of
 

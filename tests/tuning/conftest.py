@@ -11,4 +11,4 @@ from ltm_retrofit.tuning import settings
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train all weights on labels, whatever is recommended."""
     monkeypatch.setattr(settings, "TAUGHT", settings.UNTAUGHT)
-    monkeypatch.setattr(settings, "pace", lambda images, *, taught: {"epochs": 1, "batch_size": 64, "lr": 3e-4})
+    monkeypatch.setattr(settings, "pace", lambda images, **_known: {"epochs": 1, "batch_size": 64, "lr": 3e-4})

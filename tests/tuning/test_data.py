@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import datasets
 import pytest
 import torch
 
+import ltm_retrofit as ltm
 from ltm_retrofit.errors import DataError
 from ltm_retrofit.tuning.classes import check_labels, classes_in
-from ltm_retrofit.tuning.data import batches_on, size_of, split_batch
+from ltm_retrofit.tuning.data import batches_on, has_labels, size_of, split_batch
 
 # ------------------------------------------------------------------------------------------------------------ labels
 
@@ -25,6 +30,43 @@ def test_a_missing_column_is_named_with_those_that_are_there() -> None:
     data = table([0, 1]).rename_column("label", "digit")
     with pytest.raises(DataError, match="the test split has columns image, digit; expected image and label"):
         check_labels(data, 2, "test")
+
+
+@pytest.mark.parametrize("name", ["labels", "target", "kind"])
+def test_labels_of_another_name_are_not_passed_over(name: str, converted, pictures) -> None:
+    """They were, with a teacher: the model then learned from it alone. A column of classes is one by any name."""
+    data = pictures(14).rename_column("label", name)
+    with pytest.raises(DataError, match=rf"no column 'label', but '{name}': data\.rename_column\('{name}', 'label'\)"):
+        ltm.finetune(converted("timm-vit"), data, config=ltm.TrainConfig(epochs=1, distill=1.0))
+    assert not has_labels(data.remove_columns(name)) and has_labels(pictures(14))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (lambda data: "photos", r"is the path 'photos': load it, datasets\.load_dataset\('imagefolder'"),
+        (lambda data: Path("photos"), "is the path 'photos'"),
+        (lambda data: datasets.DatasetDict(train=data, test=data), "is a dict of 'train', 'test': pass one of them"),
+        (lambda data: ltm.TrainConfig(), r"is a TrainConfig: pass it by name, config=TrainConfig"),
+    ],
+    ids=["text", "path", "splits", "config"],
+)
+def test_what_is_no_data_is_named_with_the_way(given: Callable[[Any], Any], message: str, converted, pictures) -> None:
+    model = converted("timm-vit")
+    with pytest.raises(DataError, match="train " + message):
+        ltm.finetune(model, given(pictures(7)))
+    with pytest.raises(DataError, match="val " + message):
+        ltm.finetune(model, pictures(7), given(pictures(7)))
+    with pytest.raises(DataError, match="data " + message):
+        ltm.evaluate(model, given(pictures(7)))
+
+
+@pytest.mark.parametrize("batch", [(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2).long())], ids=["pair"])
+def test_images_that_are_not_prepared_are_refused(batch) -> None:
+    """transformers' hosts would cast them."""
+    for one in (batch, {"pixel_values": batch[0], "labels": batch[1]}):
+        with pytest.raises(DataError, match="images of uint8, 0 to 255: prepare them"):
+            split_batch(one)
 
 
 @pytest.mark.parametrize(("labels", "named"), [([0, 1, 2, 7], "7"), ([0, 1, -1, 2], "-1")])

@@ -149,9 +149,21 @@ def test_what_settings_leave_open_is_decided_by_who_knows_the_classes_and_said(c
     ],
 )
 def test_few_images_are_gone_through_several_times_in_small_steps(images, epochs: int, batch_size: int, rate) -> None:
-    assert PACE(images, taught=True) == {"epochs": epochs, "batch_size": batch_size, "lr": rate}
-    assert PACE(images, taught=False) == {"epochs": epochs, "batch_size": batch_size, "lr": 3e-4}
+    assert PACE(images, known=True) == {"epochs": epochs, "batch_size": batch_size, "lr": rate}
+    assert PACE(images, known=False) == {"epochs": epochs, "batch_size": batch_size, "lr": 3e-4}
+    for few in ("masks", "masks+norms", "lora"):  # what there is to unlearn stays as it is
+        assert PACE(images, known=True, train=few)["lr"] == 1e-4
     assert images is None or images < 200 or epochs * images >= 48 * batch_size  # enough steps to learn from
+
+
+def test_a_loader_says_its_own_batch_size(build, monkeypatch) -> None:
+    """An unconverted model that knows its classes is not led away from them, either."""
+    monkeypatch.setattr(settings, "pace", PACE)
+    said: list[str] = []
+    loader = DataLoader(TensorDataset(*batches(1, 14)[0]), batch_size=7)
+    decided = decide(build("timm-vit"), ltm.TrainConfig(), loader, said.append)
+    assert (decided.batch_size, decided.epochs, decided.lr) == (7, 4, 3e-6)
+    assert "batch_size" not in said[0] and "distill 0.0" in said[0]
 
 
 def test_how_many_images_there_are_decides(converted, pictures, monkeypatch) -> None:
