@@ -26,10 +26,10 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 #: commit 2c5b39d, had 8,598 lines in 80 files. The Hub, Auto classes, input sizes and rounds came since, and the report
 #: of all versions side by side (640 lines: answers, memory, a page, progress, and messages in options), validation, the
 #: planner that measures (400), conversions compared (200), exports that are checked and timed (560), pictures as
-#: superpixels and predictions (350), and what public reports asked for (650: views, wrappers, hooks): whoever adds a
-#: room raises the limit by what it needs, and no further.
+#: superpixels and predictions (350), what public reports asked for (650: views, wrappers, hooks), and what newcomers
+#: gave instead of data (40): whoever adds a room raises the limit by what it needs, and no further.
 LIMITS = {
-    "code lines": 12500,
+    "code lines": 12540,
     "files": 101,
     "modules in a circle of imports": 0,
     "comparisons with a method's name outside the registry": 4,
