@@ -1,9 +1,9 @@
 """Four tiny bases for `hybrids.py`: a windowed, two convolutional and a rotary transformer, trained in minutes.
 
 They see the embedded canvases. EfficientViT gets them enlarged from 64 × 64 to 128 × 128, so that it attends on an
-8 × 8 grid. Every base is trained from scratch but ``rope``, which starts from the shipped ``digits_vit`` (the same
-transformer without the rotary embedding). At first a shrinking share of the images has no clutter. Only the validation
-digits are looked at.
+8 × 8 grid. Every base is trained from scratch but ``rope``, which starts from the first stage of ``train_base.py``
+(the same transformer without the rotary embedding). At first a shrinking share of the images has no clutter. Only the
+validation digits are looked at.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from torch.nn import functional as F
 from ltm_retrofit.tuning.sources import draw_split, source_digits
 
 RUNS = Path(__file__).parent.parent / "runs" / "hybrids"
+NARROW = RUNS.parent / "train_base" / "canvas64.pt"  # what the first stage of train_base.py left
+CANVAS = 64
 PER_DIGIT, PER_EPOCH, BATCH = 20, 4, 64  # canvases drawn of each source digit; of them in an epoch; in a step
 VIT = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 3}
 #: lessons: share of the training in which images without clutter die out
@@ -55,7 +57,7 @@ BASES: dict[str, dict[str, Any]] = {
     "rope": {
         "architecture": "vit_small_patch16_rope_ape_224",
         "args": {**VIT, "init_values": 1.0, "no_embed_class": False},
-        **{"warm": "digits_vit", "size": 64, "epochs": 3, "lr": 3e-4, "lessons": 0.0},
+        **{"warm": str(NARROW), "size": 64, "epochs": 3, "lr": 3e-4, "lessons": 0.0},
     },
 }
 
@@ -77,11 +79,7 @@ def build(base: dict[str, Any]) -> nn.Module:
 
 
 def load(name: str) -> nn.Module:
-    """Load a trained base, or the shipped one."""
-    if name not in BASES:
-        from ltm_retrofit.saving.load import load_model
-
-        return load_model(name).model
+    """Load a trained base."""
     model = build(json.loads((RUNS / name / "base.json").read_text(encoding="utf-8")))
     model.load_state_dict(load_file(RUNS / name / "model.safetensors"))
     return model.eval()
@@ -90,7 +88,7 @@ def load(name: str) -> nn.Module:
 def initialise(model: nn.Module, warm: str | None) -> None:
     """Copy every weight of the same name and shape from another model, or draw the weights larger than timm does."""
     if warm is not None:
-        given, own = load(warm).state_dict(), model.state_dict()
+        given, own = torch.load(warm, weights_only=True)["model"], model.state_dict()
         fitting = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
         model.load_state_dict({**own, **fitting})
         print(f"{len(fitting)} of {len(own)} tensors from {warm}; others: {sorted(set(own) - set(fitting))}")
@@ -105,7 +103,8 @@ def canvases(split: str, per_digit: int) -> tuple[Tensor, Tensor]:
     kept = RUNS / f"{split}_{per_digit}.npz"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        x, y = draw_split(split, per_digit, seed=0)  # the seed of the shipped base; the fine-tune draws with another
+        # the seed of the shipped base; the fine-tune draws with another
+        x, y = draw_split(split, per_digit, seed=0, canvas=CANVAS)
         np.savez(kept, x=x, y=y)
     loaded = np.load(kept)
     return torch.from_numpy(loaded["x"]), torch.from_numpy(loaded["y"])

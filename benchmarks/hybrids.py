@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hybrid_bases import BASES, load, note, noted, train
+from hybrid_bases import BASES, CANVAS, load, note, noted, train
 from torch import nn
 
 HERE = Path(__file__).parent
-RECIPE = HERE.parent / "recipes" / "quickstart.yaml"
-#: share of MACs to keep; the shipped base is not trained here
-FLOPS = {"swin": 0.84, "mobilevit": 0.74, "efficientvit": 0.85, "rope": 0.80, "digits_vit": 0.69}
-#: `TrainConfig`'s default, the same for every arm
+#: share of MACs to keep
+FLOPS = {"swin": 0.84, "mobilevit": 0.74, "efficientvit": 0.85, "rope": 0.80}
+#: the same for every arm
 LR = 3e-4
 #: arm → method, and whether it is fine-tuned
 ARMS: dict[str, tuple[str | None, bool]] = {
@@ -53,17 +52,19 @@ def convert(name: str, method: str) -> nn.Module:
 
 def compare(name: str, log: Path, seed: int, epochs: int | None, limit: int | None) -> None:
     """Run every arm of a base that the log does not have with these settings."""
-    from ltm_retrofit import RetrofitError, evaluate, finetune, get_plan
+    from ltm_retrofit import RetrofitError, TrainConfig, evaluate, finetune, get_plan
     from ltm_retrofit.finding.example import prepare_example
     from ltm_retrofit.macs import count_macs
     from ltm_retrofit.merging.methods import get_method
-    from ltm_retrofit.recipe import Recipe
     from ltm_retrofit.tuning.parameters import MASKS_FASTER
-    from ltm_retrofit.tuning.sources import load_split
+    from ltm_retrofit.tuning.sources import DataSection, load_split
 
-    recipe = Recipe.read(RECIPE)
-    config = replace(recipe.train, seed=seed, epochs=epochs or recipe.train.epochs, lr=LR)
-    data, test = (load_split(recipe.data, split) for split in (recipe.data.train_split, recipe.data.test_split))
+    section = DataSection(canvas=CANVAS)
+    config = TrainConfig(
+        train="all", distill=0.0, distill_token=0.0, epochs=epochs or 1, batch_size=64, lr=LR, label_smoothing=0.1,
+        augment="crop", seed=seed,
+    )  # fmt: skip
+    data, test = (load_split(section, split) for split in (section.train_split, section.test_split))
     if limit:
         data, test = (table.select(range(limit)) for table in (data, test))
     for arm, (method, tuned) in ARMS.items():
@@ -127,12 +128,13 @@ Hardware: {machines}.
 {chr(10).join(rows)}
 
 Top-1 accuracy in percent on {tests} test canvases, drawn from 360 source digits that no training canvas shows. The
-fine-tune is the quickstart's at TrainConfig's learning rate ({LR:g}), {epochs} epoch(s), the same for every arm;
+fine-tune is of all weights at a rate of {LR:g}, {epochs} epoch(s), the same for every arm;
 seeds {seeds}, mean and range where there are
 several. {told if old else ""}
 Pooled and sliced have the token counts of converted at the same sites. MACs are counted on the models
 themselves, masks included. The bases are tiny and were trained for minutes on canvases of the same kind (validation
-accuracy at the end: {trained or "not in the log"}); rope started from digits_vit, which ships with the package.
+accuracy at the end: {trained or "not in the log"}); rope started from the first
+stage of `train_base.py`.
 MobileViT sees 128 pixels, so that its sequences have 64 and 16 tokens, as those of the real one have 256, 64 and 16; at
 64 pixels (16 and 4 tokens) the same share cost two points, and pooling did as well (commit 780e6ad).
 

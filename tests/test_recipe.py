@@ -337,7 +337,7 @@ def test_train_and_test_split_cannot_be_one() -> None:
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some canvases of every digit instead of thousands."""
 
-    def few(split: str, *, per_digit: int, seed: int = 0):
+    def few(split: str, *, per_digit: int, seed: int = 0, canvas: int = 128):
         table = _CANVASES.get(split)
         if table is None:
             table = _CANVASES[split] = load_digits(split, per_digit=1, seed=0)

@@ -32,7 +32,8 @@ Split = Literal["train", "validation", "test"]
 SPLITS: dict[Split, tuple[int, int]] = {"train": (0, 1257), "validation": (1257, 1437), "test": (1437, 1797)}
 #: what the split is called by which the best state of a fine-tune is chosen
 VALIDATION = ("validation", "valid", "val", "dev")
-CANVAS = 64
+#: side of a canvas in pixels where nothing else is said; the embedded model was trained on such
+CANVAS = 128
 #: ids on the Hub: a name, or an organisation and a name
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 #: images (1797, 8, 8) of 0 to 16, and labels: UCI's Optical Recognition of Handwritten Digits (see the README there)
@@ -45,7 +46,8 @@ class DataSection(Strict):
 
     ``validation_split`` is what the best state of a fine-tune is chosen by. Left out, it is the one of VALIDATION that
     the data has; where it has none, a share of the training images is held out (`TrainConfig.held_out`).
-    ``train_per_digit`` and ``test_per_digit`` are canvases for each source digit; ``limit`` caps the training images.
+    ``train_per_digit`` and ``test_per_digit`` are canvases for each source digit, ``canvas`` is their side in pixels;
+    ``limit`` caps the training images.
     ``labelled`` says whether training and validation labels are read: without them the unconverted model says what is
     there.
     ``streaming`` reads training images as they come instead of fetching all first; the train section then says steps.
@@ -59,6 +61,7 @@ class DataSection(Strict):
     label: str = "label"
     train_per_digit: int = 4
     test_per_digit: int = 8
+    canvas: int = CANVAS
     limit: int | None = None
     labelled: bool = True
     streaming: bool = False
@@ -88,7 +91,7 @@ def load_split(section: DataSection, split: str) -> Any:
     if section.name == "digits":
         # training canvases are drawn with another seed than those of the base's own training
         seed, per_digit = (1, section.train_per_digit) if train else (0, section.test_per_digit)
-        table: Any = load_digits(cast("Split", split), per_digit=per_digit, seed=seed)
+        table: Any = load_digits(cast("Split", split), per_digit=per_digit, seed=seed, canvas=section.canvas)
     else:
         table = _fetch(section.name, split, stream=section.streaming and train)
         columns = columns_of(table)
@@ -238,71 +241,72 @@ def source_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_canvas(
-    digit: np.ndarray, others: np.ndarray, rng: np.random.Generator, *, crowded: bool = False
+    digit: np.ndarray, others: np.ndarray, rng: np.random.Generator, *, canvas: int = CANVAS, crowded: bool = False
 ) -> np.ndarray:
-    """Draw one canvas ``(64, 64)`` uint8: clutter cut out of ``others``, then ``digit`` at a random place and scale.
+    """Draw ``(canvas, canvas)`` uint8: clutter cut out of ``others``, then ``digit`` at a random place and scale.
 
-    ``crowded`` canvases have smaller digits and brighter clutter; the base is trained on them first.
+    The digit is of 20 to 32 pixels on every canvas; clutter grows with its side. ``crowded`` canvases have smaller
+    digits and brighter clutter; the base is trained on them first.
     """
     scales, inks = ((2.0, 3.5), (0.4, 0.9)) if crowded else ((2.5, 4.0), (0.3, 0.7))
-    canvas = np.zeros((CANVAS, CANVAS), dtype=np.float32)
+    drawn = np.zeros((canvas, canvas), dtype=np.float32)
 
     def paste(patch: np.ndarray, size: int, ink: float) -> None:
         scaled = np.asarray(Image.fromarray(patch).resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
-        top, left = rng.integers(0, CANVAS - size + 1, size=2)
-        region = canvas[top : top + size, left : left + size]
+        top, left = rng.integers(0, canvas - size + 1, size=2)
+        region = drawn[top : top + size, left : left + size]
         np.maximum(region, ink * scaled, out=region)
 
-    for _ in range(rng.integers(6, 11)):
+    for _ in range(rng.integers(6 * canvas // 64, 10 * canvas // 64 + 1)):
         side = int(rng.integers(3, 6))
         top, left = rng.integers(0, 8 - side + 1, size=2)
         fragment = others[rng.integers(len(others)), top : top + side, left : left + side]
         paste(np.ascontiguousarray(fragment), int(side * rng.uniform(2.0, 3.0)), rng.uniform(*inks))
     paste(digit, int(8 * rng.uniform(*scales)), rng.uniform(0.7, 1.0))
-    noise = rng.normal(0.0, 20.0, size=canvas.shape).astype(np.float32)
-    drawn: np.ndarray = np.clip(canvas + noise, 0, 255).astype(np.uint8)
-    return drawn
+    noise = rng.normal(0.0, 20.0, size=drawn.shape).astype(np.float32)
+    noisy: np.ndarray = np.clip(drawn + noise, 0, 255).astype(np.uint8)
+    return noisy
 
 
-def draw_split(split: Split, per_digit: int, seed: int, *, crowded: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Draw ``per_digit`` canvases of every source digit of a split: ``(n, 64, 64)`` uint8 and labels ``(n,)``."""
+def draw_split(split: Split, per_digit: int, seed: int, **drawing: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Draw ``per_digit`` canvases of every digit of a split: ``(n, canvas, canvas)`` uint8 and labels ``(n,)``."""
     digits, labels = source_digits(split)
     rng = np.random.default_rng([seed, list(SPLITS).index(split)])
-    canvases = np.stack(
-        [draw_canvas(digit, digits, rng, crowded=crowded) for _ in range(per_digit) for digit in digits]
-    )
-    return canvases, np.tile(labels, per_digit)
+    canvases = [draw_canvas(digit, digits, rng, **drawing) for _ in range(per_digit) for digit in digits]
+    return np.stack(canvases), np.tile(labels, per_digit)
 
 
-def load_digits(split: Split = "train", *, per_digit: int = 1, seed: int = 0) -> datasets.Dataset:
+def load_digits(split: Split = "train", *, per_digit: int = 1, seed: int = 0, canvas: int = CANVAS) -> datasets.Dataset:
     """Return handwritten digits on cluttered canvases: a data set that needs no download, and has something to merge.
 
     Example:
         >>> import ltm_retrofit as ltm
         >>> data = ltm.load_digits("validation")
         >>> data.column_names, len(data), data[0]["image"].size
-        (['image', 'label'], 180, (64, 64))
+        (['image', 'label'], 180, (128, 128))
 
     Args:
         split: ``"train"``, ``"validation"`` or ``"test"``; no digit is in two of them.
         per_digit: canvases drawn of each of the split's 1257, 180 or 360 digits.
         seed: of the drawing, and of the order.
+        canvas: side of an image in pixels. A digit is of 20 to 32 pixels on any.
 
     Returns:
-        A `datasets` data set with columns ``image`` (RGB, 64 × 64) and ``label``.
+        A `datasets` data set with columns ``image`` (RGB, canvas × canvas) and ``label``.
 
     Raises:
-        RecipeError: where there is no such split.
+        RecipeError: where there is no such split, or a digit may not fit.
     """
     import datasets
 
     check_choice(split, SPLITS, "a split of the embedded digits")
-    canvases, labels = draw_split(split, per_digit, seed)
+    if canvas < 32:
+        raise RecipeError(f"canvas is {canvas}: digits are up to 32 pixels high, so take at least that")
+    canvases, labels = draw_split(split, per_digit, seed, canvas=canvas)
     order = np.random.default_rng(seed).permutation(len(labels))
     columns = {
         "image": [Image.fromarray(canvases[index]).convert("RGB") for index in order],
         "label": labels[order].tolist(),
     }
-    names = [str(digit) for digit in range(10)]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=[*"0123456789"])})
     return datasets.Dataset.from_dict(columns, features=features)

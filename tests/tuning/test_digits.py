@@ -44,7 +44,7 @@ def test_a_canvas_is_drawn_from_its_own_split_only(split, monkeypatch: pytest.Mo
     pool, _ = source_digits(split)
     seen: list[tuple[bytes, bytes]] = []
 
-    def spy(digit, others, rng, *, crowded=False):
+    def spy(digit, others, rng):
         seen.append((digit.tobytes(), others.tobytes()))
         return np.zeros((CANVAS, CANVAS), np.uint8)
 
@@ -61,6 +61,21 @@ def test_canvases_have_the_said_shape_and_labels() -> None:
     np.testing.assert_array_equal(labels, np.tile(source_digits("validation")[1], 2))
     assert set(labels) == set(range(10))
     assert canvases.std(axis=(1, 2)).min() > 5, "an empty canvas"
+
+
+@pytest.mark.parametrize("canvas", [32, 64, 128])
+def test_a_digit_is_as_large_on_every_canvas(canvas) -> None:
+    """Without clutter and noise, what is drawn is the digit alone: of 20 to 32 pixels."""
+    full, rng = np.full((8, 8), 255, np.uint8), np.random.default_rng(0)
+    for _ in range(20):
+        drawn = draw_canvas(full, full[None] * 0, rng, canvas=canvas)
+        assert drawn.shape == (canvas, canvas)
+        assert 20**2 * 0.9 < (drawn > 120).sum() < 32**2 * 1.1
+
+
+def test_a_canvas_too_small_for_a_digit_is_refused() -> None:
+    with pytest.raises(ltm.RecipeError, match="canvas is 31: digits are up to 32 pixels high"):
+        ltm.load_digits("validation", canvas=31)
 
 
 def test_same_seed_same_canvases_other_seed_other_canvases() -> None:
