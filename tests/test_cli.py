@@ -388,8 +388,15 @@ def test_errors_of_the_package_are_status_2(as_json: bool, folder: Path, tmp_pat
     assert not (tmp_path / "none").exists()
 
 
+def test_a_finetune_is_told_on_what(folder: Path, tmp_path: Path, capsys) -> None:
+    """Left out, it was the embedded digits, on which any classifier of ten classes was tuned without a word."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["finetune", str(folder), "--out", str(tmp_path / "none")])
+    assert stop.value.code == 2 and "required: --data" in capsys.readouterr().err
+
+
 def test_only_converted_models_are_finetuned_here(folder: Path, tmp_path: Path, capsys) -> None:
-    assert cli.main(["finetune", str(folder), "--out", str(tmp_path / "none")]) == 2
+    assert cli.main(["finetune", str(folder), "--data", "digits", "--out", str(tmp_path / "none")]) == 2
     assert "NotRetrofitted" in (err := capsys.readouterr().err) and "ltm-retrofit convert" in err
     assert not (tmp_path / "none").exists()
 
@@ -412,7 +419,7 @@ def test_the_test_split_is_looked_at_before_the_training(
 
 def test_impossible_settings_are_refused_before_the_model_is_loaded(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(cli, "_load", lambda arguments: pytest.fail("loaded"))
-    assert cli.main(["finetune", "x", "--epochs", "0", "--out", str(tmp_path / "none")]) == 2
+    assert cli.main(["finetune", "x", "--data", "digits", "--epochs", "0", "--out", str(tmp_path / "none")]) == 2
     assert "epochs must be a whole number from 1 on, got 0" in capsys.readouterr().err
     assert cli.main(["convert", "x", "--flops", "7", "--out", str(tmp_path / "none")]) == 2
     assert "between 0 and 1, got 7.0" in capsys.readouterr().err
@@ -463,7 +470,7 @@ def test_python_m_ends_with_status_2(tmp_path: Path) -> None:
 def test_finetune_looks_at_its_folder_first(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("ltm_retrofit.saving.load.find_model", lambda name: pytest.fail("work was begun"))
     (tmp_path / "mine.txt").write_text("keep me")
-    for command in (["finetune", "anything", "--out", str(tmp_path)], ["convert", "anything", "--out", str(tmp_path)]):
+    for command in (["finetune", "anything", "--data", "digits", "--out", str(tmp_path)], ["convert", "anything", "--out", str(tmp_path)]):
         assert main(command) == 2
         assert "mine.txt" in capsys.readouterr().err
 
@@ -552,7 +559,7 @@ def interrupted(*_: object, **__: object) -> None:
     ("command", "kept", "said"),
     [
         (
-            ["finetune", "x", "--out", "{}/out"],
+            ["finetune", "x", "--data", "digits", "--out", "{}/out"],
             True,
             "`ltm-retrofit finetune x --out {}/out --resume` goes on",
         ),
@@ -561,7 +568,7 @@ def interrupted(*_: object, **__: object) -> None:
             True,
             "`ltm-retrofit run x.yaml --out {}/out --resume` goes on",
         ),
-        (["finetune", "x", "--out", "{}/out"], False, "There is no checkpoint to go on from yet"),
+        (["finetune", "x", "--data", "digits", "--out", "{}/out"], False, "There is no checkpoint to go on from yet"),
         (["convert", "x", "--out", "{}/out"], False, "Nothing was written: give the same command again."),
     ],
 )
