@@ -470,7 +470,10 @@ def test_python_m_ends_with_status_2(tmp_path: Path) -> None:
 def test_finetune_looks_at_its_folder_first(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("ltm_retrofit.saving.load.find_model", lambda name: pytest.fail("work was begun"))
     (tmp_path / "mine.txt").write_text("keep me")
-    for command in (["finetune", "anything", "--data", "digits", "--out", str(tmp_path)], ["convert", "anything", "--out", str(tmp_path)]):
+    for command in (
+        ["finetune", "anything", "--data", "digits", "--out", str(tmp_path)],
+        ["convert", "anything", "--out", str(tmp_path)],
+    ):
         assert main(command) == 2
         assert "mine.txt" in capsys.readouterr().err
 
