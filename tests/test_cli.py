@@ -564,7 +564,7 @@ def interrupted(*_: object, **__: object) -> None:
         (
             ["finetune", "x", "--data", "digits", "--out", "{}/out"],
             True,
-            "`ltm-retrofit finetune x --out {}/out --resume` goes on",
+            "`ltm-retrofit finetune x --data digits --out {}/out --resume` goes on",
         ),
         (
             ["run", "x.yaml", "--out", "{}/out"],
@@ -611,7 +611,8 @@ def test_a_warning_is_one_line_in_the_words_of_the_options(capsys, monkeypatch) 
 )
 def test_messages_name_options(command: str, text: str, said: str | None) -> None:
     out = [] if command == "report" else ["--out", "y"]
-    arguments = cli.parser().parse_args([command, "x", *out])
+    data = ["--data", "z"] if command == "finetune" else []
+    arguments = cli.parser().parse_args([command, "x", *out, *data])
     assert cli._in_options(text, arguments) == (said or text)
 
 
