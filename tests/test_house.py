@@ -27,9 +27,9 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 #: of all versions side by side (640 lines: answers, memory, a page, progress, and messages in options), validation, the
 #: planner that measures (400), conversions compared (200), exports that are checked and timed (560), pictures as
 #: superpixels and predictions (350), what public reports asked for (650: views, wrappers, hooks), and what newcomers
-#: gave instead of data (40): whoever adds a room raises the limit by what it needs, and no further.
+#: gave instead of data (50): whoever adds a room raises the limit by what it needs, and no further.
 LIMITS = {
-    "code lines": 12540,
+    "code lines": 12550,
     "files": 101,
     "modules in a circle of imports": 0,
     "comparisons with a method's name outside the registry": 4,

@@ -260,6 +260,10 @@ def _class_of(model: nn.Module, data: Data, classes: int) -> tuple[int, ...] | N
     found, complete = _find(known, names)
     if not complete:
         _check_unmoved(model, names, found)
+        unknown = ", ".join(repr(name) for name, own in zip(names, found, strict=True) if own is None)
+        if unknown and any(own is not None for own in found):
+            host = type(model).__name__
+            warnings.warn(f"{host} knows no class {unknown}: counted as its class of the same number", stacklevel=2)
     moved = complete and found != list(range(len(names)))
     return tuple(own for own in found if own is not None) if moved else None
 
@@ -270,12 +274,14 @@ def _check_unmoved(model: nn.Module, names: Sequence[str], found: Sequence[int |
     Raises:
         DataError: naming one that it has elsewhere.
     """
+    unknown = ", ".join(repr(name) for name, own in zip(names, found, strict=True) if own is None)
+    host = type(model).__name__
     for index, own in enumerate(found):
         if own not in (None, index):
             raise DataError(
-                f"the data's class {index} is {names[index]!r}, which {type(model).__name__} knows as its class {own}, "
-                "and it does not know all of them: give the data the model's class names, or the model a classifier of "
-                "its own"
+                f"the data's class {index} is {names[index]!r}, which {host} knows as its class {own}, and it does not "
+                f"know {unknown or 'each by itself'}: give the data the model's class names, or the model a classifier "
+                "of its own"
             )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import ltm_retrofit as ltm
 from ltm_retrofit.errors import AlreadyRetrofitted, DataError
 from ltm_retrofit.finding.example import logits_of, prepare_example, run
-from ltm_retrofit.tuning.classes import check_same_classes, count_classes, set_classes
+from ltm_retrofit.tuning.classes import check_data, check_same_classes, count_classes, set_classes
 
 NAMES = ["ant", "bee", "cat"]
 HEADS = {
@@ -174,6 +174,19 @@ def test_as_many_classes_of_which_some_are_known_elsewhere(named) -> None:
     with pytest.raises(DataError, match=r"class 0 is 'bee', which ViTForImage\w+ knows as its class 1"):
         set_classes(named["hf-vit"], ["bee", "u", "v", "w", "x", "y", "z"])
     assert torch.equal(logits(named["hf-vit"]), before)
+
+
+def test_a_class_of_another_name_in_the_same_place_is_named(pictures) -> None:
+    """A folder `coat` in the place of `dress` was counted as dresses without a word."""
+    model = ltm.load_model("digits_vit")
+    data = pictures(20, classes=10)
+    names = [*"012345678", "nine"]
+    data = data.cast_column("label", datasets.ClassLabel(names=names))
+    with pytest.warns(UserWarning, match="VisionTransformer knows no class 'nine': counted as its class of the same"):
+        check_data(model, data, "test", 10)
+    names[8], names[7] = "7", "eight"
+    with pytest.raises(DataError, match=r"knows as its class 7, and it does not know 'eight', 'nine': give"):
+        check_data(model, data.cast_column("label", datasets.ClassLabel(names=names)), "test", 10)
 
 
 def test_as_many_classes_of_other_names_keep_the_head_and_are_named(named) -> None:
