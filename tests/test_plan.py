@@ -105,7 +105,9 @@ def test_nearest_is_the_largest_below_else_the_smallest(sites_of):
         ltm.make_plan(sites, ltm.LTMConfig(flops=0.999, scope="FLOW"))
     assert lone.value.nearest < 0.999 - TOLERANCE
     for error in (impossible, lone):
-        assert repr(error.value.nearest) in str(error.value)
+        advised = float(str(error.value).split("Ask for flops=")[1].split()[0])
+        assert ltm.make_plan(sites, ltm.LTMConfig(flops=advised, scope="FLOW")).share <= advised
+        assert error.value.nearest <= advised < error.value.nearest + 1e-4, "four digits are enough to ask by"
 
 
 def test_a_budget_error_crosses_processes():
