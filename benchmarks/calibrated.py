@@ -24,9 +24,9 @@ from typing import Any
 import hybrid_bases
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import ltm_retrofit as ltm
+from ltm_retrofit.calibrate import difference
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 SEEN = 32
@@ -61,9 +61,9 @@ def network(name: str, args: argparse.Namespace) -> Case:
 
 @torch.inference_mode()
 def answers(model: nn.Module, images: Tensor) -> Tensor:
-    """Return log-probabilities ``(n, classes)``."""
+    """Return logits ``(n, classes)``."""
     out = [model(part) for part in images.split(16)]
-    return torch.cat([getattr(each, "logits", each) for each in out]).log_softmax(1)
+    return torch.cat([getattr(each, "logits", each) for each in out])
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
             seen, other = other[:SEEN], other[SEEN:]
         known = [(x["network"], x["flops"], x["seen"]) for x in done]
         wanted = [flops for flops in args.flops if (name, flops, args.seen) not in known]
-        before = answers(load(), other) if wanted else None
+        before = answers(load(), other) if wanted else torch.empty(0)
         for flops in wanted:
             line: dict[str, Any] = {"network": name, "flops": flops, "seen": args.seen, "images": len(other)}
             losses = {}
@@ -85,12 +85,11 @@ def run(args: argparse.Namespace) -> None:
                 plan = ltm.get_plan(model)
                 line[schedule] = {"seconds": round(time.perf_counter() - began, 1), "share": round(plan.share, 4)}
                 line[schedule]["tokens"] = [f"{row.site}: {row.tokens_in} → {row.tokens_out}" for row in plan.rows]
-                after = answers(model, other)
-                losses[schedule] = F.kl_div(after, before, log_target=True, reduction="none").sum(1)
+                losses[schedule] = difference([before], [answers(model, other)]).by
                 line[schedule]["kl"] = losses[schedule].mean().item()
-            difference = losses["calibrated"] - losses["auto"]
-            line["difference"] = difference.mean().item()
-            line["se"] = difference.std().item() / len(difference) ** 0.5
+            more = losses["calibrated"] - losses["auto"]
+            line["difference"] = more.mean().item()
+            line["se"] = more.std().item() / len(more) ** 0.5
             with RESULTS.open("a") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             print(row_of(line), flush=True)

@@ -90,9 +90,7 @@ def retrofit(
     """
     given = model
     model = unwrapped(model) if isinstance(model, nn.Module) else model
-    _check(model, config, plan)
-    if images is not None and (config is None or config.schedule != "calibrated"):
-        raise RecipeError("images are what LTMConfig(schedule='calibrated') measures on: ask for it, or leave them out")
+    _check(model, config, plan, images)
     put_back = align(model)  # first of all: the proofs compare bits
     try:
         if plan is not None and example is None:
@@ -194,7 +192,7 @@ def _keep(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         module.load_state_dict(state)
 
 
-def _check(model: nn.Module, config: LTMConfig | None, plan: MergePlan | None) -> None:
+def _check(model: nn.Module, config: LTMConfig | None, plan: MergePlan | None, images: Example | None) -> None:
     """Check what `retrofit` was given, before anything is run."""
     if not isinstance(model, nn.Module):
         raise UnsupportedBlock(f"model is a {type(model).__name__}: pass the torch module itself, loaded")
@@ -202,6 +200,8 @@ def _check(model: nn.Module, config: LTMConfig | None, plan: MergePlan | None) -
         raise RecipeError(f"config is a {type(config).__name__} ({config!r}): pass LTMConfig(flops=0.7)")
     if config is not None and plan is not None:
         raise RecipeError("give a config or a plan, not both: a plan holds the config that it was made from")
+    if images is not None and (config is None or config.schedule != "calibrated"):
+        raise RecipeError("images are what LTMConfig(schedule='calibrated') measures on: ask for it, or leave them out")
     if is_retrofitted(model) and converted_part(model) is model:
         raise AlreadyRetrofitted(
             f"this {type(model).__name__} is converted already ({get_plan(model).share:.3f} of its MACs): "

@@ -260,12 +260,15 @@ def _class_of(model: nn.Module, data: Data, classes: int) -> tuple[int, ...] | N
     found, complete = _find(known, names)
     if not complete:
         _check_unmoved(model, names, found)
-        unknown = ", ".join(repr(name) for name, own in zip(names, found, strict=True) if own is None)
-        if unknown and any(own is not None for own in found):
+        if (unknown := _unknown(names, found)) and any(own is not None for own in found):
             host = type(model).__name__
             warnings.warn(f"{host} knows no class {unknown}: counted as its class of the same number", stacklevel=2)
     moved = complete and found != list(range(len(names)))
     return tuple(own for own in found if own is not None) if moved else None
+
+
+def _unknown(names: Sequence[str], found: Sequence[int | None]) -> str:
+    return ", ".join(repr(name) for name, own in zip(names, found, strict=True) if own is None)
 
 
 def _check_unmoved(model: nn.Module, names: Sequence[str], found: Sequence[int | None]) -> None:
@@ -274,8 +277,7 @@ def _check_unmoved(model: nn.Module, names: Sequence[str], found: Sequence[int |
     Raises:
         DataError: naming one that it has elsewhere.
     """
-    unknown = ", ".join(repr(name) for name, own in zip(names, found, strict=True) if own is None)
-    host = type(model).__name__
+    host, unknown = type(model).__name__, _unknown(names, found)
     for index, own in enumerate(found):
         if own not in (None, index):
             raise DataError(

@@ -61,10 +61,10 @@ def test_what_is_no_data_is_named_with_the_way(given: Callable[[Any], Any], mess
         ltm.evaluate(model, given(pictures(7)))
 
 
-@pytest.mark.parametrize("batch", [(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2).long())], ids=["pair"])
-def test_images_that_are_not_prepared_are_refused(batch) -> None:
+def test_images_that_are_not_prepared_are_refused() -> None:
     """transformers' hosts would cast them."""
-    for one in (batch, {"pixel_values": batch[0], "labels": batch[1]}):
+    images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2).long()
+    for one in ((images, labels), {"pixel_values": images, "labels": labels}):
         with pytest.raises(DataError, match="images of uint8, 0 to 255: prepare them"):
             split_batch(one)
 
