@@ -570,3 +570,27 @@ def test_a_block_with_a_forward_of_its_own_is_left_alone(build, images) -> None:
     )
     ltm.restore(ltm.retrofit(model, ltm.LTMConfig(flops=0.8)))
     assert block.forward is own and torch.equal(model(images), expected)
+
+
+class Siamese(nn.Module):
+    """Two views through one backbone."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x) - self.backbone(x.flip(-1))
+
+
+def test_a_backbone_that_is_called_twice_is_refused_with_the_way_which_works(build: Callable[..., nn.Module]) -> None:
+    model, images = Siamese(build("timm-vit")), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(images)
+    with pytest.raises(UnsupportedBlock, match=r"called 2 times in one forward pass: convert the part .* by itself"):
+        ltm.retrofit(model, ltm.LTMConfig(flops=0.7), images)
+    ltm.retrofit(model.backbone, ltm.LTMConfig(flops=0.7))
+    with torch.no_grad():
+        assert not torch.equal(model(images), before), "nothing merges"
+        ltm.restore(model.backbone)
+        assert torch.equal(model(images), before)
